@@ -1,0 +1,58 @@
+# Every target sets up what it needs: Python >= 3.10 is enough, on macOS and Debian alike.
+#   make chat [ARGS="--memory work"]    talk to the embedded model
+#   make test | lint | wheel | clean
+
+READY := .venv/.ready
+
+chat: $(READY)
+	@.venv/bin/mlx-sleep chat $(ARGS)
+
+test: $(READY)
+	@.venv/bin/python -m pytest -q $(ARGS)
+
+lint: $(READY)
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+wheel: $(READY)
+	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: chat test lint wheel clean
+
+# Candidates are run, not only looked up: a version manager's shim can exist and still fail.
+FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    echo $$p; break; fi; done
+
+# Passwordless root, if there is any. "$1" is a Debian package; fails where it can't be had.
+APT_INSTALL = apt_install() { \
+	  command -v apt-get >/dev/null || return 1; \
+	  if [ "$$(id -u)" = 0 ]; then root=; \
+	  elif sudo -n true 2>/dev/null; then root="sudo -n"; else return 1; fi; \
+	  echo "installing $$1"; \
+	  get="$$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y"; \
+	  $$get install $$1 >/dev/null 2>&1 || \
+	    { $$get update >/dev/null 2>&1; $$get install $$1 >/dev/null 2>&1; }; }
+
+.venv/bin/python:
+	@set -e; $(APT_INSTALL); python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+	  echo "mlx-sleep needs Python 3.10 or newer: install it (macOS: brew install python)" >&2; \
+	  exit 1; fi; \
+	if ! $$python -m venv .venv >/dev/null 2>&1; then \
+	  rm -rf .venv; \
+	  package=$$($$python -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	  apt_install $$package && $$python -m venv .venv || { rm -rf .venv; \
+	    echo "$$python has no venv; run: sudo apt-get install $$package" >&2; exit 1; }; fi
+
+$(READY): pyproject.toml .venv/bin/python
+	@set -e; $(APT_INSTALL); \
+	echo "installing mlx-sleep and what it needs into .venv"; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	if [ "$$(uname)" = Linux ] && ! .venv/bin/python -c \
+	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
+	  apt_install libopenblas0-pthread || echo "going on without OpenBLAS, up to 30 times" \
+	    "slower; on Debian: sudo apt-get install libopenblas0-pthread"; fi; \
+	touch $@

@@ -1,0 +1,135 @@
+"""The wheel and the editable install: what is in them, and that it imports from any folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "mlx_sleep": "mlx_sleep",
+    "kernels": "mlx_sleep/kernels",
+    "convert": "mlx_sleep/convert",
+}
+
+
+def run_python(code: str, cwd: Path, **environment: str) -> str:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources, with one more file of each kind of data."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "kernels" / "probe.metal").write_text("// a kernel\n")
+    (source / "mlx_sleep" / "embedded").mkdir(exist_ok=True)
+    (source / "mlx_sleep" / "embedded" / "probe.safetensors").write_bytes(b"weights")
+    built = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(built), str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(built.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def test_wheel_holds_every_source_and_data_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, place in PACKAGES.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"{place}/{file.relative_to(ROOT / folder).as_posix()}" in names
+    for file in (ROOT / "mlx_sleep" / "embedded").iterdir():
+        assert f"mlx_sleep/embedded/{file.name}" in names
+    assert {"mlx_sleep/kernels/probe.metal", "mlx_sleep/embedded/probe.safetensors"} <= names
+
+
+def test_wheel_puts_one_name_at_the_top(wheel):
+    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"mlx_sleep"}
+
+
+def test_wheel_metadata(wheel):
+    import mlx_sleep
+
+    archive = zipfile.ZipFile(wheel)
+    info = f"mlx_sleep-{mlx_sleep.__version__}.dist-info"
+    metadata = message_from_bytes(archive.read(f"{info}/METADATA"))
+    requires = {line.replace('"', "'") for line in metadata.get_all("Requires-Dist")}
+    assert "mlx>=0.32; sys_platform == 'darwin'" in requires
+    assert "mlx[cpu]>=0.32; sys_platform == 'linux'" in requires
+    assert any(line.startswith("mlx[cuda13]") and "extra == 'cuda'" in line for line in requires)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert b"mlx-sleep = mlx_sleep.cli:main" in archive.read(f"{info}/entry_points.txt")
+
+
+def test_wheel_imports(installed, tmp_path):
+    code = (
+        "import mlx_sleep.kernels, mlx_sleep.convert.quantize, mlx_sleep.models.load as load\n"
+        "from importlib.resources import files\n"
+        "print(mlx_sleep.kernels.__file__)\nprint(mlx_sleep.convert.__file__)\n"
+        "print((files('mlx_sleep.kernels') / 'probe.metal').is_file())\n"
+        "print((load.EMBEDDED / 'probe.safetensors').is_file())\n"
+    )
+    *places, metal, weights = run_python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    assert places == [
+        str(installed / "mlx_sleep" / name / "__init__.py") for name in ("kernels", "convert")
+    ]
+    assert metal == weights == "True"
+
+
+@pytest.mark.parametrize("from_root", [True, False])
+def test_editable_install_imports(from_root, tmp_path):
+    code = (
+        "import mlx_sleep.kernels as k, mlx_sleep.convert.quantize as q\n"
+        "print(k.__file__, q.__file__, sep='\\n')"
+    )
+    places = run_python(code, ROOT if from_root else tmp_path).splitlines()
+    assert [Path(place).resolve() for place in places] == [
+        ROOT / "kernels" / "__init__.py",
+        ROOT / "convert" / "quantize.py",
+    ]
+
+
+def test_top_level_names_are_not_taken(tmp_path):
+    """`kernels` is also a package that transformers looks for; ours must not answer for it."""
+    code = (
+        "import importlib.util as u\n"
+        "for name in ('kernels', 'convert'):\n"
+        "    spec = u.find_spec(name)\n"
+        "    print(spec.origin if spec else None)\n"
+    )
+    assert str(ROOT) not in run_python(code, tmp_path)
+
+
+def test_transformers_is_not_misled_by_our_kernels_folder():
+    code = "from transformers.utils.import_utils import is_kernels_available as f; print(f())"
+    from importlib.util import find_spec
+
+    if (spec := find_spec("kernels")) and not str(spec.origin).startswith(str(ROOT)):
+        pytest.skip("the kernels package is installed")
+    assert run_python(code, ROOT).strip() == "False"
