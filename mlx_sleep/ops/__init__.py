@@ -1,0 +1,1 @@
+"""Array operations on fast weights. They know no model and no chat."""

@@ -1,0 +1,168 @@
+"""The gated delta rule: the fast-weight update of Gated DeltaNet.
+
+    S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,    o_t = S_t q_t
+
+(arXiv 2605.26099, section 2; arXiv 2412.06464). Shapes shared by every function here:
+
+    q, k    [B, T, Hk, Dk]   used as given: the caller normalises k and scales q
+    v       [B, T, Hv, Dv]   Hv is a multiple of Hk; heads of one group share q and k
+    g       [B, T, Hv]       log decay, log a_t <= 0
+    beta    [B, T, Hv]       b_t; 0 writes nothing, 1 replaces, up to 2 reflects
+    state   [B, Hv, Dv, Dk]  float32; None is zero
+    mask    [B, T] bool      False leaves the state as it is; that position's o is meaningless
+
+and every function returns (o [B, T, Hv, Dv] in v's dtype, state float32). The arithmetic is
+float32 throughout, or float64 when v is float64.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .chunks import decay_matrix, unstack
+
+CHUNK = 32  # tokens a chunk; a power of two
+
+
+def gated_delta(q, k, v, g, beta, state=None, mask=None):
+    """The gated delta rule on the fastest path that this machine has. Differentiable."""
+    return {"step": gated_delta_step, "mlx.fast": gated_delta_mlx, "chunk": gated_delta_chunk}[
+        path(q.shape[1])
+    ](q, k, v, g, beta, state, mask)
+
+
+def path(tokens: int) -> str:
+    """The name of the path that `gated_delta` takes for a call of so many tokens."""
+    if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
+        return "mlx.fast"  # MLX's own Metal kernels, with a backward pass
+    return "step" if tokens == 1 else "chunk"
+
+
+def gated_delta_naive(q, k, v, g, beta, state=None, mask=None):
+    """The definition: one token after the other, the equation as written."""
+    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    o = []
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t, b_t = q[:, t], k[:, t], v[:, t], beta[:, t, :, None]
+        state = mx.exp(g[:, t])[..., None, None] * state  # a_t S_{t-1}
+        held = (state @ k_t[..., None])[..., 0]  # what S already answers to k_t
+        state = state + (b_t * (v_t - held))[..., None] * k_t[..., None, :]
+        o.append((state @ q_t[..., None])[..., 0])
+    return mx.stack(o, axis=1).astype(dtype), state
+
+
+def gated_delta_step(q, k, v, g, beta, state=None, mask=None):
+    """One token (T = 1): the wake step, two matrix-vector products and one outer product."""
+    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    q_t, k_t, v_t, b_t = q[:, 0], k[:, 0], v[:, 0], beta[:, 0, :, None]
+    # S k and S q in one pass over the state; the update of S is folded into o by hand.
+    read = mx.exp(g[:, 0])[..., None, None] * (state @ mx.stack([k_t, q_t], axis=-1))
+    u = b_t * (v_t - read[..., 0])
+    o = read[..., 1] + u * (k_t * q_t).sum(-1, keepdims=True)
+    state = mx.exp(g[:, 0])[..., None, None] * state + u[..., None] * k_t[..., None, :]
+    return o[:, None].astype(dtype), state
+
+
+def gated_delta_mlx(q, k, v, g, beta, state=None, mask=None):
+    """The same through `mx.fast.gated_delta_update` (MLX >= 0.32)."""
+    if mask is not None:
+        g, beta = mx.where(mask[..., None], g, 0), mx.where(mask[..., None], beta, 0)
+    if state is None:
+        state = mx.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), mx.float32)
+    o, state = mx.fast.gated_delta_update(
+        q, k, v, mx.exp(g.astype(mx.float32)), beta.astype(mx.float32), state
+    )
+    return o.astype(v.dtype), state
+
+
+def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
+    """The chunkwise (WY) form: matrix products within a chunk, a scan over the chunks.
+
+    With G_t the running sum of g in a chunk and u_t = b_t (v_t - a_t S_{t-1} k_t), what the
+    delta rule really writes, S_t = a_t S_{t-1} + u_t k_t^T and the u of a chunk solve
+
+        (I + A) U = b (V - exp(G) K S_0^T),   A_tj = b_t exp(G_t - G_j) k_t.k_j  (j < t).
+    """
+    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    B, T, H, _ = q.shape
+    C = min(chunk, 1 << max(T - 1, 0).bit_length())  # a short call needs no full chunk
+    pad = -T % C
+    # [B, T, H, D] -> [n, B, H, C, D]: padded positions have g = beta = 0 and write nothing.
+    q, k, v, g, beta = (_split(x, C, pad) for x in (q, k, v, g[..., None], beta[..., None]))
+    g = g[..., 0]
+
+    decay = decay_matrix(g)  # exp(G_t - G_j), [n, B, H, C, C]
+    from_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
+    to_end = mx.exp(mx.cumsum(g, axis=-1, reverse=True, inclusive=False))[..., None]
+    strict = mx.tril(mx.ones((C, C), g.dtype), -1)
+    A = beta * (decay * strict) * (k @ k.swapaxes(-1, -2))
+    inverse = unit_lower_inverse(A)
+    u0 = inverse @ (beta * v)
+    w = inverse @ (beta * from_start * k)
+    within = decay * (q @ k.swapaxes(-1, -2))
+    rows = zip(
+        *(unstack(x) for x in (q * from_start, k * to_end, u0, w, within, from_start[..., -1:, :])),
+        strict=True,
+    )
+
+    o = []
+    for q_i, k_i, u_i, w_i, within_i, through in rows:
+        u = u_i - w_i @ state.swapaxes(-1, -2)
+        o.append(q_i @ state.swapaxes(-1, -2) + within_i @ u)
+        state = through * state + u.swapaxes(-1, -2) @ k_i
+    o = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
+    return o[:, :T].astype(dtype), state
+
+
+@mx.custom_function
+def unit_lower_inverse(A: mx.array) -> mx.array:
+    """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two.
+
+    Blocks are merged in pairs, [[P, 0], [R, Q]]^-1 = [[P', 0], [-Q' R P', Q']] with ' for the
+    inverse. The power series of A costs as much, but loses all its digits when keys repeat.
+    """
+    C = A.shape[-1]
+    if C > 16:  # by quarters
+        h = C // 2
+        P, Q = unit_lower_inverse(A[..., :h, :h]), unit_lower_inverse(A[..., h:, h:])
+        R = -(Q @ A[..., h:, :h] @ P)
+        top = mx.concatenate([P, mx.zeros_like(R)], axis=-1)
+        return mx.concatenate([top, mx.concatenate([R, Q], axis=-1)], axis=-2)
+    # All blocks of one size at once; the products are too small to be worth taking apart.
+    inverse = mx.eye(C, dtype=A.dtype)
+    rows = mx.arange(C)
+    for size in (1, 2, 4, 8)[: C.bit_length() - 1]:
+        same = rows[:, None] // (2 * size) == rows // (2 * size)
+        off = A * (same & (rows[:, None] // size > rows // size))
+        inverse = inverse - (off if size == 1 else inverse @ off @ inverse)
+    return mx.broadcast_to(inverse, A.shape)
+
+
+@unit_lower_inverse.vjp
+def _unit_lower_inverse_vjp(_primal, cotangent, inverse):
+    transposed = inverse.swapaxes(-1, -2)
+    return -(transposed @ cotangent @ transposed)
+
+
+def _prepare(q, k, v, g, beta, state, mask):
+    """Casts to the arithmetic's dtype, repeats grouped heads, applies the mask."""
+    dtype = mx.float64 if v.dtype == mx.float64 else mx.float32
+    q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
+    B, _, Hv, Dv = v.shape
+    if Hv != k.shape[2]:
+        q, k = (mx.repeat(x, Hv // k.shape[2], axis=2) for x in (q, k))
+    if mask is not None:
+        mask = mask[..., None]
+        g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
+        k, v = mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0)
+    if state is None:
+        state = mx.zeros((B, Hv, Dv, k.shape[3]), dtype)
+    return q, k, v, g, beta, state.astype(dtype)
+
+
+def _split(x, C, pad):
+    """[B, T, H, D] -> [n, B, H, C, D] with T padded by zeros to a multiple of C."""
+    B, T, H, D = x.shape
+    if pad:
+        x = mx.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)])
+    return x.reshape(B, (T + pad) // C, C, H, D).transpose(1, 0, 3, 2, 4)

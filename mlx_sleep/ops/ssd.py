@@ -1,0 +1,107 @@
+"""The gated Hebbian rule: the fast-weight update of Mamba-2, in its state space dual (SSD) form.
+
+    S_t = a_t S_{t-1} + b_t v_t k_t^T,    o_t = S_t q_t
+
+(arXiv 2605.26099, eq. 3; arXiv 2405.21060). In Mamba-2's letters q is C, k is B, v is x, b_t is
+dt and log a_t is dt A. Shapes shared by every function here, as in `gated_delta`:
+
+    q, k    [B, T, Hk, Dk]   used as given
+    v       [B, T, Hv, Dv]   Hv is a multiple of Hk; heads of one group share q and k
+    g       [B, T, Hv]       log decay, log a_t <= 0
+    beta    [B, T, Hv]       b_t; 0 writes nothing
+    state   [B, Hv, Dv, Dk]  float32; None is zero
+    mask    [B, T] bool      False leaves the state as it is; that position's o is meaningless
+
+and every function returns (o [B, T, Hv, Dv] in v's dtype, state float32). The arithmetic is
+float32 throughout, or float64 when v is float64.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .chunks import decay_matrix, unstack
+
+CHUNK = 64  # tokens a chunk
+
+
+def ssd(q, k, v, g, beta, state=None, mask=None):
+    """The gated Hebbian rule on the fastest path for this number of tokens. Differentiable."""
+    form = ssd_step if q.shape[1] == 1 else ssd_chunk
+    return form(q, k, v, g, beta, state, mask)
+
+
+def ssd_naive(q, k, v, g, beta, state=None, mask=None):
+    """The definition: one token after the other, the equation as written."""
+    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
+    o = []
+    for t in range(q.shape[1]):
+        write = beta[:, t, :, None, None] * v[:, t, :, :, None] * k[:, t, :, None, :]
+        state = mx.exp(g[:, t])[..., None, None] * state + write
+        o.append((state @ q[:, t, ..., None])[..., 0])
+    return mx.stack(o, axis=1).astype(dtype), state
+
+
+def ssd_step(q, k, v, g, beta, state=None, mask=None):
+    """One token (T = 1): the wake step."""
+    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
+    write = (beta[:, 0, :, None] * v[:, 0])[..., None] * k[:, 0, :, None, :]
+    state = mx.exp(g[:, 0])[..., None, None] * state + write
+    o = (state @ q[:, 0, ..., None])[..., 0]
+    return o[:, None].astype(dtype), state
+
+
+def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
+    """Matrix products within a chunk, a scan over the chunks.
+
+    With G_t the running sum of g in a chunk and S_0 the state before it,
+
+        o_t = exp(G_t) S_0 q_t + sum_{j <= t} exp(G_t - G_j) b_j (q_t.k_j) v_j.
+    """
+    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    B, T, Hv, Dv = v.shape
+    Hk, Dk = k.shape[2:]
+    C = min(chunk, T)
+    pad = -T % C
+    # [B, T, Hk * G, D] -> [n, B, Hk, G, C, D]: G heads share a key head, and q.k is made once
+    # for them all. Padded positions have g = v = 0: they keep the state and write nothing.
+    q, k, v, g = (_split(x, Hk, C, pad) for x in (q, k, beta[..., None] * v, g[..., None]))
+    g = g[..., 0]
+    state = state.swapaxes(2, 3).reshape(B, Hk, Hv // Hk, Dk, Dv)
+
+    decay = decay_matrix(g)  # [n, B, Hk, G, C, C]
+    from_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
+    to_end = mx.exp(mx.cumsum(g, axis=-1, reverse=True, inclusive=False))[..., None]
+    o = (decay * (q @ k.swapaxes(-1, -2))) @ v  # what the chunk's own tokens wrote
+    writes = k.swapaxes(-1, -2) @ (to_end * v)  # [n, B, Hk, G, Dk, Dv]: S^T
+
+    before = []
+    for through, write in zip(unstack(from_start[..., -1:, :]), unstack(writes), strict=True):
+        before.append(state)
+        state = through * state + write
+    o = o + from_start * (q @ mx.stack(before))
+    o = o.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + pad, Hv, Dv)
+    return o[:, :T].astype(dtype), state.reshape(B, Hv, Dk, Dv).swapaxes(2, 3)
+
+
+def _prepare(q, k, v, g, beta, state, mask):
+    """Casts to the arithmetic's dtype, applies the mask, makes the zero state."""
+    dtype = mx.float64 if v.dtype == mx.float64 else mx.float32
+    q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
+    if mask is not None:
+        mask = mask[..., None]
+        g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
+        k, v = mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0)
+    if state is None:
+        state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[3]), dtype)
+    return q, k, v, g, beta, state.astype(dtype)
+
+
+def _split(x, Hk, C, pad):
+    """[B, T, H, D] -> [n, B, Hk, H/Hk, C, D], with T padded by zeros to a multiple of C."""
+    B, T, H, D = x.shape
+    if pad:
+        x = mx.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)])
+    return x.reshape(B, (T + pad) // C, C, Hk, H // Hk, D).transpose(1, 0, 3, 4, 2, 5)
