@@ -1,0 +1,1 @@
+"""Architectures, one a file, and the folders they live in. They know no chat."""

@@ -1,0 +1,173 @@
+"""What every architecture shares: how it sleeps, and the state that it carries.
+
+A state is a list with one dict for each layer. It is a value: functions return a new list and
+never change the one that they were given, so a snapshot is nothing but a reference.
+
+    SSM layer        fast_weights  [B, Hv, Dv, Dk] float32   S of the paper
+                     conv          [B, K-1, C]               last inputs of the short convolution
+    attention layer  keys, values  [B, Hkv, capacity, D]
+                     length        int                       slots in use
+                     offset        int, or [B] int32         tokens seen so far (for RoPE)
+                     valid         [B, capacity] bool        only with padded batches
+
+An absent entry is an empty one: {} is a fresh layer of either kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import UserError
+
+LayerState = dict[str, Any]
+State = list[LayerState]
+
+
+@dataclass(frozen=True)
+class SleepConfig:
+    """How a model sleeps (arXiv 2605.26099, section 3).
+
+    passes      N, how often a window is run through the blocks at sleep
+    window      L, tokens that the KV cache holds before the model must sleep
+    eviction    "hard": the KV cache is dropped; "sliding": its newest L - 1 entries stay
+    loop_range  the blocks [lo, hi) that are looped; those outside run once. None is all
+    carry_conv  whether the short convolution's left context crosses a boundary. None is no for
+                hard eviction, where only S may cross, and yes for sliding
+    """
+
+    passes: int = 1
+    window: int = 256
+    eviction: str = "hard"
+    loop_range: tuple[int, int] | None = None
+    carry_conv: bool | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.passes, int) or self.passes < 1:
+            raise UserError(f"sleep passes must be a whole number >= 1, not {self.passes!r}")
+        if not isinstance(self.window, int) or self.window < 2:
+            raise UserError(f"the sleep window must be a whole number >= 2, not {self.window!r}")
+        if self.eviction not in ("hard", "sliding"):
+            raise UserError(f'eviction must be "hard" or "sliding", not {self.eviction!r}')
+        if self.loop_range is not None:
+            lo, hi = self.loop_range
+            if not 0 <= lo < hi:
+                raise UserError(f"loop_range must be [lo, hi) with 0 <= lo < hi, not [{lo}, {hi})")
+            object.__setattr__(self, "loop_range", (lo, hi))
+        if self.carry_conv is None:
+            object.__setattr__(self, "carry_conv", self.eviction == "sliding")
+
+
+def evict(state: State, sleep: SleepConfig) -> State:
+    """The state that crosses the boundary after a sleep: S, and what the eviction keeps."""
+    keep = sleep.window - 1 if sleep.eviction == "sliding" else 0
+    kept = []
+    for layer in state:
+        if "keys" in layer:
+            layer = _trim(layer, keep) if keep else {}
+        elif not sleep.carry_conv:
+            layer = {name: x for name, x in layer.items() if name != "conv"}
+        kept.append(layer)
+    return kept
+
+
+def _trim(layer: LayerState, keep: int) -> LayerState:
+    """The newest `keep` entries of one KV cache, row by row when rows are padded."""
+    length = layer["length"]
+    arrays = {name: layer[name] for name in ("keys", "values")}
+    start = max(0, length - keep)
+    if "valid" not in layer:
+        arrays = {name: x[:, :, start:length] for name, x in arrays.items()}
+        return {**arrays, "length": length - start, "offset": layer["offset"]}
+    valid = layer["valid"][:, :length]
+    # Padding first, tokens last and in order: argsort of (valid, slot).
+    order = mx.argsort(valid * length + mx.arange(length), axis=1)[:, start:]
+    arrays = {
+        name: mx.take_along_axis(x, order[:, None, :, None], axis=2) for name, x in arrays.items()
+    }
+    valid = mx.take_along_axis(valid, order, axis=1)
+    return {**arrays, "length": length - start, "offset": layer["offset"], "valid": valid}
+
+
+def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
+    """The KV cache with keys and values [B, Hkv, T, D] behind those of `layer`.
+
+    mask [B, T] bool marks real tokens; rows may then hold different numbers of them.
+    """
+    B, H, T, D = keys.shape
+    seen = T if mask is None else mask.sum(axis=1).astype(mx.int32)
+    length, offset = layer.get("length", 0), layer.get("offset", 0)
+    valid = layer.get("valid")
+    if mask is not None or valid is not None:
+        old = valid if valid is not None else mx.ones((B, length), dtype=mx.bool_)
+        new = mask if mask is not None else mx.ones((B, T), dtype=mx.bool_)
+        valid = mx.concatenate([old[:, :length], new], axis=1)
+    if length:
+        end = length + T
+        if end > layer["keys"].shape[2]:
+            room = mx.zeros((B, H, -(-T // 256) * 256, D), keys.dtype)
+            old = {n: mx.concatenate([layer[n][:, :, :length], room], 2) for n in _KV}
+        else:
+            old = layer
+        # Functional: MLX writes in place when nothing else holds the old buffer.
+        at = mx.array([length])
+        keys = mx.slice_update(old["keys"], keys, at, axes=(2,))
+        values = mx.slice_update(old["values"], values, at, axes=(2,))
+    grown = {"keys": keys, "values": values, "length": length + T, "offset": offset + seen}
+    return grown if valid is None else {**grown, "valid": valid}
+
+
+_KV = ("keys", "values")
+
+
+def kv_length(state: State) -> int:
+    """Tokens in the KV cache: the largest number of slots in use in any layer."""
+    return max((layer.get("length", 0) for layer in state), default=0)
+
+
+def kv_bytes(state: State) -> int:
+    """Bytes of the KV entries in use (not of the room kept for growth)."""
+    total = 0
+    for layer in state:
+        for name in _KV:
+            if name in layer:
+                x = layer[name]
+                total += x.nbytes // x.shape[2] * layer["length"]
+    return total
+
+
+def fast_weight_bytes(state: State) -> int:
+    """Bytes of S in all layers: fixed, whatever has been folded in."""
+    return sum(layer["fast_weights"].nbytes for layer in state if "fast_weights" in layer)
+
+
+def flatten_state(state: State) -> dict[str, mx.array]:
+    """The state as named arrays ("layers.1.fast_weights"), for a file."""
+    arrays = {}
+    for i, layer in enumerate(state):
+        for name, x in layer.items():
+            if name in ("keys", "values", "valid"):
+                x = x[..., : layer["length"], :] if name in _KV else x[:, : layer["length"]]
+            elif name == "length":
+                continue  # the arrays' own shape
+            arrays[f"layers.{i}.{name}"] = x if isinstance(x, mx.array) else mx.array(x, mx.int32)
+    return arrays
+
+
+def unflatten_state(arrays: dict[str, mx.array], num_layers: int) -> State:
+    """The inverse of `flatten_state`. UserError when the names don't fit the model."""
+    state: State = [{} for _ in range(num_layers)]
+    for name, x in arrays.items():
+        prefix, _, rest = name.partition(".")
+        index, _, entry = rest.partition(".")
+        if prefix != "layers" or not index.isdigit() or int(index) >= num_layers:
+            raise UserError(f"unexpected array {name!r} in a saved state of {num_layers} layers")
+        state[int(index)][entry] = x
+    for layer in state:
+        if "keys" in layer:
+            layer["length"] = layer["keys"].shape[2]
+            if layer["offset"].ndim == 0:
+                layer["offset"] = layer["offset"].item()
+    return state

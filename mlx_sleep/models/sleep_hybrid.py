@@ -1,0 +1,317 @@
+"""A decoder-only hybrid of attention and SSM blocks, the architecture of arXiv 2605.26099.
+
+Each block is RMSNorm, mixer, RMSNorm, gated MLP, with the mixer one of softmax attention,
+Gated DeltaNet (arXiv 2412.06464) or Mamba-2 (arXiv 2405.21060; the paper's eq. 3). A block is
+one function for a chunk of any length and for a single token: h and state in, h and state out.
+This file doesn't know how a model sleeps, only which numbers its config gives for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from ..ops.activations import silu
+from ..ops.conv import short_conv
+from ..ops.gated_delta import gated_delta
+from ..ops.ssd import ssd
+from .base import SleepConfig, State, append_kv
+
+LAYER_TYPES = ("attention", "gated_deltanet", "mamba2")
+ACTIVATIONS = {"silu": silu, "relu": nn.relu, "gelu": nn.gelu}
+
+
+@dataclass
+class ModelArgs:
+    """The fields of config.json. Sizes are free; names are those of the ecosystem's configs."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layer_types: list[str]
+    model_type: str = "sleep_hybrid"
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = True
+    rope_theta: float = 10_000.0
+    linear_num_key_heads: int = 4
+    linear_num_value_heads: int = 4
+    linear_key_head_dim: int = 64
+    linear_value_head_dim: int = 64
+    linear_conv_kernel_dim: int = 4
+    mamba_num_heads: int = 4
+    mamba_head_dim: int = 64
+    mamba_n_groups: int = 1
+    ssm_state_size: int = 64
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    sleep: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        wrong = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if wrong or not self.layer_types:
+            raise UserError(f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {wrong}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
+        for many, few in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+            ("mamba_num_heads", "mamba_n_groups"),
+        ):
+            if getattr(self, many) % getattr(self, few):
+                raise UserError(f"{many} must be a multiple of {few}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> ModelArgs:
+        """From the contents of config.json. UserError names what is missing."""
+        names = inspect.signature(cls).parameters
+        missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
+        missing = [n for n in missing if n != "sleep"]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(missing)}")
+        return cls(**{name: value for name, value in config.items() if name in names})
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with RoPE, grouped KV heads and optional QK norm."""
+
+    def __init__(self, args: ModelArgs, sleep: SleepConfig):
+        super().__init__()
+        D, H, Hkv, d = (
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+        )
+        self.num_heads, self.num_kv_heads, self.head_dim = H, Hkv, d
+        self.rope_theta = args.rope_theta
+        self.sliding = sleep.window if sleep.eviction == "sliding" else None
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, Hkv * d, bias=False)
+        self.v_proj = nn.Linear(D, Hkv * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+        if args.qk_norm:
+            self.q_norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
+
+    def __call__(self, x, state, mask):
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # [B, H, T, d]
+        offset, past = state.get("offset", 0), state.get("length", 0)
+        q, k = (
+            mx.fast.rope(
+                a, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset
+            )
+            for a in (q, k)
+        )
+        state = append_kv(state, k, v, mask)
+        end = state["length"]
+        keys, values = state["keys"][:, :, :end], state["values"][:, :, :end]
+        o = mx.fast.scaled_dot_product_attention(
+            q, keys, values, scale=self.head_dim**-0.5, mask=self._mask(T, past, state)
+        )
+        return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1)), state
+
+    def _mask(self, T, past, state):
+        """None, "causal", or a bool array [T, S] or [B, 1, T, S] of who sees whom."""
+        end = past + T
+        slides = self.sliding is not None and end > self.sliding
+        # Padding stands on the right: with no past, causality alone hides it from real tokens.
+        padded = "valid" in state and past > 0
+        if not slides and not padded:
+            return None if T == 1 else "causal"
+        query, key = mx.arange(past, end)[:, None], mx.arange(end)
+        sees = key <= query
+        if "valid" in state:
+            sees = sees & state["valid"][:, None, None, :]
+            # Positions count real tokens only, so that a padded row sees as far as a full one.
+            at = mx.cumsum(state["valid"], axis=1)[:, None, :]
+            query, key = at[:, :, past:, None], at[:, :, None, :]
+        return sees & (key > query - self.sliding) if slides else sees
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet: the gated delta rule behind a short convolution, with an output gate."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D = args.hidden_size
+        self.Hk, self.Hv = args.linear_num_key_heads, args.linear_num_value_heads
+        self.Dk, self.Dv = args.linear_key_head_dim, args.linear_value_head_dim
+        channels = 2 * self.Hk * self.Dk + self.Hv * self.Dv
+        self.in_proj_qkv = nn.Linear(D, channels, bias=False)
+        self.in_proj_z = nn.Linear(D, self.Hv * self.Dv, bias=False)
+        self.in_proj_ba = nn.Linear(D, 2 * self.Hv, bias=False)
+        self.conv_weight = _conv_init(channels, args.linear_conv_kernel_dim)
+        self.A_log, self.dt_bias = _decay_init(self.Hv)
+        self.norm = nn.RMSNorm(self.Dv, eps=args.rms_norm_eps)
+        self.out_proj = nn.Linear(self.Hv * self.Dv, D, bias=False)
+
+    def __call__(self, x, state, mask):
+        B, T, _ = x.shape
+        qkv, conv = short_conv(self.in_proj_qkv(x), self.conv_weight, state.get("conv"), mask)
+        q, k, v = mx.split(
+            silu(qkv), [self.Hk * self.Dk, 2 * self.Hk * self.Dk], axis=-1
+        )
+        q, k = (l2_norm(a.reshape(B, T, self.Hk, self.Dk)) for a in (q, k))
+        v = v.reshape(B, T, self.Hv, self.Dv)
+        b, a = mx.split(self.in_proj_ba(x), 2, axis=-1)
+        beta = mx.sigmoid(b)
+        g = -mx.exp(self.A_log) * nn.softplus(a.astype(mx.float32) + self.dt_bias)
+        o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask)
+        z = self.in_proj_z(x).reshape(B, T, self.Hv, self.Dv)
+        o = self.norm(o) * silu(z)
+        return self.out_proj(o.reshape(B, T, -1)), {"fast_weights": S, "conv": conv}
+
+
+class Mamba2(nn.Module):
+    """Mamba-2: the gated Hebbian rule (eq. 3 of the paper) in its SSD form."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D, self.H, self.P = args.hidden_size, args.mamba_num_heads, args.mamba_head_dim
+        self.G, self.N = args.mamba_n_groups, args.ssm_state_size
+        self.inner, self.eps = self.H * self.P, args.rms_norm_eps
+        channels = self.inner + 2 * self.G * self.N
+        self.in_proj = nn.Linear(D, self.inner + channels + self.H, bias=False)
+        self.conv_weight = _conv_init(channels, args.linear_conv_kernel_dim)
+        self.conv_bias = mx.zeros((channels,))
+        self.A_log, self.dt_bias = _decay_init(self.H)
+        self.D = mx.ones((self.H,))
+        self.norm = nn.RMSNorm(self.inner, eps=args.rms_norm_eps)
+        self.out_proj = nn.Linear(self.inner, D, bias=False)
+
+    def __call__(self, x, state, mask):
+        B, T, _ = x.shape
+        z, xBC, dt = mx.split(self.in_proj(x), [self.inner, -self.H], axis=-1)
+        xBC, conv = short_conv(xBC, self.conv_weight, state.get("conv"), mask)
+        xBC = silu(xBC + self.conv_bias)
+        v, k, q = mx.split(xBC, [self.inner, self.inner + self.G * self.N], axis=-1)
+        v = v.reshape(B, T, self.H, self.P)
+        q, k = (a.reshape(B, T, self.G, self.N) for a in (q, k))
+        dt = nn.softplus(dt.astype(mx.float32) + self.dt_bias)
+        g = -mx.exp(self.A_log) * dt
+        o, S = ssd(q, k, v, g, dt, state.get("fast_weights"), mask)
+        o = (o + self.D[:, None] * v).reshape(B, T, -1).astype(x.dtype)
+        o = self.norm(o * silu(z))
+        return self.out_proj(o), {"fast_weights": S, "conv": conv}
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x))"""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D, inner = args.hidden_size, args.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+        self._act = ACTIVATIONS[args.hidden_act]
+
+    def __call__(self, x):
+        return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
+        super().__init__()
+        if layer_type == "attention":
+            self.mixer = Attention(args, sleep)
+        else:
+            self.mixer = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}[layer_type](args)
+        self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.mlp = MLP(args)
+
+    def __call__(self, h, state, mask):
+        out, state = self.mixer(self.mixer_norm(h), state, mask)
+        h = h + out
+        return h + self.mlp(self.mlp_norm(h)), state
+
+
+class Model(nn.Module):
+    """The whole decoder. `block` and `head` are apart because a sleep loops over the blocks."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.sleep = SleepConfig(**args.sleep)
+        if self.sleep.loop_range and self.sleep.loop_range[1] > len(args.layer_types):
+            raise UserError(
+                f"loop_range ends at {self.sleep.loop_range[1]}, "
+                f"but the model has {len(args.layer_types)} blocks"
+            )
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args, kind, self.sleep) for kind in args.layer_types]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def init_state(self, batch_size: int = 1) -> State:
+        """The state of a model that has seen nothing: S = 0, no KV."""
+        return [{} for _ in self.layers]
+
+    def embed(self, tokens):
+        """tokens [B, T] int32 -> h [B, T, hidden]"""
+        return self.embed_tokens(tokens)
+
+    def block(self, i: int, h, layer_state, mask=None):
+        """Block i on h [B, T, hidden]; mask [B, T] bool, False for padding on the right."""
+        return self.layers[i](h, layer_state, mask)
+
+    def head(self, h):
+        """h [..., hidden] -> logits [..., vocab]"""
+        h = self.norm(h)
+        return self.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
+
+    def hidden(self, tokens, state: State | None = None, mask=None):
+        """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
+        state = list(state) if state is not None else self.init_state(tokens.shape[0])
+        h = self.embed(tokens)
+        for i in range(self.num_layers):
+            h, state[i] = self.block(i, h, state[i], mask)
+        return h, state
+
+    def __call__(self, tokens, state: State | None = None, mask=None):
+        """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""
+        h, state = self.hidden(tokens, state, mask)
+        return self.head(h), state
+
+
+def l2_norm(x, eps: float = 1e-6):
+    """x / |x| over the last axis."""
+    return x * mx.rsqrt((x * x).sum(-1, keepdims=True) + eps)
+
+
+def _conv_init(channels: int, kernel: int):
+    bound = kernel**-0.5
+    return mx.random.uniform(-bound, bound, (channels, kernel))
+
+
+def _decay_init(heads: int):
+    """A_log and dt_bias such that a head forgets over 10 to 1000 tokens at first (Mamba-2)."""
+    A = mx.random.uniform(1, 16, (heads,))
+    dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(1e-1), (heads,)))
+    return mx.log(A), dt + mx.log(-mx.expm1(-dt))  # dt_bias = softplus^-1(dt)
