@@ -1,0 +1,1 @@
+"""Procedurally made training and evaluation data. Nothing here knows a model."""

@@ -1,0 +1,131 @@
+"""Recipes: JSON files that say everything about a training run, and how to run one.
+
+    {"task": "memory", "seed": 0, "batch": 64,
+     "model": {... config.json of the model ...},
+     "optimizer": {"muon_lr": 0.01, "adamw_lr": 0.002, "warmup": 100, "cooldown": 0.3},
+     "stages": [{"steps": 500, "passes": 1, "level": {"windows": 1, "facts": [2, 4], ...}}, ...]}
+
+`passes`, and `windows` in a level, may be lists: each step then draws one of them. A stage's levels
+are the task's own (`tasks.memory.Level`). Nothing here knows a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from random import Random
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import UserError
+from ..models.sleep_hybrid import Model, ModelArgs
+from ..train import Chunk, Trainer, labelled
+from .memory import Level, MemoryTask
+
+RECIPES = Path(__file__).parent / "recipes"
+TASKS = ("memory",)
+
+
+def read_recipe(name: str) -> dict:
+    """A recipe by its path, or by the name of one inside the package."""
+    path = Path(name) if Path(name).suffix == ".json" else RECIPES / f"{name}.json"
+    try:
+        recipe = json.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.json")))
+        raise UserError(f"no recipe {name!r}; give a .json file or one of: {known}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+    for key in ("task", "batch", "model", "optimizer", "stages"):
+        if key not in recipe:
+            raise UserError(f"{path} lacks {key!r}")
+    if recipe["task"] not in TASKS:
+        raise UserError(f"unknown task {recipe['task']!r}; known: {', '.join(TASKS)}")
+    if any(n < 1 for stage in recipe["stages"] for n in _choices(stage["passes"])):
+        raise UserError(f"{path}: a sleep needs at least 1 pass")
+    return recipe
+
+
+def total_steps(recipe: dict) -> int:
+    return sum(stage["steps"] for stage in recipe["stages"])
+
+
+def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", rank=0, size=1):
+    """step -> (chunks, passes): this process's share of the batch, a function of the step alone."""
+    task = MemoryTask(encode, specials, split, seed=recipe.get("seed", 0))
+    batch = recipe["batch"] // size
+
+    def plan(step: int) -> tuple[list[Chunk], int]:
+        stage = _stage_of(recipe, step)
+        draw = Random(f"{recipe.get('seed', 0)}/{step}")
+        passes = draw.choice(_choices(stage["passes"]))
+        level = {key: draw.choice(_choices(v)) if key == "windows" else v
+                 for key, v in stage["level"].items()}
+        first = step * recipe["batch"] + rank * batch
+        return chunks_of(task.batch(range(first, first + batch), make_level(level))), passes
+
+    return plan
+
+
+def make_level(values: dict) -> Level:
+    unknown = set(values) - {f.name for f in fields(Level)}
+    if unknown:
+        raise UserError(f"unknown fields in a level: {', '.join(sorted(unknown))}")
+    return Level(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def chunks_of(batch: dict[str, np.ndarray]) -> list[Chunk]:
+    """The arrays of `MemoryTask.batch` as the windows of Algorithm 1: sleeps, then one answer."""
+    chunks = [
+        Chunk(mx.array(batch["tokens"][:, w]), mx.array(batch["mask"][:, w]))
+        for w in range(batch["tokens"].shape[1])
+    ]
+    final = (batch[f"final_{name}"] for name in ("tokens", "mask", "loss", "value"))
+    return [*chunks, labelled(*final)]
+
+
+def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=None,
+                 checkpoint_passes=False, save_every=200) -> Trainer:
+    """A trainer for the recipe. `start` is a model folder to begin from (fresh optimizer)."""
+    from ..models.load import load_model
+
+    group = mx.distributed.init()
+    if recipe["batch"] % group.size():
+        raise UserError(f"batch {recipe['batch']} cannot be split over {group.size()} processes")
+    encode, specials = sentencepiece_encoder(tokenizer_folder)
+    mx.random.seed(recipe.get("seed", 0))
+    if start is None:
+        model = Model(ModelArgs.from_dict(recipe["model"]))
+    else:
+        model, _ = load_model(start)
+    plan = make_plan(recipe, encode, specials, rank=group.rank(), size=group.size())
+    return Trainer(model, folder, {**recipe, "start": start and str(start)}, total_steps(recipe),
+                   plan, checkpoint_passes=checkpoint_passes, save_every=save_every, group=group,
+                   **recipe["optimizer"])
+
+
+def sentencepiece_encoder(folder: Path):
+    """(encode, specials) straight from tokenizer.model: what training needs, and quick."""
+    from sentencepiece import SentencePieceProcessor
+
+    from .memory import ASSISTANT, END, PAD, USER
+
+    path = Path(folder) / "tokenizer.model"
+    if not path.exists():
+        raise UserError(f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR")
+    sp = SentencePieceProcessor(model_file=str(path))
+    return sp.encode, {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
+
+
+def _choices(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _stage_of(recipe: dict, step: int) -> dict:
+    for stage in recipe["stages"]:
+        if step < stage["steps"]:
+            return stage
+        step -= stage["steps"]
+    return recipe["stages"][-1]
