@@ -1,0 +1,82 @@
+"""The command line. Commands are thin: each reads its options and calls the library.
+
+A command's module is imported when it is asked for, and imports MLX only when it runs, so that
+`mlx-sleep --version` and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+import typer.core
+
+from .. import __version__
+from ..errors import UserError
+
+# name -> module of this package and what it has: a function, or a Typer with commands of its own
+COMMANDS = {
+    "chat": ("chat", "chat"),
+    "generate": ("chat", "generate"),
+    "sleep": ("memory", "sleep"),
+    "memory": ("memory", "app"),
+    "train": ("train", "train"),
+    "eval": ("train", "evaluate"),
+    "bench": ("bench", "app"),
+    "convert": ("convert", "convert"),
+    "doctor": ("doctor", "doctor"),
+}
+
+
+class _Commands(typer.core.TyperGroup):
+    """Looks commands up in COMMANDS."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name]
+        target = getattr(importlib.import_module(f".{module}", __package__), attribute)
+        if not isinstance(target, typer.Typer):
+            function, target = target, typer.Typer(add_completion=False)
+            target.command(name)(function)
+        command = typer.main.get_command(target)
+        command.name = name
+        return command
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool):
+    if wanted:
+        typer.echo(f"mlx-sleep {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(no_args_is_help=True)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
+    ] = False,
+):
+    """A language model that sleeps: it folds what it hears into its fast weights.
+
+    Example: mlx-sleep chat
+    """
+
+
+def main():
+    """The entry point. A UserError is one line on standard error and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a reply may not fit the locale's encoding
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="mlx-sleep")
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

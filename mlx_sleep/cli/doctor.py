@@ -1,0 +1,221 @@
+"""`mlx-sleep doctor`: what this installation computes with, and what would make it faster.
+
+It looks and measures; it changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform as python_platform
+import shutil
+import sys
+import tempfile
+from importlib import metadata, resources
+from typing import Annotated
+
+import typer
+
+from .. import BLAS, platform
+from ..errors import UserError
+
+_LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones stay below 1e-5
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+):
+    """Say which backend, BLAS and kernels are in use, and what would make them faster.
+
+    The exit code is 0 when mlx-sleep can be used on this machine.
+
+    Example: mlx-sleep doctor
+    """
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        typer.echo("\n".join(_lines(report)))
+    raise typer.Exit(0 if report["usable"] else 1)
+
+
+def examine() -> dict:
+    """Everything that doctor prints, as JSON-able values."""
+    report = {
+        "command": "doctor",
+        "versions": _versions(),
+        "device": None,
+        "backend": None,
+        "blas": {"status": BLAS.status, "detail": BLAS.detail, "gflops": None, "error": None},
+        "ops": {},
+        "kernels": _kernels(),
+        "model": None,
+        "data": _data_folder(),
+        "problems": [],
+    }
+    problems = report["problems"]
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        problems.append(f"MLX cannot be imported: {_first_line(error)}")
+    else:
+        report["backend"] = backend = _backend(mx)
+        report["device"] = str(mx.device_info().get("device_name", mx.default_device()))
+        if backend == "CPU":
+            gflops, wrong = platform.matmul_check()
+            report["blas"] |= {"gflops": round(gflops, 1), "error": wrong}
+            if not wrong < _LARGEST_ERROR:  # NaN too
+                problems.append(
+                    f"matrix products are wrong on this CPU (relative error {wrong:.0e})"
+                )
+        report["ops"] = _ops()
+        report["model"] = _embedded_model()
+        if report["model"]["problem"]:
+            problems.append(report["model"]["problem"])
+    if report["data"]["problem"]:
+        problems.append(report["data"]["problem"])
+    report["advice"] = _advice(report)
+    report["usable"] = not problems
+    return report
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": python_platform.python_version()}
+    versions |= platform.mlx_distributions()
+    for name in ("mlx-sleep", "mlx-lm", "transformers", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _backend(mx) -> str:
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def _ops() -> dict[str, dict[str, str]]:
+    """The path of each op for a prompt and for a single token."""
+    from ..ops import gated_delta
+
+    return {
+        "gated_delta": {"prompt": gated_delta.path(256), "token": gated_delta.path(1)},
+        "ssd": {"prompt": "chunk", "token": "step"},  # the same on every machine
+    }
+
+
+def _kernels() -> list[str]:
+    """The Metal kernel sources in the package."""
+    files = resources.files("mlx_sleep.kernels").iterdir()
+    return sorted(file.name for file in files if file.name.endswith(".metal"))
+
+
+def _embedded_model() -> dict:
+    from ..models import load
+
+    found = {"path": str(load.EMBEDDED), "fingerprint": None, "problem": None}
+    try:
+        _, config = load.load_model(load.EMBEDDED)
+        found["fingerprint"] = load.fingerprint(load.EMBEDDED)
+        if found["fingerprint"] != config.get("fingerprint"):
+            found["problem"] = "the embedded model is damaged: reinstall mlx-sleep"
+    except UserError as error:
+        found["problem"] = f"the embedded model cannot be used: {error}"
+    return found
+
+
+def _data_folder() -> dict:
+    from ..memory import data_dir
+
+    folder = data_dir()
+    found = {"path": str(folder), "problem": None}
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"1")
+    except OSError as error:
+        found["problem"] = (
+            f"memories cannot be written to {folder} ({error.strerror}): "
+            "set MLX_SLEEP_HOME to a folder you can write to"
+        )
+    return found
+
+
+def _advice(report: dict) -> str:
+    """The one command that would help most, or ''."""
+    blas, python = report["blas"], sys.executable
+    if report["backend"] is None and sys.platform == "linux":
+        return f"{python} -m pip install --force-reinstall 'mlx[cpu]'"
+    if report["backend"] != "CPU":
+        return ""
+    if blas["error"] is not None and not blas["error"] < _LARGEST_ERROR:
+        return f"export {platform.BLAS_VARIABLE}=off"
+    if platform.nvidia_gpu() and not any("cuda" in name for name in report["versions"]):
+        return f"{python} -m pip install 'mlx[cuda13]'"
+    if blas["status"] in ("off", "failed"):
+        return f"unset {platform.BLAS_VARIABLE}"
+    return _install_openblas() if blas["status"] == "missing" else ""
+
+
+def _install_openblas() -> str:
+    sudo = "" if os.geteuid() == 0 else "sudo "
+    for tool, command in (
+        ("apt-get", "apt-get install libopenblas0-pthread"),
+        ("dnf", "dnf install openblas"),
+        ("pacman", "pacman -S openblas"),
+    ):
+        if shutil.which(tool):
+            return sudo + command
+    return ""
+
+
+def _lines(report: dict) -> list[str]:
+    versions, blas = report["versions"], report["blas"]
+    first = ("mlx-sleep", "python")
+    rest = [f"{name} {version}" for name, version in versions.items() if name not in first]
+    rows = [
+        ("mlx-sleep", f"{versions['mlx-sleep']}, Python {versions['python']}"),
+        ("libraries", ", ".join(rest)),
+        ("backend", f"{report['backend'] or 'none'}" + _in_brackets(report["device"])),
+        ("BLAS", _blas_line(blas)),
+    ]
+    for op, paths in report["ops"].items():
+        rows.append((op, ", ".join(f"{path} for a {what}" for what, path in paths.items())))
+    kernels = ", ".join(report["kernels"]) or "MLX's own; none in this package"
+    rows.append(("kernels", kernels))
+    if model := report["model"]:
+        rows.append(("model", model["problem"] or f"embedded, {model['fingerprint'][:12]}, sound"))
+    data = report["data"]
+    rows.append(("memories", data["path"] + (", not writable" if data["problem"] else "")))
+    lines = [f"{name:<12}{value}" for name, value in rows]
+    lines += [f"{'problem':<12}{problem}" for problem in report["problems"]]
+    if report["advice"]:
+        lines += [
+            "",
+            f"To {'make it faster' if report['usable'] else 'repair it'}:",
+            "    " + report["advice"],
+        ]
+    return lines
+
+
+def _blas_line(blas: dict) -> str:
+    words = {
+        "loaded": blas["detail"],
+        "late": f"OpenBLAS may not be in use: {blas['detail']}",
+        "off": f"MLX's reference BLAS ({blas['detail']})",
+        "missing": "MLX's reference BLAS: OpenBLAS was not found",
+        "failed": f"MLX's reference BLAS: {blas['detail']}",
+        "not needed": "the system's own",
+    }[blas["status"]]
+    speed = f", {blas['gflops']:.0f} GFLOP/s (1024x1024 float32)" if blas["gflops"] else ""
+    return words + speed
+
+
+def _in_brackets(text) -> str:
+    return f" ({text})" if text else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

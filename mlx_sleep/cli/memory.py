@@ -1,0 +1,186 @@
+"""`mlx-sleep memory ...` and `mlx-sleep sleep`: memories seen from outside a chat."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import common
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..memory import Listing
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="List, copy and remove memories.\n\nExample: mlx-sleep memory list",
+)
+
+Name = Annotated[str, typer.Argument(help="The memory's name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("list")
+def list_(home: common.Home = None, as_json: Json = False):
+    """Every memory, with what it holds.
+
+    Example: mlx-sleep memory list --json
+    """
+    from ..memory import data_dir, list_memories
+
+    memories = list_memories(home)
+    if as_json:
+        typer.echo(json.dumps({"memories": [_as_dict(memory) for memory in memories]}, indent=2))
+        return
+    if not memories:
+        typer.echo(f"no memories in {data_dir(home)}; `mlx-sleep chat` makes one")
+        return
+    rows = [("NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "UPDATED")]
+    for memory in memories:
+        header = memory.header
+        numbers = (header.sleeps, header.tokens, memory.pending) if header else ("?", "?", "?")
+        updated = header.updated[:16].replace("T", " ") if header else ""
+        rows.append((memory.name, *map(str, numbers), common.size(memory.bytes), updated))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        name, *numbers, updated = row
+        cells = [name.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False)]
+        typer.echo("  ".join([*cells, updated]).rstrip())
+    for memory in memories:
+        if memory.problem:
+            typer.echo(f"{memory.name}: {memory.problem}")
+
+
+@app.command()
+def show(name: Name, home: common.Home = None, as_json: Json = False):
+    """One memory: counters and where it came from.
+
+    Example: mlx-sleep memory show default
+    """
+    from ..memory import show_memory
+
+    memory = show_memory(name, home)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(memory), indent=2))
+        return
+    lines = {"name": name, "size": common.size(memory.bytes)}
+    if header := memory.header:
+        lines |= {
+            "model": f"{header.model or '?'} (fingerprint {header.fingerprint[:12]})",
+            "sleeps": header.sleeps,
+            "tokens": f"{header.tokens} folded in, {memory.pending} waiting for the next sleep",
+            "created": header.created,
+            "updated": header.updated,
+        }
+        if header.sleeps:
+            lines["last sleep"] = (
+                f"{common.count(header.passes, 'pass')}, window {header.window}, "
+                f"{header.eviction} eviction"
+            )
+        if header.parent:
+            lines["fork of"] = header.parent
+    if memory.problem:
+        lines["problem"] = memory.problem
+    width = max(map(len, lines))
+    for label, value in lines.items():
+        typer.echo(f"{label:{width}}  {value}")
+
+
+@app.command()
+def fork(
+    source: Annotated[str, typer.Argument(help="The memory to copy.")],
+    target: Annotated[str, typer.Argument(help="The name of the copy.")],
+    home: common.Home = None,
+):
+    """Copy a memory to a new name: two lives from here on.
+
+    Example: mlx-sleep memory fork default experiment
+    """
+    from ..memory import fork as run
+
+    run(source, target, home)
+    typer.echo(f"memory '{target}' is now a copy of '{source}'")
+
+
+@app.command("export")
+def export(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    home: common.Home = None,
+):
+    """Write a memory to one safetensors file.
+
+    Example: mlx-sleep memory export default backup.safetensors
+    """
+    from ..memory import export_memory
+
+    export_memory(name, file, home)
+    typer.echo(f"wrote {file}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="An exported memory.")],
+    name: Annotated[str, typer.Argument(help="The name to give it; it must not exist.")],
+    home: common.Home = None,
+):
+    """Make a memory of an exported file.
+
+    Example: mlx-sleep memory import backup.safetensors restored
+    """
+    from ..memory import import_memory
+
+    import_memory(file, name, home)
+    typer.echo(f"memory '{name}' is there; `mlx-sleep chat --memory {name}` uses it")
+
+
+@app.command()
+def rm(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    home: common.Home = None,
+):
+    """Delete a memory for good.
+
+    Example: mlx-sleep memory rm experiment --yes
+    """
+    from ..memory import remove, show_memory
+
+    show_memory(name, home)  # that it exists, before asking
+    if not yes and not typer.confirm(f"delete memory '{name}' for good?"):
+        raise typer.Exit(1)
+    remove(name, home)
+    typer.echo(f"memory '{name}' is gone")
+
+
+def sleep(
+    memory: Annotated[str, typer.Option(help="The memory's name.")] = "default",
+    model: common.Model = None,
+    home: common.Home = None,
+    passes: common.Passes = None,
+    window: common.Window = None,
+):
+    """Fold what a memory has heard since its last sleep into its fast weights.
+
+    Example: mlx-sleep sleep --memory work --passes 4
+    """
+    from ..memory import show_memory
+    from ..session import Session
+
+    show_memory(memory, home)  # a chat makes memories, a sleep doesn't
+    with Session.open(model, memory, home=home, passes=passes, window=window) as session:
+        report = common.watch(session, session.sleep)
+        if report is None:
+            typer.echo(f"nothing to sleep over: memory '{memory}' has heard nothing new")
+        else:
+            typer.echo(common.describe(report, session))
+
+
+def _as_dict(memory: Listing) -> dict:
+    fields = asdict(memory)
+    return {"name": fields.pop("name"), **(fields.pop("header") or {}), **fields}

@@ -1,0 +1,355 @@
+"""One conversation with a model that sleeps: it feeds turns, streams replies, and sleeps.
+
+A session holds two states. The snapshot stood at the START of the window; the working state is
+the snapshot after the window's tokens went through the model once each. A sleep consolidates the
+window from the snapshot and replaces both. The session knows its window and its durable memory;
+it knows no terminal and starts no thread. Only one thread may call it at a time (every array it
+keeps is evaluated, so that it need not always be the same one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from .errors import UserError
+from .memory import Memory
+from .models.base import (
+    SleepConfig,
+    State,
+    fast_weight_bytes,
+    flatten_state,
+    kv_bytes,
+    unflatten_state,
+)
+from .sleep import SleepFailed, SleepReport, consolidate
+from .tokenizer import ChatTokenizer
+
+OnPass = Callable[[int, int, float], None]
+ShouldStop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters of a session. Tokens and sleeps count over the whole life of its memory.
+
+    window_tokens       tokens in the window, not yet consolidated
+    window              tokens that the window can hold
+    passes              N of the next sleep
+    kv_bytes            bytes of the KV cache in use
+    fast_weight_bytes   bytes of S, whatever it remembers
+    tokens              tokens consolidated so far
+    sleeps              sleeps so far
+    """
+
+    window_tokens: int
+    window: int
+    passes: int
+    kv_bytes: int
+    fast_weight_bytes: int
+    tokens: int
+    sleeps: int
+
+
+class Session:
+    """A chat with `model`, remembered in `memory` (or not at all, when that is None).
+
+        with Session.open(memory="alice") as session:
+            session.tell("My cat is called Zorvi.")
+            session.sleep()
+            print(session.ask("What is my cat called?"))
+
+    passes, window  N and L; None takes the model's own
+    max_tokens      longest reply, in tokens
+    temp, top_p     sampling, as in mlx-lm: temp 0 is greedy
+    seed            of the sampling; None leaves MLX's random state alone
+    on_sleep        called with the SleepReport of every sleep, those of a full window included
+
+    It sleeps by itself when a turn would not fit in the window, and on `close`. A memory with
+    tokens that no sleep has folded in yet is replayed through the model. Errors are UserErrors;
+    whatever raises leaves the states and the memory consistent.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        memory: Memory | None = None,
+        *,
+        passes: int | None = None,
+        window: int | None = None,
+        max_tokens: int = 256,
+        temp: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        on_sleep: Callable[[SleepReport], None] | None = None,
+    ):
+        config = SleepConfig(  # for its checks
+            passes=model.sleep.passes if passes is None else passes,
+            window=model.sleep.window if window is None else window,
+        )
+        self.passes, self.window = config.passes, config.window
+        if max_tokens < 1:
+            raise UserError(f"max tokens must be at least 1, not {max_tokens}")
+        if not 0 <= temp < float("inf"):
+            raise UserError(f"the temperature must be 0 or more, not {temp}")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top-p must be above 0 and at most 1, not {top_p}")
+        self.model, self.memory = model, memory
+        self.tokenizer = (
+            tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
+        )
+        self.max_tokens, self.on_sleep = max_tokens, on_sleep
+        self._sampler = make_sampler(temp=temp, top_p=top_p)
+        if seed is not None:
+            mx.random.seed(seed)
+        # Loaded weights are lazy, and a lazy array can only be evaluated by its own thread.
+        mx.eval(model.parameters())
+
+        self._tokens = self._sleeps = 0
+        self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
+        self._snapshot = model.init_state()
+        if memory is not None:
+            self._tokens, self._sleeps = memory.header.tokens, memory.header.sleeps
+            if memory.arrays:
+                self._snapshot = unflatten_state(memory.arrays, model.num_layers)
+                mx.eval(self._snapshot)
+            self._pending = list(memory.pending)
+        self._rewind()
+        # A process that was killed leaves a journal that may end within a reply.
+        end = self.tokenizer.end_ids
+        open_end = bool(self._pending) and self._pending[-len(end) :] != end
+        self._open_reply: object | None = object() if open_end else None
+        self._end_reply()
+        self._feed()
+
+    @classmethod
+    def open(cls, model_path=None, memory: str | None = None, *, home=None, **options) -> Session:
+        """Loads a model folder (None is the embedded model) and opens a memory by name.
+
+        home is the folder of the memories; options are those of `Session`. UserError when the
+        folder or the memory cannot be used.
+        """
+        from .models.load import EMBEDDED, fingerprint, load
+
+        path = EMBEDDED if model_path is None else model_path
+        model, tokenizer, _ = load(path)
+        if memory is None:
+            return cls(model, tokenizer, **options)
+        name = "embedded" if model_path is None else str(model_path)
+        opened = Memory.open(memory, fingerprint(path), model=name, home=home)
+        try:
+            return cls(model, tokenizer, opened, **options)
+        except BaseException:
+            opened.close()
+            raise
+
+    # --- talking ---------------------------------------------------------------------------
+
+    def say(self, text: str) -> Iterator[str]:
+        """Takes a user's turn and streams the reply, in pieces of text as they are generated.
+
+        The turn is in the journal and on the disk when this returns; the reply, when it ends.
+        A reply that is not read to its end (close the iterator to stop it) is closed where it
+        stands and stays in the window like any other. UserError for a text that is empty or
+        not valid Unicode.
+        """
+        text = text.strip()
+        if not text:
+            raise UserError("the text is empty; say something")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not valid UTF-8; check the encoding") from None
+        self._end_reply()
+        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
+        # A question and its reply belong in one window: leave some room for the reply.
+        if self._pending and len(self._pending) + len(ids) + self.window // 8 > self.window:
+            self.sleep()
+        self._record(ids)
+        self._open_reply = reply = object()
+        self._sync()
+        return self._reply(reply)
+
+    def ask(self, text: str) -> str:
+        """`say`, with the whole reply at once."""
+        return "".join(self.say(text))
+
+    tell = ask
+
+    def _reply(self, this: object) -> Iterator[str]:
+        """Samples tokens until a stop id, one forward pass each."""
+        detokenizer = self.tokenizer.detokenizer
+        try:
+            for _ in range(self.max_tokens):
+                if self._open_reply is not this:  # another turn or a sleep came in between
+                    return
+                logits = self._feed()
+                token = self._sampler((logits - mx.logsumexp(logits))[None]).item()
+                if token in self.tokenizer.stop_ids:
+                    break
+                self._record([token])
+                detokenizer.add_token(token)
+                if piece := detokenizer.last_segment:
+                    yield piece
+            detokenizer.finalize()
+            if piece := detokenizer.last_segment:
+                yield piece
+        finally:
+            if self._open_reply is this:
+                self._end_reply()
+
+    # --- sleeping --------------------------------------------------------------------------
+
+    def sleep(
+        self, on_pass: OnPass | None = None, should_stop: ShouldStop | None = None
+    ) -> SleepReport | None:
+        """Folds the window into the fast weights, N passes: a report, or None if it is empty.
+
+        on_pass(done, passes, moved) is called after every pass, should_stop() after every block.
+        A transaction: when it raises (SleepCancelled; UserError for non-finite fast weights or
+        a disk that can't be written) the states and the memory are as they were. When the window
+        overflows, each full window is a transaction of its own.
+        """
+        self._end_reply()
+        reports = []
+        while self._pending:  # more than one window only if a reply has just filled the first
+            count = min(len(self._pending), self.window)
+            reports.append(self._consolidate(count, on_pass, should_stop))
+        if len(reports) < 2:
+            return reports[0] if reports else None
+        return SleepReport(
+            tokens=sum(report.tokens for report in reports),
+            passes=self.passes,
+            seconds=sum(report.seconds for report in reports),
+            moved=reports[-1].moved,
+            kv_bytes_freed=sum(report.kv_bytes_freed for report in reports),
+        )
+
+    def _consolidate(
+        self, count: int, on_pass: OnPass | None = None, should_stop: ShouldStop | None = None
+    ) -> SleepReport:
+        """Sleeps over the first `count` pending tokens; the rest opens the next window."""
+        window, rest = self._pending[:count], self._pending[count:]
+        try:
+            state, report = consolidate(
+                self.model,
+                self._snapshot,
+                mx.array([window]),
+                self.passes,
+                on_pass=on_pass,
+                should_stop=should_stop,
+            )
+        except SleepFailed as error:
+            raise UserError(str(error)) from error
+        if self.memory is not None:
+            self.memory.commit(
+                flatten_state(state),
+                count,
+                passes=self.passes,
+                eviction=self.model.sleep.eviction,
+                window=self.window,
+            )
+        self._snapshot, self._pending = state, rest
+        self._tokens += count
+        self._sleeps += 1
+        self._rewind()
+        if self.on_sleep:
+            self.on_sleep(report)
+        return report
+
+    # --- the window ------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Ids of the tokens that no sleep has folded in yet."""
+        return tuple(self._pending)
+
+    def stats(self) -> Stats:
+        return Stats(
+            window_tokens=len(self._pending),
+            window=self.window,
+            passes=self.passes,
+            kv_bytes=kv_bytes(self._state),
+            fast_weight_bytes=fast_weight_bytes(self._state),
+            tokens=self._tokens,
+            sleeps=self._sleeps,
+        )
+
+    def _rewind(self):
+        """The working state goes back to the start of the window."""
+        self._state: State = self._snapshot
+        self._fed = 0  # how many of the pending tokens the working state has seen
+        self._logits: mx.array | None = None
+
+    def _feed(self) -> mx.array | None:
+        """Runs the pending tokens that the working state has not seen: logits [V] of the last.
+
+        It sleeps when the window is full and more is to come.
+        """
+        while self._fed < len(self._pending):
+            if self._fed == self.window:
+                self._consolidate(self.window)
+                continue
+            chunk = self._pending[self._fed : self.window]
+            logits, state = self.model(mx.array([chunk]), self._state)
+            # Some models have more rows than their tokenizer has tokens.
+            logits = logits[0, -1, : len(self.tokenizer)].astype(mx.float32)
+            mx.eval(logits, state)
+            self._state, self._logits = state, logits
+            self._fed += len(chunk)
+        return self._logits
+
+    def _record(self, ids: list[int]):
+        """Puts tokens into the journal and the window. Nothing has changed if it raises."""
+        if self.memory is not None:
+            self.memory.append(ids)
+        self._pending.extend(ids)
+
+    def _sync(self):
+        if self.memory is not None:
+            self.memory.sync()
+
+    def _end_reply(self):
+        """Closes an open reply, however it came to its end, so that the format stays legal."""
+        if self._open_reply is not None:
+            self._record(self.tokenizer.end_ids)
+            self._open_reply = None
+            self._sync()
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def forget(self):
+        """Empties the memory, on the disk too, and starts from nothing."""
+        if self.memory is not None:
+            self.memory.forget()
+        self._tokens = self._sleeps = 0
+        self._pending, self._open_reply = [], None
+        self._snapshot = self.model.init_state()
+        self._rewind()
+
+    def close(
+        self,
+        sleep: bool = True,
+        on_pass: OnPass | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> SleepReport | None:
+        """Sleeps (unless told not to) and lets go of the memory.
+
+        The memory is closed even when the sleep raises; its journal then keeps the window.
+        """
+        try:
+            self._end_reply()
+            return self.sleep(on_pass, should_stop) if sleep else None
+        finally:
+            if self.memory is not None:
+                self.memory.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.close(sleep=kind is None)
