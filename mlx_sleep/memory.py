@@ -2,14 +2,14 @@
 
 Knows files, locks and crashes. Knows nothing of models, tokenizers or chat: a memory is a dict of
 named arrays, a header of counters and provenance, and the ids of the tokens that no sleep has
-folded in yet. One process, one thread writes to a memory.
+folded in yet. One process writes to a memory, one thread at a time.
 
 Files of one memory in <home>/memories:
 
     NAME.safetensors  the arrays, the header (as metadata) and `pending`, the tokens that the last
                       sleep did not fold in. Replaced as a whole; its rename is the commit.
-    NAME.journal      the tokens heard since then, append-only. Its first line of bytes names the
-                      NAME.safetensors that it continues, by SHA-256.
+    NAME.journal      the tokens heard since then, append-only. Its head names, by SHA-256, the
+                      NAME.safetensors that it continues.
     NAME.lock         flock of the process that may write, its process id inside.
 
 A sleep replaces the first file, then starts a new journal. A crash in between leaves a journal
@@ -98,6 +98,7 @@ class Memory:
     arrays: dict of mx.array, as of the last sleep; empty before the first.
     header: Header.
     pending: list of token ids appended and not yet folded in, oldest first.
+    All three are for reading; the methods change them together with the files.
 
     Every method that writes raises UserError when the disk is full, read-only or gone. The files
     then hold what they held before, and so does this object.
@@ -147,8 +148,8 @@ class Memory:
         self.pending += heard
         if self.header.fingerprint != fingerprint:
             raise UserError(
-                f"memory '{name}' was made by another model "
-                f"({self.header.model or 'fingerprint ' + self.header.fingerprint[:12]}); "
+                f"memory '{name}' was made by another model ({self.header.model or 'unnamed'}, "
+                f"fingerprint {self.header.fingerprint[:12]}; this one's is {fingerprint[:12]}); "
                 "load that model, or choose another memory name"
             )
 

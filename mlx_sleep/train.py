@@ -169,6 +169,7 @@ class Trainer:
                 started = time.perf_counter()
                 chunks, passes = ready
                 loss, right, norm = self._step(chunks, passes)
+                mx.async_eval(loss, right, norm, self.model.state, self.optimizer.state)
                 # The next batch is made while this one is computed.
                 ready = self.plan(self.step + 1) if self.step + 1 < self.steps else None
                 mx.eval(loss, right, norm, self.model.state, self.optimizer.state)

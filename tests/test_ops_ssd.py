@@ -21,7 +21,8 @@ from ops_reference import (
     weights,
 )
 
-from mlx_sleep.ops.ssd import CHUNK, decay_matrix, ssd, ssd_chunk, ssd_naive, ssd_step, unstack
+from mlx_sleep.ops.chunks import decay_matrix, unstack
+from mlx_sleep.ops.ssd import CHUNK, ssd, ssd_chunk, ssd_naive, ssd_step
 
 assert mlx_sleep  # imported for its effect
 

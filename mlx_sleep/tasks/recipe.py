@@ -94,7 +94,7 @@ def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=No
     group = mx.distributed.init()
     if recipe["batch"] % group.size():
         raise UserError(f"batch {recipe['batch']} cannot be split over {group.size()} processes")
-    encode, specials = sentencepiece_encoder(tokenizer_folder)
+    encode, _, specials = sentencepiece_encoder(tokenizer_folder)
     mx.random.seed(recipe.get("seed", 0))
     if start is None:
         model = Model(ModelArgs.from_dict(recipe["model"]))
@@ -107,7 +107,7 @@ def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=No
 
 
 def sentencepiece_encoder(folder: Path):
-    """(encode, specials) straight from tokenizer.model: what training needs, and quick."""
+    """(encode, decode, specials) straight from tokenizer.model: what a task needs, and quick."""
     from sentencepiece import SentencePieceProcessor
 
     from .memory import ASSISTANT, END, PAD, USER
@@ -116,7 +116,7 @@ def sentencepiece_encoder(folder: Path):
     if not path.exists():
         raise UserError(f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR")
     sp = SentencePieceProcessor(model_file=str(path))
-    return sp.encode, {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
+    return sp.encode, sp.decode, {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
 
 
 def _choices(value) -> list:

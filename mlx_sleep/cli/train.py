@@ -1,0 +1,185 @@
+"""`mlx-sleep train` and `mlx-sleep eval`: run a recipe, and ask a model what it remembers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .common import Model
+
+
+def train(
+    task: Annotated[str, typer.Argument(help="The task: memory.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe in the package by name, or a .json file.")
+    ] = "embedded",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder; an unfinished run there goes on. (default: runs/RECIPE)"),
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A model folder to start from, in place of random weights.")
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option(help="Passes of every sleep, in place of the recipe's.")
+    ] = None,
+    checkpoint_passes: Annotated[
+        bool,
+        typer.Option(help="Keep only the blocks' inputs for the backward pass: memory for time."),
+    ] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+):
+    """Train a model through sleep, as in Algorithm 1 of the paper.
+
+    The run's folder gets the recipe, metrics.jsonl, checkpoints, and the finished model in OUT/model.
+    Kill it at any time: the same command goes on from the last checkpoint, to the same losses.
+
+    Example: mlx-sleep train memory --recipe embedded --out runs/embedded
+
+    On two processes: mlx.launch -n 2 --backend ring .venv/bin/mlx-sleep -- train memory
+    """
+    import mlx.core as mx
+
+    from ..models.load import EMBEDDED, save
+    from ..tasks.recipe import make_trainer, read_recipe
+
+    settings = read_recipe(recipe)
+    if settings["task"] != task:
+        raise UserError(f"the recipe {recipe} is for the task {settings['task']!r}, not {task!r}")
+    if passes is not None:
+        if passes < 1:
+            raise UserError(f"a sleep needs at least 1 pass, not {passes}")
+        settings["model"].setdefault("sleep", {})["passes"] = passes
+        for stage in settings["stages"]:
+            stage["passes"] = passes
+    out = out or Path("runs") / Path(recipe).stem
+    trainer = make_trainer(
+        settings, out, EMBEDDED, start=start, checkpoint_passes=checkpoint_passes,
+        save_every=save_every,
+    )
+    first = mx.distributed.init().rank() == 0
+    try:
+        with _progress(trainer, first) as on_step:
+            trainer.run(on_step)
+    except KeyboardInterrupt:
+        if first:
+            print(f"stopped; the same command goes on from {out / 'checkpoint'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if first:
+        save(out / "model", trainer.model, settings["model"], tokenizer_source=EMBEDDED)
+        print(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")
+
+
+def evaluate(
+    task: Annotated[str, typer.Argument(help="The task: memory.")],
+    model: Model = None,
+    passes: Annotated[
+        str | None, typer.Option(help="Passes to try, as in 1,2,4. (default: the model's)")
+    ] = None,
+    case: Annotated[
+        str | None, typer.Option(help="Only these cases, with commas. (default: all)")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Conversations for each case.")] = 500,
+    seed: Annotated[int, typer.Option(help="Picks the set of conversations.")] = 0,
+    split: Annotated[str, typer.Option(help="Names and values of: train, valid, test.")] = "test",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+):
+    """Ask a model about what it was told before it slept; exact answers count.
+
+    `zeroed` is the same with the fast weights set to zero after the last sleep.
+
+    Example: mlx-sleep eval memory --passes 1,2,4
+    """
+    from ..bench import emit
+    from ..evaluate import evaluate_memory
+    from ..models.load import EMBEDDED, load_model
+    from ..tasks.memory import CASES, MemoryTask
+    from ..tasks.recipe import TASKS, sentencepiece_encoder
+    from ..tasks.words import SPLITS
+
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    cases = case.split(",") if case else list(CASES)
+    if unknown := sorted(set(cases) - set(CASES)):
+        raise UserError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
+    if n < 1:
+        raise UserError("--n must be at least 1")
+    folder = Path(model) if model else EMBEDDED
+    loaded, _ = load_model(folder)
+    encode, decode, specials = sentencepiece_encoder(folder)
+    rows = evaluate_memory(
+        loaded, MemoryTask(encode, specials, split, seed=seed), decode, cases=cases,
+        passes=_numbers(passes) if passes else [loaded.sleep.passes], n=n,
+        on_batch=None if json or not sys.stderr.isatty() else _count,
+    )
+    emit("eval memory", rows, json)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--passes takes whole numbers with commas, as in 1,2,4; not {text!r}") from None
+    if min(numbers) < 1:
+        raise UserError("a sleep needs at least 1 pass")
+    return numbers
+
+
+def _count(done: int, total: int):
+    end = "\n" if done == total else ""
+    print(f"\r{done}/{total} conversations", end=end, file=sys.stderr, flush=True)
+
+
+def _progress(trainer, shown: bool):
+    """A progress bar on a terminal, a line now and then in a log: a context with on_step."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    def text(row, loss, right):
+        return (
+            f"loss {loss:.3f}  right {right:.3f}  N={row['passes']}  "
+            f"{row['tokens'] / 1e6:.2f}M tokens  {row['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    @contextmanager
+    def context():
+        means: dict[str, float] = {}
+
+        def average(row):
+            for name in ("loss", "right"):  # over about the last 20 steps
+                means[name] = row[name] + 0.95 * (means.get(name, row[name]) - row[name])
+            return means["loss"], means["right"]
+
+        if not shown:
+            yield None
+        elif sys.stderr.isatty():
+            from rich.console import Console
+
+            bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"), BarColumn(),
+                TimeRemainingColumn(), TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            with bar:
+                job = bar.add_task("", total=trainer.steps)
+                yield lambda row: bar.update(
+                    job, completed=row["step"], description=text(row, *average(row))
+                )
+        else:
+
+            def log(row):
+                loss, right = average(row)
+                if row["step"] % 20 == 0 or row["step"] == trainer.steps:
+                    line = f"step {row['step']}/{trainer.steps}  {text(row, loss, right)}"
+                    print(line, file=sys.stderr, flush=True)
+
+            yield log
+
+    return context()

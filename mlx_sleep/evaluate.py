@@ -1,0 +1,129 @@
+"""What a model still knows: exact answers after sleep, with intervals (`mlx-sleep eval memory`).
+
+Each item is a conversation that nobody trained on: its windows are slept over one by one, the KV
+cache is gone, and one question is answered greedily in an empty window. The same is done with S
+set to zero after the last sleep, which must fall to chance if it is S that carries the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import mlx.core as mx
+import numpy as np
+
+from .models.base import State
+from .sleep import consolidate
+
+
+def evaluate_memory(
+    model,
+    task,
+    decode: Callable[[list[int]], str],
+    *,
+    cases: Iterable[str],
+    passes: Iterable[int],
+    n: int = 500,
+    batch: int = 50,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """Rows of case, passes, accuracy, low, high (95% Wilson), n, zeroed.
+
+    task is a `MemoryTask` of the split to be asked (its seed picks the set), decode turns ids into text. on_batch(done,
+    total) is told about progress in conversations.
+    """
+    from .tasks.memory import correct
+
+    cases, passes = list(cases), list(passes)
+    rows, done, total = [], 0, len(cases) * len(passes) * n
+    for case in cases:
+        examples = list(task.evaluation(case, n))
+        for N in passes:
+            right = zeroed = 0
+            # Sorting by number of windows lets a batch sleep together.
+            examples.sort(key=lambda e: len(e.windows))
+            for group in _groups(examples, batch):
+                state = sleep_over(model, [e.windows for e in group], N)
+                prompts = [e.context + e.prompt for e in group]
+                for s, count in ((state, "right"), (zero_fast_weights(state), "zeroed")):
+                    replies = answer(model, prompts, s, task.end)
+                    hits = sum(
+                        correct(decode(r), e.value) for r, e in zip(replies, group, strict=True)
+                    )
+                    if count == "right":
+                        right += hits
+                    else:
+                        zeroed += hits
+                done += len(group)
+                if on_batch:
+                    on_batch(done, total)
+            low, high = wilson(right, n)
+            rows.append({
+                "case": case, "passes": N, "accuracy": right / n, "low": low, "high": high,
+                "n": n, "zeroed": zeroed / n,
+            })
+    return rows
+
+
+def sleep_over(model, windows: list[list[list[int]]], passes: int) -> State:
+    """The state after sleeping over each row's windows; all rows have the same number of them."""
+    state = model.init_state(len(windows))
+    for w in range(len(windows[0])):
+        tokens, mask = pad([row[w] for row in windows])
+        state, _ = consolidate(model, state, tokens, passes, mask=mask)
+    return state
+
+
+def answer(model, prompts: list[list[int]], state: State, end: int, most: int = 24):
+    """Greedy replies (token ids without `end`), one forward pass for each token of the batch."""
+    tokens, mask = pad(prompts)
+    logits, state = model(tokens, state, mask)
+    last = mask.sum(axis=1) - 1
+    logits = mx.take_along_axis(logits, last[:, None, None], axis=1)
+    replies = []
+    for _ in range(most):
+        token = mx.argmax(logits, axis=-1)  # [B, 1]
+        mx.eval(token, state)
+        replies.append(np.array(token[:, 0]))
+        if (np.stack(replies, 1) == end).any(axis=1).all():
+            break
+        logits, state = model(token, state)
+    ids = np.stack(replies, 1).tolist()
+    return [row[: row.index(end)] if end in row else row for row in ids]
+
+
+def zero_fast_weights(state: State) -> State:
+    """The state with S = 0 in every layer: what is left when the fast weights are taken away."""
+    return [
+        {k: mx.zeros_like(x) if k == "fast_weights" else x for k, x in layer.items()}
+        for layer in state
+    ]
+
+
+def pad(rows: list[list[int]]) -> tuple[mx.array, mx.array]:
+    """(tokens [B, T] int32, mask [B, T] bool), padded on the right."""
+    longest = max(len(row) for row in rows)
+    tokens = [row + [0] * (longest - len(row)) for row in rows]
+    mask = [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
+    return mx.array(tokens, mx.int32), mx.array(mask)
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% Wilson interval of a share."""
+    p = right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _groups(examples, batch):
+    """Runs of at most `batch` examples with the same number of windows."""
+    group = []
+    for e in examples:
+        if group and (len(group) == batch or len(e.windows) != len(group[0].windows)):
+            yield group
+            group = []
+        group.append(e)
+    if group:
+        yield group
