@@ -19,7 +19,9 @@ def train(
     ] = "embedded",
     out: Annotated[
         Path | None,
-        typer.Option(help="The run's folder; an unfinished run there goes on. (default: runs/RECIPE)"),
+        typer.Option(
+            help="The run's folder; an unfinished run there goes on. (default: runs/RECIPE)"
+        ),
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="A model folder to start from, in place of random weights.")
@@ -35,7 +37,7 @@ def train(
 ):
     """Train a model through sleep, as in Algorithm 1 of the paper.
 
-    The run's folder gets the recipe, metrics.jsonl, checkpoints, and the finished model in OUT/model.
+    OUT gets the recipe, metrics.jsonl, checkpoints, and the finished model in OUT/model.
     Kill it at any time: the same command goes on from the last checkpoint, to the same losses.
 
     Example: mlx-sleep train memory --recipe embedded --out runs/embedded
@@ -58,7 +60,11 @@ def train(
             stage["passes"] = passes
     out = out or Path("runs") / Path(recipe).stem
     trainer = make_trainer(
-        settings, out, EMBEDDED, start=start, checkpoint_passes=checkpoint_passes,
+        settings,
+        out,
+        EMBEDDED,
+        start=start,
+        checkpoint_passes=checkpoint_passes,
         save_every=save_every,
     )
     first = mx.distributed.init().rank() == 0
@@ -114,8 +120,12 @@ def evaluate(
     loaded, _ = load_model(folder)
     encode, decode, specials = sentencepiece_encoder(folder)
     rows = evaluate_memory(
-        loaded, MemoryTask(encode, specials, split, seed=seed), decode, cases=cases,
-        passes=_numbers(passes) if passes else [loaded.sleep.passes], n=n,
+        loaded,
+        MemoryTask(encode, specials, split, seed=seed),
+        decode,
+        cases=cases,
+        passes=_numbers(passes) if passes else [loaded.sleep.passes],
+        n=n,
         on_batch=None if json or not sys.stderr.isatty() else _count,
     )
     emit("eval memory", rows, json)
@@ -125,7 +135,9 @@ def _numbers(text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--passes takes whole numbers with commas, as in 1,2,4; not {text!r}") from None
+        raise UserError(
+            f"--passes takes whole numbers with commas, as in 1,2,4; not {text!r}"
+        ) from None
     if min(numbers) < 1:
         raise UserError("a sleep needs at least 1 pass")
     return numbers
@@ -163,8 +175,10 @@ def _progress(trainer, shown: bool):
             from rich.console import Console
 
             bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"), BarColumn(),
-                TimeRemainingColumn(), TextColumn("{task.description}"),
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
                 console=Console(stderr=True),
             )
             with bar:

@@ -61,8 +61,10 @@ def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", ran
         stage = _stage_of(recipe, step)
         draw = Random(f"{recipe.get('seed', 0)}/{step}")
         passes = draw.choice(_choices(stage["passes"]))
-        level = {key: draw.choice(_choices(v)) if key == "windows" else v
-                 for key, v in stage["level"].items()}
+        level = {
+            key: draw.choice(_choices(v)) if key == "windows" else v
+            for key, v in stage["level"].items()
+        }
         first = step * recipe["batch"] + rank * batch
         return chunks_of(task.batch(range(first, first + batch), make_level(level))), passes
 
@@ -86,8 +88,15 @@ def chunks_of(batch: dict[str, np.ndarray]) -> list[Chunk]:
     return [*chunks, labelled(*final)]
 
 
-def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=None,
-                 checkpoint_passes=False, save_every=200) -> Trainer:
+def make_trainer(
+    recipe: dict,
+    folder: Path,
+    tokenizer_folder: Path,
+    *,
+    start=None,
+    checkpoint_passes=False,
+    save_every=200,
+) -> Trainer:
     """A trainer for the recipe. `start` is a model folder to begin from (fresh optimizer)."""
     from ..models.load import load_model
 
@@ -101,9 +110,17 @@ def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=No
     else:
         model, _ = load_model(start)
     plan = make_plan(recipe, encode, specials, rank=group.rank(), size=group.size())
-    return Trainer(model, folder, {**recipe, "start": start and str(start)}, total_steps(recipe),
-                   plan, checkpoint_passes=checkpoint_passes, save_every=save_every, group=group,
-                   **recipe["optimizer"])
+    return Trainer(
+        model,
+        folder,
+        {**recipe, "start": start and str(start)},
+        total_steps(recipe),
+        plan,
+        checkpoint_passes=checkpoint_passes,
+        save_every=save_every,
+        group=group,
+        **recipe["optimizer"],
+    )
 
 
 def sentencepiece_encoder(folder: Path):
@@ -114,9 +131,15 @@ def sentencepiece_encoder(folder: Path):
 
     path = Path(folder) / "tokenizer.model"
     if not path.exists():
-        raise UserError(f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR")
+        raise UserError(
+            f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR"
+        )
     sp = SentencePieceProcessor(model_file=str(path))
-    return sp.encode, sp.decode, {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
+    return (
+        sp.encode,
+        sp.decode,
+        {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)},
+    )
 
 
 def _choices(value) -> list:
