@@ -225,6 +225,10 @@ class Trainer:
         rate = rate_at(self.step, self.steps, self.warmup, self.cooldown)
         for o, base in zip(self.optimizer.optimizers, self.optimizer.base_rates, strict=True):
             o.learning_rate = base * rate
+        if mx.default_device() == mx.Device(mx.cpu):
+            # Compiling a graph of many passes takes seconds for each new shape, and gains nothing
+            # where the time goes into products and exponentials.
+            return self._update(chunks, passes)
         if passes not in self._compiled:
             state = [self.model.state, self.optimizer.state]
             # Over plain tuples: mx.compile gives containers back as lists, tuples and dicts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import json
 import sys
-import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -61,19 +61,27 @@ def test_rounds_are_interleaved_and_the_first_is_warm_up():
     assert asked == ["a", "b"] * 3
 
 
-def test_clock_waits_for_the_arrays():
-    x = mx.random.normal((700, 700))
-    mx.eval(x)
+@pytest.fixture
+def wall(monkeypatch):
+    """A wall clock that moves only when a test says so: wall.now is in seconds."""
+    fake = SimpleNamespace(now=0.0)
+    fake.perf_counter = lambda: fake.now
+    monkeypatch.setattr(bench, "time", fake)
+    monkeypatch.setattr(sleep, "time", fake)
+    return fake
 
-    def work(x):  # lazy: it returns at once
-        for _ in range(20):
-            x = mx.tanh(x @ x)
-        return {"deep": [x]}
 
-    start = time.perf_counter()
-    work(x)
-    building = time.perf_counter() - start
-    assert bench.clock(work, x)() > 3 * building
+def test_clock_waits_for_the_arrays(wall, monkeypatch):
+    evaluated = []
+
+    def evaluate(*trees):
+        evaluated.extend(trees)
+        wall.now += 3
+
+    monkeypatch.setattr(mx, "eval", evaluate)
+    x = mx.ones(4)
+    assert bench.clock(lambda x: {"deep": [x]}, x)() == 3
+    assert evaluated[0]["deep"][0] is x
 
 
 def test_ratio_is_the_median_of_pairs():
@@ -128,18 +136,20 @@ def test_sleep_rows(model):
         assert row["seconds"] > 0 and row["ratio_to_prefill"] > 0 and row["cancel_ms"] >= 0
 
 
-def test_cancel_ms_is_at_most_a_block(model, monkeypatch):
+def test_cancel_ms_is_at_most_a_block(model, wall, monkeypatch):
     """With blocks of 20 ms, a request waits for one block and not for the whole sleep."""
     block = Model.block
 
     def slow(self, *args):
-        time.sleep(0.02)
+        wall.now += 0.02
         return block(self, *args)
 
     monkeypatch.setattr(Model, "block", slow)
     (row,) = sleep.rows(model, passes=(6,), repeats=1)
-    assert row["seconds"] >= 12 * 0.02
-    assert 5 < row["cancel_ms"] < 1e3 * row["seconds"] / 2
+    assert row["seconds"] == pytest.approx(6 * 2 * 0.02)
+    # Model.hidden runs the same two blocks once.
+    assert row["ratio_to_prefill"] == pytest.approx(1)
+    assert 10 < row["cancel_ms"] <= 20.001
 
 
 @pytest.mark.parametrize(

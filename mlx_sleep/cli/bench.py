@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
-from .common import Model
+from .common import Model, numbers
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -59,7 +58,7 @@ def wake(
     """
     from ..bench import wake
 
-    many, histories = _numbers("--passes", passes), _numbers("--history", history)
+    many, histories = numbers("--passes", passes), numbers("--history", history)
     loaded = _load(model)
     _run("bench wake", wake, wake.rows(loaded, many, histories, repeats), json, plot)
 
@@ -78,7 +77,7 @@ def sleep(
     """
     from ..bench import sleep
 
-    many = _numbers("--passes", passes)
+    many = numbers("--passes", passes)
     loaded = _load(model)
     _run("bench sleep", sleep, sleep.rows(loaded, many, repeats=repeats), json, plot)
 
@@ -106,13 +105,3 @@ def _run(command: str, bench, rows, json: bool, plot: Path | None):
     if picture:
         bench.plot(measured, picture.axes)
         picture.save()
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"{option} takes whole numbers >= 1 with commas, as in 1,2,4; not {text!r}")
-    return numbers

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .common import Model
+from .common import Model, numbers
 
 
 def train(
@@ -124,23 +124,11 @@ def evaluate(
         MemoryTask(encode, specials, split, seed=seed),
         decode,
         cases=cases,
-        passes=_numbers(passes) if passes else [loaded.sleep.passes],
+        passes=numbers("--passes", passes) if passes else [loaded.sleep.passes],
         n=n,
         on_batch=None if json or not sys.stderr.isatty() else _count,
     )
     emit("eval memory", rows, json)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--passes takes whole numbers with commas, as in 1,2,4; not {text!r}"
-        ) from None
-    if min(numbers) < 1:
-        raise UserError("a sleep needs at least 1 pass")
-    return numbers
 
 
 def _count(done: int, total: int):
