@@ -42,12 +42,13 @@ def train(
 
     Example: mlx-sleep train memory --recipe embedded --out runs/embedded
 
-    On two processes: mlx.launch -n 2 --backend ring .venv/bin/mlx-sleep -- train memory
+    On two processes: mlx.launch -n 2 --backend ring -- .venv/bin/mlx-sleep train memory
     """
     import mlx.core as mx
 
     from ..models.load import EMBEDDED, save
-    from ..tasks.recipe import make_trainer, read_recipe
+    from ..tasks.memory import END, PAD
+    from ..tasks.recipe import make_trainer, read_recipe, sentencepiece_encoder
 
     settings = read_recipe(recipe)
     if settings["task"] != task:
@@ -76,7 +77,13 @@ def train(
             print(f"stopped; the same command goes on from {out / 'checkpoint'}", file=sys.stderr)
         raise typer.Exit(130) from None
     if first:
-        save(out / "model", trainer.model, settings["model"], tokenizer_source=EMBEDDED)
+        _, _, specials = sentencepiece_encoder(EMBEDDED)
+        config = {
+            **settings["model"],
+            "eos_token_id": specials[END],
+            "pad_token_id": specials[PAD],
+        }
+        save(out / "model", trainer.model, config, tokenizer_source=EMBEDDED, overwrite=True)
         print(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")
 
 

@@ -18,6 +18,7 @@ from random import Random
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..errors import UserError
 from ..models.sleep_hybrid import Model, ModelArgs
@@ -105,10 +106,13 @@ def make_trainer(
         raise UserError(f"batch {recipe['batch']} cannot be split over {group.size()} processes")
     encode, _, specials = sentencepiece_encoder(tokenizer_folder)
     mx.random.seed(recipe.get("seed", 0))
-    if start is None:
-        model = Model(ModelArgs.from_dict(recipe["model"]))
-    else:
-        model, _ = load_model(start)
+    model = Model(ModelArgs.from_dict(recipe["model"]))
+    if start is not None:
+        weights = tree_flatten(load_model(start)[0].parameters())
+        try:
+            model.load_weights(weights)
+        except ValueError as e:
+            raise UserError(f"{start} does not fit the recipe's model: {e}") from None
     plan = make_plan(recipe, encode, specials, rank=group.rank(), size=group.size())
     return Trainer(
         model,
