@@ -98,6 +98,8 @@ class Session:
             raise UserError(f"the temperature must be 0 or more, not {temp}")
         if not 0 < top_p <= 1:
             raise UserError(f"top-p must be above 0 and at most 1, not {top_p}")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
         self.model, self.memory = model, memory
         self.tokenizer = (
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)

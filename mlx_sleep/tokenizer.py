@@ -15,6 +15,8 @@ from transformers.utils import logging
 
 from .errors import UserError
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 # Stand-ins for the texts of a conversation; no template contains or alters such words.
 _USER, _REPLY, _NEXT = "USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2"
 
@@ -65,6 +67,8 @@ class ChatTokenizer:
 
 def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTokenizer:
     """The tokenizer in a model folder. UserError when there is none or it cannot be read."""
+    if not any((Path(path) / name).is_file() for name in _FILES):
+        raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(_FILES)}")
     ids = None if eos_token_ids is None else list(eos_token_ids)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every model_type that transformers doesn't have

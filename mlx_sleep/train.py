@@ -188,11 +188,14 @@ class Trainer:
                 # The next batch is made while this one is computed.
                 ready = self.plan(self.step + 1) if self.step + 1 < self.steps else None
                 mx.eval(loss, right, norm, self.model.state, self.optimizer.state)
-                if not math.isfinite(loss.item()):
-                    raise UserError(
-                        f"the loss is not finite at step {self.step + 1}; the last checkpoint is "
-                        f"{self.folder / 'checkpoint'}: lower the learning rate and resume"
-                    )
+                # A gradient that is not finite has spoilt the weights, which the next loss would
+                # show, but perhaps behind a checkpoint of them.
+                for what, value in (("loss", loss), ("gradient", norm)):
+                    if not math.isfinite(value.item()):
+                        raise UserError(
+                            f"the {what} is not finite at step {self.step + 1}; lower the learning "
+                            f"rates in the recipe, and start anew in another --out"
+                        )
                 self.step += 1
                 count = sum(self._real(c) for c in chunks) * self.group.size()
                 self.tokens += count
@@ -255,12 +258,22 @@ class Trainer:
         recipe = self.folder / "recipe.json"
         text = json.dumps(self.settings, indent=2, sort_keys=True)
         if recipe.exists():
-            if json.loads(recipe.read_text()) != json.loads(text):
+            try:
+                theirs = json.loads(recipe.read_text())
+            except ValueError:  # a kill or a full disk cut it short, before the first step
+                theirs = None
+            if theirs != json.loads(text):
                 raise UserError(
                     f"{self.folder} holds a run with another recipe; choose another --out, or "
                     f"remove it"
                 )
-            self._load()
+            try:
+                self._load()
+            except (OSError, RuntimeError, ValueError) as error:  # MLX raises the last two
+                raise UserError(
+                    f"the checkpoint in {self.folder} cannot be read ({error}); remove it to "
+                    "start from the first step"
+                ) from error
         elif self.group.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             recipe.write_text(text)
@@ -289,19 +302,24 @@ class Trainer:
         new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        mx.save_safetensors(
-            str(new / "model.safetensors"), dict(tree_flatten(self.model.parameters()))
-        )
-        mx.save_safetensors(
-            str(new / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state))
-        )
+        try:
+            for name, tree in (
+                ("model", self.model.parameters()),
+                ("optimizer", self.optimizer.state),
+            ):
+                mx.save_safetensors(str(new / f"{name}.safetensors"), dict(tree_flatten(tree)))
+        except RuntimeError as error:  # MLX's word for a disk that is full
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder} ({error}); free some space there, "
+                "and the same command goes on from the one before"
+            ) from error
         (new / "progress.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens}))
         for file in new.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         aside = self.folder / "checkpoint.old"
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists():
+        if old.exists():  # else a kill has left `aside` as the only one
+            shutil.rmtree(aside, ignore_errors=True)
             old.rename(aside)
         new.rename(old)
         shutil.rmtree(aside, ignore_errors=True)

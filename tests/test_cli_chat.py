@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -23,6 +24,7 @@ from mlx_sleep.cli import COMMANDS, common, main
 from mlx_sleep.cli.chat import IdleSleeper, _command
 from mlx_sleep.errors import UserError
 from mlx_sleep.memory import show_memory
+from mlx_sleep.sleep import SleepCancelled
 
 PROGRAM = [sys.executable, "-c", "from mlx_sleep.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "TERM": "xterm-256color"}
@@ -127,7 +129,7 @@ class Screen:
 class Terminal:
     """A chat at a pseudo-terminal: type into it, wait for words on its screen."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, term: str = "xterm-256color"):
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 250, 0, 0))
 
@@ -140,7 +142,7 @@ class Terminal:
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, "TERM": term},
             preexec_fn=own_terminal,
         )
         os.close(slave)
@@ -240,9 +242,52 @@ def test_pipe_that_nobody_reads_any_more(model, tmp_path):
     )
     process.stdout.close()
     _, error = process.communicate(b"hello\nyou\n")
-    assert process.returncode != 0 and error == b""
+    assert process.returncode != 0 and error.count(b"\n") == 1
+    assert b"nobody reads the output" in error and b"'default' keeps what was said" in error
     memory = show_memory("default", tmp_path)
     assert memory.header.sleeps == 1 and memory.header.tokens >= 8 and memory.pending == 0
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_are_the_null_device(model, tmp_path, closed):
+    """Python has None for them, MLX cannot read a file numbered 0."""
+    command = [*PROGRAM, "generate", "--model", model, "--home", tmp_path, "--max-tokens", "4"]
+    done = subprocess.run(
+        [*map(str, command), "--memory", "mine", "--prompt", "hello"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: [os.close(number) for number in closed],
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert show_memory("mine", tmp_path).header.sleeps == 1
+
+
+def test_an_error_is_not_printed_to_standard_output_when_standard_error_is_closed():
+    done = subprocess.run(
+        [*PROGRAM, "generate", "--prompt", ""],
+        stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: os.close(2),
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_on_a_full_disk_is_one_line_and_what_was_said_is_kept(model, tmp_path):
+    options = ["--model", str(model), "--home", str(tmp_path), "--max-tokens", "8"]
+    for command in (["chat", *options], ["memory", "list", "--home", str(tmp_path)]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*PROGRAM, *command],
+                input=b"hello\n",
+                stdout=full,
+                stderr=subprocess.PIPE,
+                env=ENVIRONMENT,
+            )
+        assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+        assert done.stderr.startswith(b"error: standard") and b"free some space" in done.stderr
+    assert show_memory("default", tmp_path).pending >= 8
 
 
 def test_generate(run, model, tmp_path):
@@ -267,6 +312,16 @@ def test_sleep(run, refused, model, tmp_path):
     header = show_memory("default", tmp_path).header
     assert (header.tokens, header.sleeps, header.passes) == (waiting, 1, 3)
     assert "nothing to sleep over" in run("sleep", *options)[1]
+
+
+def test_a_sleep_that_ctrl_c_cancels_says_so(run, refused, model, tmp_path, monkeypatch):
+    options = ("--model", model, "--home", tmp_path)
+    refused("chat", *options, "--max-tokens", 4, stdin=b"hello\n\xff\n")
+    waiting = show_memory("default", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Progress, "step", lambda self: signal.raise_signal(signal.SIGINT))
+        assert run("sleep", *options) == (130, "", "sleep cancelled; nothing is lost\n")
+    assert show_memory("default", tmp_path) == waiting
 
 
 def test_memory_commands(run, refused, model, tmp_path):
@@ -302,6 +357,7 @@ def test_memory_commands(run, refused, model, tmp_path):
         (("--temp", -1), "temperature"),
         (("--temp", "nan"), "temperature"),
         (("--top-p", 1.5), "top-p"),
+        (("--seed", -1), "seed"),
         (("--memory", "../etc"), "cannot name a memory"),
         (("--model", "no/such/folder"), "no model folder"),
     ],
@@ -382,6 +438,27 @@ def test_an_idle_sleep_that_fails_is_shown_once_and_a_bug_is_raised():
     assert session.calls == 0
 
 
+def test_ctrl_c_never_leaves_the_session_to_two_threads():
+    session = Broken(None)
+    sleeping, finished = threading.Event(), threading.Event()
+
+    def sleep(on_pass, should_stop):
+        sleeping.set()
+        time.sleep(0.5)  # one block of a large model
+        finished.set()
+        raise SleepCancelled
+
+    session.sleep = sleep
+    sleeper = IdleSleeper(session, 0.01, lambda text: None, lambda text: None)
+    sleeper.start()
+    assert sleeping.wait(5)
+    main_thread = threading.main_thread().ident
+    threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        sleeper.stop()
+    assert finished.is_set()
+
+
 # --- at a terminal -------------------------------------------------------------------------
 
 
@@ -426,6 +503,33 @@ def test_terminal_ctrl_c_cancels_the_reply_and_twice_leaves(model, tmp_path):
         assert terminal.leave("\x03") == 0
         assert "slept" in str(terminal.screen)
     assert show_memory("default", tmp_path).pending == 0
+
+
+def test_terminal_ctrl_c_over_a_half_typed_line_is_about_that_line(model, tmp_path):
+    with Terminal("--model", model, "--home", tmp_path, "--idle", 0) as terminal:
+        terminal.wait_for(r">\s*window 0/400")
+        for text in ("half", "another"):
+            terminal.type(text)
+            terminal.wait_for(rf"> {text}")
+            terminal.type("\x03")
+            terminal.wait_for(rf"> {text}\nCtrl-C again leaves(.*\n)*>\s*window")
+        assert terminal.leave("\x03") == 0
+
+
+def test_a_key_cancels_a_sleep_on_a_dumb_terminal_too(model, tmp_path):
+    options = ("--model", model, "--home", tmp_path, "--max-tokens", 8, "--idle", 1)
+    with Terminal(*options, "--passes", 20, term="dumb") as terminal:
+        terminal.wait_for(r"/help lists(.*\n)*>")
+        terminal.type("hello\r")
+        terminal.wait_for(r"(?s)> hello\n.+\n>")
+        for _ in range(8):  # a key comes more often than the idle time ends
+            terminal.type("x")
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                terminal.read(0.05)
+        assert show_memory("default", tmp_path).header.sleeps == 0
+        assert "slept" not in str(terminal.screen)
+        terminal.wait_for(r"slept: \d+ tokens", 60)  # left alone, it does
 
 
 def test_terminal_ctrl_c_while_leaving_keeps_the_journal(model, tmp_path):

@@ -212,6 +212,8 @@ def test_save_refuses_what_would_not_load(tmp_path, model):
 def test_missing_folder_and_missing_files(tmp_path, folder):
     assert "no model folder at" in refusal(tmp_path / "nowhere")
     assert "no model folder at" in refusal(folder / "config.json")
+    with pytest.raises(UserError, match="has no tokenizer: it needs one of"):
+        load(folder)
     (folder / "model.safetensors").unlink()
     assert "neither model.safetensors nor" in refusal(folder)
     (folder / "config.json").unlink()

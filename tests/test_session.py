@@ -135,7 +135,15 @@ def test_bad_texts_are_refused_and_change_nothing(memory, bad):
 
 @pytest.mark.parametrize(
     "options",
-    [{"passes": 0}, {"window": 1}, {"max_tokens": 0}, {"temp": -0.1}, {"top_p": 0.0}],
+    [
+        {"passes": 0},
+        {"window": 1},
+        {"max_tokens": 0},
+        {"temp": -0.1},
+        {"top_p": 0.0},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(UserError):

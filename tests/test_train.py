@@ -11,8 +11,10 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from mlx_sleep import evaluate
+from mlx_sleep.cli.train import train as train_command
 from mlx_sleep.errors import UserError
 from mlx_sleep.evaluate import evaluate_memory, wilson
 from mlx_sleep.models.load import EMBEDDED, load_model
@@ -115,6 +117,84 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(recipe, tmp_path, monkeypatch):
+    trainer = make_trainer(read_recipe(str(recipe)), tmp_path / "run", EMBEDDED, save_every=1)
+    step, calls = trainer._step, []
+
+    def spoilt(chunks, passes):
+        loss, right, norm = step(chunks, passes)
+        calls.append(passes)
+        return loss, right, norm if len(calls) < 2 else mx.array(float("inf"))
+
+    monkeypatch.setattr(trainer, "_step", spoilt)
+    with pytest.raises(UserError, match="gradient is not finite at step 2"):
+        trainer.run()
+    progress = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())
+    assert progress["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json"])
+def test_a_damaged_run_is_refused_in_words(recipe, tmp_path, name):
+    settings, run = read_recipe(str(recipe)), tmp_path / "run"
+    with pytest.raises(Stop):
+        make_trainer(settings, run, EMBEDDED, save_every=1).run(raise_stop)
+    path = run / "checkpoint" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        make_trainer(settings, run, EMBEDDED).run()
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        make_trainer(settings, run, EMBEDDED).run()
+    (run / "recipe.json").write_text("")
+    with pytest.raises(UserError, match="another recipe"):
+        make_trainer(settings, run, EMBEDDED).run()
+
+
+def raise_stop(row):
+    raise Stop
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(recipe, tmp_path):
+    """A file size limit stands in for a full disk, as in test_load.py."""
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from mlx_sleep.errors import UserError\n"
+        "from mlx_sleep.models.load import EMBEDDED\n"
+        "from mlx_sleep.tasks.recipe import make_trainer, read_recipe\n"
+        "out = Path(sys.argv[2])\n"
+        "trainer = make_trainer(read_recipe(sys.argv[1]), out, EMBEDDED, save_every=1)\n"
+        "def limit(row):\n"
+        "    if row['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: trainer.run(limit)\n"
+        "except UserError as error: print(error)\n"
+    )
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(recipe), str(run)], capture_output=True, text=True
+    )
+    assert "cannot write a checkpoint" in done.stdout, done.stderr
+    make_trainer(read_recipe(str(recipe)), run, EMBEDDED, save_every=1).run()
+    assert len(losses(run)) == 6
+
+
+def test_a_kill_after_a_killed_save_leaves_a_checkpoint_as_well(recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    trainer = make_trainer(read_recipe(str(recipe)), run, EMBEDDED)
+    trainer._open_folder()
+    trainer.save()
+    (run / "checkpoint").rename(run / "checkpoint.old")  # a kill between two renames
+
+    def killed(self, target):
+        raise Stop
+
+    monkeypatch.setattr(type(tmp_path), "rename", killed)
+    with pytest.raises(Stop):
+        trainer.save()
+    assert (run / "checkpoint.old" / "progress.json").exists()
+
+
 def test_every_parameter_has_its_optimizer(recipe, tmp_path):
     """Muon for the projections of the blocks, AdamW for the rest, and every one of them moves."""
     from mlx.utils import tree_flatten
@@ -199,8 +279,39 @@ def test_bad_recipes(tmp_path, change, message):
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_recipe(str(path))
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="one JSON object"):
+        read_recipe(str(path))
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="cannot read"):
+        read_recipe(str(tmp_path / "folder.json"))
     with pytest.raises(UserError, match="no recipe 'nothing'"):
         read_recipe("nothing")
+
+
+def test_bad_options_of_the_train_command():
+    with pytest.raises(UserError, match="unknown task 'poetry'; known: memory"):
+        train_command("poetry")
+    with pytest.raises(UserError, match="--save-every"):
+        train_command("memory", save_every=0)
+
+
+def test_a_tokenizer_that_the_task_cannot_use(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at"):
+        sentencepiece_encoder(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        sentencepiece_encoder(tmp_path)
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d", "e f g h"]),
+            model_writer=file,
+            vocab_size=12,
+            model_type="char",
+            minloglevel=2,
+        )
+    with pytest.raises(UserError, match=r"has no <\|user\|>, .*trained on it"):
+        sentencepiece_encoder(tmp_path)
 
 
 def test_evaluation_counts_what_the_model_says(monkeypatch):

@@ -6,7 +6,9 @@ A command's module is imported when it is asked for, and imports MLX only when i
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from typing import Annotated
 
@@ -72,11 +74,35 @@ def _root(
 
 def main():
     """The entry point. A UserError is one line on standard error and exit code 1."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a reply may not fit the locale's encoding
             stream.reconfigure(errors="replace")
     try:
         app(prog_name="mlx-sleep")
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        # Nobody foresaw it where it came up: standard output on a full disk, for one. What could
+        # not be written must not be tried again when Python ends.
+        sys.stdout = open(os.devnull, "w")
+        where = error.filename or "standard input or output"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space there" if full else "check it, or use another"
+        _fail(f"{where}: {error.strerror or error}; {remedy}")
+
+
+def _fail(message: str):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _open_standard_streams():
+    """Gives a stream that the caller closed (`<&-`) the null device.
+
+    Else the next file would get its number: MLX cannot read from file 0, and a library that
+    prints would write into a memory.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))

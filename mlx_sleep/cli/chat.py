@@ -55,7 +55,7 @@ def chat(
 
     if not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
-    on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         sys.stdout.write(f"loading {model or 'the embedded model'} ...")
         sys.stdout.flush()
@@ -156,6 +156,8 @@ def _closing(session: Session) -> Iterator[None]:
         yield
     except BrokenPipeError:
         session.close()
+        kept = f"; memory '{session.memory.name}' keeps what was said" if session.memory else ""
+        print(f"error: nobody reads the output any more{kept}", file=sys.stderr)
         raise
     except BaseException:
         session.close(sleep=False)
@@ -175,8 +177,6 @@ def _print_reply(session: Session, text: str, ctrl_c: common.Interrupts):
 
 def _lines() -> Iterator[str]:
     """Lines of standard input. UserError when one isn't UTF-8, whatever the locale says."""
-    if sys.stdin is None:
-        return
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -260,6 +260,7 @@ class IdleSleeper:
     ):
         self._session, self._idle, self._show, self._note = session, idle, show, note
         self._key = threading.Event()
+        self._ended = threading.Event()
         self._stopped = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sleep", daemon=True)
@@ -271,12 +272,20 @@ class IdleSleeper:
         self._key.set()
 
     def stop(self):
-        """Cancels a sleep under way and waits for its end. Raises what the thread died of."""
+        """Cancels a sleep under way and waits for its end. Raises what the thread died of.
+
+        A Ctrl-C waits too: it is raised when the session is the caller's again, not before.
+        """
         self._stopped = True
         self._key.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        interrupt = None
+        while not self._ended.is_set():  # a join that Ctrl-C cuts short takes the thread for dead
+            try:
+                self._ended.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if error := self._error or interrupt:
+            raise error
 
     def _run(self):
         try:
@@ -289,6 +298,8 @@ class IdleSleeper:
             self._show(f"error: {error}")
         except BaseException as error:
             self._error = error
+        finally:
+            self._ended.set()
 
     def _sleep(self):
         from ..sleep import SleepCancelled
@@ -319,6 +330,7 @@ class _Terminal:
         self._console = Console(highlight=False)
         self._prompt = PromptSession("> ", bottom_toolbar=lambda: self._status)
         self._prompt.app.key_processor.before_key_press += self._on_key
+        self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
         self._sleeper: IdleSleeper | None = None
         self._status = ""
         self._in_line = False  # a reply has begun a line and not ended it
@@ -336,7 +348,8 @@ class _Terminal:
             try:
                 text = self._read()
             except KeyboardInterrupt:
-                interrupts += 1
+                # Over a half-typed line it is about that line, and the first of two.
+                interrupts = 1 if self._prompt.default_buffer.text else interrupts + 1
                 if interrupts < 2:
                     self._note("Ctrl-C again leaves, as does Ctrl-D")
                 continue

@@ -63,7 +63,7 @@ def examine() -> dict:
         report["device"] = str(mx.device_info().get("device_name", mx.default_device()))
         if backend == "CPU":
             gflops, wrong = platform.matmul_check()
-            report["blas"] |= {"gflops": round(gflops, 1), "error": wrong}
+            report["blas"] |= {"gflops": float(f"{gflops:.3g}"), "error": wrong}
             if not wrong < _LARGEST_ERROR:  # NaN too
                 problems.append(
                     f"matrix products are wrong on this CPU (relative error {wrong:.0e})"
@@ -208,7 +208,7 @@ def _blas_line(blas: dict) -> str:
         "failed": f"MLX's reference BLAS: {blas['detail']}",
         "not needed": "the system's own",
     }[blas["status"]]
-    speed = f", {blas['gflops']:.0f} GFLOP/s (1024x1024 float32)" if blas["gflops"] else ""
+    speed = f", {blas['gflops']:g} GFLOP/s (1024x1024 float32)" if blas["gflops"] else ""
     return words + speed
 
 

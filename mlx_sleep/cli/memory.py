@@ -171,10 +171,15 @@ def sleep(
     """
     from ..memory import show_memory
     from ..session import Session
+    from ..sleep import SleepCancelled
 
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
     with Session.open(model, memory, home=home, passes=passes, window=window) as session:
-        report = common.watch(session, session.sleep)
+        try:
+            report = common.watch(session, session.sleep)
+        except SleepCancelled:
+            typer.echo("sleep cancelled; nothing is lost", err=True)
+            raise typer.Exit(130) from None
         if report is None:
             typer.echo(f"nothing to sleep over: memory '{memory}' has heard nothing new")
         else:

@@ -48,8 +48,12 @@ def train(
 
     from ..models.load import EMBEDDED, save
     from ..tasks.memory import END, PAD
-    from ..tasks.recipe import make_trainer, read_recipe, sentencepiece_encoder
+    from ..tasks.recipe import TASKS, make_trainer, read_recipe, sentencepiece_encoder
 
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if save_every < 1:
+        raise UserError("--save-every must be at least 1")
     settings = read_recipe(recipe)
     if settings["task"] != task:
         raise UserError(f"the recipe {recipe} is for the task {settings['task']!r}, not {task!r}")

@@ -37,8 +37,12 @@ def read_recipe(name: str) -> dict:
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.json")))
         raise UserError(f"no recipe {name!r}; give a .json file or one of: {known}") from None
+    except OSError as e:
+        raise UserError(f"cannot read the recipe {path}: {e.strerror}") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} must hold one JSON object")
     for key in ("task", "batch", "model", "optimizer", "stages"):
         if key not in recipe:
             raise UserError(f"{path} lacks {key!r}")
@@ -133,17 +137,21 @@ def sentencepiece_encoder(folder: Path):
 
     from .memory import ASSISTANT, END, PAD, USER
 
-    path = Path(folder) / "tokenizer.model"
+    path = Path(folder).expanduser() / "tokenizer.model"
     if not path.exists():
         raise UserError(
             f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR"
         )
-    sp = SentencePieceProcessor(model_file=str(path))
-    return (
-        sp.encode,
-        sp.decode,
-        {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)},
-    )
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        raise UserError(f"{path} is not a sentencepiece model; get it anew") from None
+    specials = {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
+    if missing := [name for name, i in specials.items() if i == sp.unk_id()]:
+        raise UserError(
+            f"{path} has no {', '.join(missing)}: the task needs a model that was trained on it"
+        )
+    return sp.encode, sp.decode, specials
 
 
 def _choices(value) -> list:
