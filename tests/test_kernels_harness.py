@@ -200,6 +200,21 @@ def test_a_good_kernel_and_its_counts(rng, order):
     }
 
 
+@pytest.mark.parametrize(
+    "expression", ("x4[i]", "2.0f * x4[i]", "x4[i] * 2.0f + x4[i]", "float4(dot(x4[i], x4[i]))")
+)
+def test_vectors_are_watched(expression):
+    source = f"""
+        uint i = thread_position_in_threadgroup.x;
+        const device float4* x4 = (const device float4*)x;
+        device float4* y4 = (device float4*)y;
+        y4[i] = {expression};"""
+    _, counts = run(source, threads=16)
+    assert counts["device_read"] == counts["device_written"] == 256
+    with pytest.raises(harness.KernelError, match="out of bounds"):
+        run(source.replace("x4[i]", "x4[i + 1]"), threads=16)
+
+
 def test_the_message_names_thread_and_place():
     with pytest.raises(harness.KernelError, match=r"byte 256 of buffer 0.*thread \(63, 0, 0\)"):
         run(f"{SHARED} y[i] = x[i + 1];")

@@ -135,13 +135,15 @@ def _launch(library, name, buffers, results, grid, threadgroup):
     recorder = _recorder.get() or _Recorder()
     everything = [*buffers, *results]
     n = len(everything)
+    # runtime.cpp's Kind; what is smaller than 8 elements is in the constant address space
+    kinds = [2 * (x.size < 8) for x in buffers] + [1] * len(results)
     counts = (ctypes.c_uint64 * len(_COUNTS))()
     message, place = ctypes.create_string_buffer(1024), ctypes.c_void_p()
     failed = run(
         n,
         (ctypes.c_void_p * n)(*(x.ctypes.data for x in everything)),
         (ctypes.c_uint64 * n)(*(x.nbytes for x in everything)),
-        (ctypes.c_uint8 * n)(*(i >= len(buffers) for i in range(n))),
+        (ctypes.c_uint8 * n)(*kinds),
         (ctypes.c_uint32 * 3)(*grid),
         (ctypes.c_uint32 * 3)(*threadgroup),
         ctypes.c_int(recorder.order),

@@ -43,10 +43,12 @@ struct Cell {
   Stamp write, read, read_in_simdgroup, read_elsewhere;
 };
 
+enum Kind { kInput, kOutput, kConstant };  // constant: few bytes, kept near; not counted
+
 struct Buffer {
   char* data;
   size_t bytes;
-  bool output;
+  Kind kind;
   std::vector<Cell> cells;  // outputs only
 };
 
@@ -211,8 +213,8 @@ void access(void* address, size_t size, bool write, void* pc) {
   for (size_t i = 0; i < m->buffers.size(); ++i) {
     Buffer& b = m->buffers[i];
     if (p < b.data || p + size > b.data + b.bytes) continue;
-    (write ? m->counts.device_written : m->counts.device_read) += size;
-    if (!b.output) {
+    if (b.kind != kConstant) (write ? m->counts.device_written : m->counts.device_read) += size;
+    if (b.kind != kOutput) {
       if (write) fail("write to input buffer %zu", i);
       return;
     }
@@ -348,11 +350,11 @@ uint32_t lane() { return m->running->ids.lane; }
 
 }  // namespace harness
 
-// Runs a launch. `data`, `bytes`, `outputs`: one for each buffer, the inputs first. `order`: 0 is
+// Runs a launch. `data`, `bytes`, `kinds`: one for each buffer, the inputs first. `order`: 0 is
 // forward, -1 backward, otherwise the seed of a random order. `lanes_may_collide`: lanes of one SIMD
 // group may write one address. Returns 0, or 1 with a message and
 // with the place in the library where it happened (or 0).
-extern "C" int harness_launch(int n, void** data, const uint64_t* bytes, const uint8_t* outputs,
+extern "C" int harness_launch(int n, void** data, const uint64_t* bytes, const uint8_t* kinds,
                               const uint32_t* grid, const uint32_t* threadgroup, int order,
                               int lanes_may_collide, harness::Counts* counts, char* message, uint64_t message_size,
                               void** pc) {
@@ -376,8 +378,8 @@ extern "C" int harness_launch(int n, void** data, const uint64_t* bytes, const u
   for (int i = 0; i < n; ++i) {
     size_t size = (bytes[i] + kPage - 1) / kPage * kPage;
     if (size) mprotect(at, size, PROT_READ | PROT_WRITE);
-    m->buffers.push_back({at, bytes[i], outputs[i] != 0, {}});
-    if (outputs[i]) {
+    m->buffers.push_back({at, bytes[i], Kind(kinds[i]), {}});
+    if (kinds[i] == kOutput) {
       memset(at, 0xFF, bytes[i]);  // NaN in every float type
       m->buffers.back().cells.resize((bytes[i] + 1) / 2);
     } else {
@@ -429,7 +431,7 @@ extern "C" int harness_launch(int n, void** data, const uint64_t* bytes, const u
     }
   }
   for (int i = 0; i < n; ++i)
-    if (outputs[i] && !failed) memcpy(data[i], m->buffers[i].data, bytes[i]);
+    if (kinds[i] == kOutput && !failed) memcpy(data[i], m->buffers[i].data, bytes[i]);
   *counts = m->counts;
   Dl_info here;
   *pc = nullptr;
