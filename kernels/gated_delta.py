@@ -1,55 +1,18 @@
-"""Launches of gated_delta.metal: shapes, types, grids. The rule itself is in ops/gated_delta.py."""
+"""The kernels of gated_delta.metal. The rule itself is in ops/gated_delta.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
-from .source import bands, chunk, kernel
+from . import chunks
+from .source import kernel
 
-FILE = "gated_delta.metal"
+SIMD_GROUPS = 8  # of a threadgroup of the step
 
-
-def prefill(q, k, v, g, beta, state=None, mask=None):
-    """Any number of tokens; arguments and results as in ops/gated_delta.py. Needs `source.supported`.
-
-    o is 0 at padding. One launch; device memory is read and written once where Dk <= 128 and
-    Dv <= 128, while larger Dv read q and k once for each block of Dv.
-    """
-    B, T, Hv, Dv = v.shape
-    Hk, Dk = k.shape[2:]
-    if state is None:
-        state = mx.zeros((B, Hv, Dv, Dk), mx.float32)
-    if 0 in (B, T, Hv):
-        return mx.zeros(v.shape, v.dtype), state.astype(mx.float32)
-    n = bands(Dk, Dv)
-    return tuple(
-        kernel(FILE, "gated_delta_prefill")(
-            inputs=[
-                q,
-                k,
-                v,
-                g.astype(mx.float32),
-                beta.astype(mx.float32),
-                state.astype(mx.float32),
-                mx.array([False]) if mask is None else mask,
-                T,
-                Hk,
-                Hv,
-            ],
-            template=[
-                ("OutT", v.dtype),
-                ("Dk", Dk),
-                ("Dv", Dv),
-                ("C", chunk(Dk)),
-                ("Bands", n),
-                ("HasMask", mask is not None),
-            ],
-            grid=(32 * n, Dv // (8 * n), B * Hv),
-            threadgroup=(32 * n, 1, 1),
-            output_shapes=[v.shape, (B, Hv, Dv, Dk)],
-            output_dtypes=[v.dtype, mx.float32],
-        )
-    )
+prefill = partial(chunks.prefill, "gated_delta")
+backward = partial(chunks.backward, "gated_delta")
 
 
 def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, state, Hk):
@@ -67,9 +30,8 @@ def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, s
     """
     B, Hv, Dv, Dk = state.shape
     K = conv_weight.shape[1]
-    groups = 8
     return tuple(
-        kernel(FILE, "gated_delta_step")(
+        kernel("gated_delta.metal", "gated_delta_step")(
             inputs=[
                 qkv,
                 z,
@@ -90,10 +52,10 @@ def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, s
                 ("Dk", Dk),
                 ("Dv", Dv),
                 ("K", K),
-                ("SimdGroups", groups),
+                ("SimdGroups", SIMD_GROUPS),
             ],
-            grid=(32 * groups, 1, B * Hv),
-            threadgroup=(32 * groups, 1, 1),
+            grid=(32 * SIMD_GROUPS, 1, B * Hv),
+            threadgroup=(32 * SIMD_GROUPS, 1, 1),
             output_shapes=[z.shape, conv.shape, state.shape],
             output_dtypes=[z.dtype, conv.dtype, mx.float32],
         )

@@ -6,8 +6,7 @@ kernel opens with a line that names its buffers in order:
     // kernel NAME(input, ...) -> (output, ...)
 
 followed by the body of the function; MLX writes the signature. Where there is no Metal the body
-runs in the harness, on the CPU, checked and very slowly. Also what the prefill kernels of
-all families share: which heads they take, and how these are cut.
+runs in the harness, on the CPU, checked and very slowly. This module knows no op.
 """
 
 from __future__ import annotations
@@ -62,18 +61,3 @@ def build(source: Source):
         from .harness import metal_kernel as make
     return make(source.name, source.inputs, source.outputs, source.body, source.header)
 
-
-def supported(Dk: int, Dv: int) -> bool:
-    """Whether the prefill kernels take heads of these sizes: multiples of 8 from 32 to 256."""
-    return all(32 <= d <= 256 and d % 8 == 0 for d in (Dk, Dv))
-
-
-def chunk(Dk: int) -> int:
-    """Tokens a chunk of the prefill kernels: q and k of a chunk must fit threadgroup memory."""
-    return 16 if Dk <= 128 else 8
-
-
-def bands(Dk: int, Dv: int) -> int:
-    """SIMD groups of a prefill threadgroup, each with 8 rows of S in its registers."""
-    most = 16 if Dk <= 128 else 8
-    return max(n for n in range(1, most + 1) if Dv // 8 % n == 0)

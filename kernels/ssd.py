@@ -1,56 +1,24 @@
-"""Launches of ssd.metal: shapes, types, grids. The rule itself is in ops/ssd.py."""
+"""The kernels of ssd.metal. The rule itself is in ops/ssd.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
-from .source import bands, chunk, kernel
+from . import chunks
+from .source import kernel
 
-FILE = "ssd.metal"
+SIMD_GROUPS = 8  # of a threadgroup of the step
+
+_NO_D = {"extra": (mx.array([0.0]),), "extra_template": (("HasD", False),)}
+backward = partial(chunks.backward, "ssd", **_NO_D)
 
 
 def prefill(q, k, v, g, beta, state=None, mask=None, D=None):
-    """Any number of tokens; arguments and results as in ops/ssd.py. Needs `source.supported`.
-
-    D [Hv], where given, adds D v to o. o is 0 at padding. One launch.
-    """
-    B, T, Hv, Dv = v.shape
-    Hk, Dk = k.shape[2:]
-    if state is None:
-        state = mx.zeros((B, Hv, Dv, Dk), mx.float32)
-    if 0 in (B, T, Hv):
-        return mx.zeros(v.shape, v.dtype), state.astype(mx.float32)
-    n = bands(Dk, Dv)
-    return tuple(
-        kernel(FILE, "ssd_prefill")(
-            inputs=[
-                q,
-                k,
-                v,
-                g.astype(mx.float32),
-                beta.astype(mx.float32),
-                mx.zeros(1) if D is None else D,
-                state.astype(mx.float32),
-                mx.array([False]) if mask is None else mask,
-                T,
-                Hk,
-                Hv,
-            ],
-            template=[
-                ("OutT", v.dtype),
-                ("Dk", Dk),
-                ("Dv", Dv),
-                ("C", chunk(Dk)),
-                ("Bands", n),
-                ("HasMask", mask is not None),
-                ("HasD", D is not None),
-            ],
-            grid=(32 * n, Dv // (8 * n), B * Hv),
-            threadgroup=(32 * n, 1, 1),
-            output_shapes=[v.shape, (B, Hv, Dv, Dk)],
-            output_dtypes=[v.dtype, mx.float32],
-        )
-    )
+    """As `chunks.prefill`. D [Hv], where given, adds D v to o (the skip of Mamba-2)."""
+    skip = _NO_D if D is None else {"extra": (D,), "extra_template": (("HasD", True),)}
+    return chunks.prefill("ssd", q, k, v, g, beta, state, mask, **skip)
 
 
 def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt_limits):
@@ -66,9 +34,8 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
     Returns (o [B, Hv, Dv] in xBC's dtype, conv in its dtype, state float32).
     """
     B, Hv, Dv, Dk = state.shape
-    groups = 8
     return tuple(
-        kernel(FILE, "ssd_step")(
+        kernel("ssd.metal", "ssd_step")(
             inputs=[
                 xBC,
                 dt,
@@ -89,10 +56,10 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
                 ("Dk", Dk),
                 ("Dv", Dv),
                 ("K", conv_weight.shape[1]),
-                ("SimdGroups", groups),
+                ("SimdGroups", SIMD_GROUPS),
             ],
-            grid=(32 * groups, 1, B * Hv),
-            threadgroup=(32 * groups, 1, 1),
+            grid=(32 * SIMD_GROUPS, 1, B * Hv),
+            threadgroup=(32 * SIMD_GROUPS, 1, 1),
             output_shapes=[(B, Hv, Dv), conv.shape, state.shape],
             output_dtypes=[xBC.dtype, conv.dtype, mx.float32],
         )

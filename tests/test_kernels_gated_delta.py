@@ -10,11 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from ops_reference import arrays, assert_close, draw, error, reference
+from ops_reference import (
+    arrays,
+    assert_close,
+    draw,
+    error,
+    gradients,
+    reference,
+    slopes,
+    weights,
+)
 
 from mlx_sleep.kernels import gated_delta as kernels
 from mlx_sleep.kernels import harness
-from mlx_sleep.kernels.source import supported
+from mlx_sleep.kernels.chunks import supported
 from mlx_sleep.ops.conv import short_conv
 from mlx_sleep.ops.gated_delta import gated_delta_naive
 
@@ -168,6 +177,68 @@ def test_nothing_to_do(rng):
     q, k, v, g, beta, state = arrays(draw(rng, T=3, **SMALL))
     o, final = kernels.prefill(*(x[:, :0] for x in (q, k, v, g, beta)), state)
     assert o.shape == (2, 0, 4, 32) and mx.array_equal(final, state)
+
+
+@pytest.mark.parametrize("T", (1, 7, 8, 9, 29))
+def test_backward(rng, order, T):
+    """Against autodiff of the naive form, and along random directions against the oracle."""
+    inputs = draw(rng, T=T, **SMALL)
+    to = weights(rng, inputs)
+    got = kernels.backward(*arrays(inputs), *arrays(to))
+    assert_close(got, gradients(gated_delta_naive, inputs, to), 5e-6)
+    if T == 9:
+        directions = [rng.standard_normal(x.shape) for x in inputs]
+        for grad, d, slope in zip(
+            got, directions, slopes(RULE, inputs, to, directions), strict=True
+        ):
+            grad = np.array(grad, np.float64)
+            assert abs((grad * d).sum() - slope) <= 1e-5 * np.linalg.norm(grad)
+
+
+@pytest.mark.parametrize("beta", (0.0, 1.0, 2.0))
+@pytest.mark.parametrize("gate", (0.0, -100.0, "mixed"))
+def test_backward_of_extreme_gates(rng, gate, beta):
+    T = 19
+    g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -0.05) if gate == "mixed" else gate
+    inputs = draw(rng, T=T, g=g, beta=beta, **SMALL)
+    to = weights(rng, inputs)
+    got = kernels.backward(*arrays(inputs), *arrays(to))
+    expected = gradients(gated_delta_naive, inputs, to)
+    for x, y in zip(got, expected, strict=True):
+        assert np.isfinite(np.array(x)).all()
+        assert np.abs(np.array(x) - y).max() <= 1e-5 * max(np.abs(y).max(), 1e-3)
+
+
+def test_backward_of_padding_and_other_heads(rng):
+    """Blocks of Dv, grouped heads, bfloat16, and padding that holds NaN."""
+    T, lengths = 11, (11, 4, 0)
+    inputs = draw(rng, B=3, T=T, Hk=1, Hv=2, Dk=40, Dv=136)
+    mask = np.arange(T) < np.array(lengths)[:, None]
+    to = weights(rng, inputs)
+    to = to[0] * mask[..., None, None], to[1]  # the loss doesn't look at padding
+    low = [*arrays(inputs[:3], mx.bfloat16), *arrays(inputs[3:])]
+    exact = [np.array(x.astype(mx.float32)) for x in low]
+    expected = gradients(gated_delta_naive, exact, to, mask=mask)
+    low[:5] = (
+        mx.where(mx.array(mask).reshape(*mask.shape, *[1] * (x.ndim - 2)), x, mx.nan)
+        for x in low[:5]
+    )
+    got = kernels.backward(*low, *arrays(to), mask=mx.array(mask))
+    for x, y, like in zip(got, expected, low, strict=True):
+        assert x.dtype == like.dtype
+        rounding = 2**-8 if x.dtype == mx.bfloat16 else 5e-6
+        assert error(x.astype(mx.float32), y) <= rounding
+    for x in got[:5]:
+        x = np.array(x.astype(mx.float32))
+        assert np.all(x[~mask] == 0)
+
+
+def test_nothing_to_differentiate(rng):
+    inputs = arrays(draw(rng, T=3, **SMALL))
+    empty = [x[:, :0] for x in inputs[:5]]
+    got = kernels.backward(*empty, inputs[5], mx.zeros_like(empty[2]), inputs[5])
+    assert [x.shape for x in got] == [x.shape for x in (*empty, inputs[5])]
+    assert mx.array_equal(got[5], inputs[5])
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="only the harness counts")
