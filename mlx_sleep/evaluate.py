@@ -2,7 +2,7 @@
 
 Each item is a conversation that nobody trained on: its windows are slept over one by one, the KV
 cache is gone, and one question is answered greedily in an empty window. The same is done with S
-set to zero after the last sleep, which must fall to chance if it is S that carries the answer.
+set to zero before the question, which must fall to chance if it is S that carries the answer.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def evaluate_memory(
 ) -> list[dict]:
     """Rows of case, passes, accuracy, low, high (95% Wilson), n, zeroed.
 
-    task is a `MemoryTask` of the split to be asked (its seed picks the set), decode turns ids into text. on_batch(done,
-    total) is told about progress in conversations.
+    task is a `MemoryTask` of the split to be asked (its seed picks the set), decode turns ids into
+    text. on_batch(done, total) is told about progress in conversations.
     """
     from .tasks.memory import correct
 
@@ -41,28 +41,36 @@ def evaluate_memory(
         examples = list(task.evaluation(case, n))
         for N in passes:
             right = zeroed = 0
-            # Sorting by number of windows lets a batch sleep together.
-            examples.sort(key=lambda e: len(e.windows))
+            # Those with equally many windows sleep together.
+            examples.sort(key=lambda e: (len(e.windows), bool(e.context)))
             for group in _groups(examples, batch):
                 state = sleep_over(model, [e.windows for e in group], N)
-                prompts = [e.context + e.prompt for e in group]
-                for s, count in ((state, "right"), (zero_fast_weights(state), "zeroed")):
-                    replies = answer(model, prompts, s, task.end)
-                    hits = sum(
-                        correct(decode(r), e.value) for r, e in zip(replies, group, strict=True)
-                    )
-                    if count == "right":
-                        right += hits
-                    else:
-                        zeroed += hits
+                if group[0].context:  # told in the window that the question is asked in
+                    tokens, mask = pad([e.context for e in group])
+                    _, state = model(tokens, state, mask)
+
+                def hits(state, group=group):
+                    replies = answer(model, [e.prompt for e in group], state, task.end)
+                    pairs = zip(replies, group, strict=True)
+                    return sum(correct(decode(reply), e.value) for reply, e in pairs)
+
+                right += hits(state)
+                zeroed += hits(zero_fast_weights(state))
                 done += len(group)
                 if on_batch:
                     on_batch(done, total)
             low, high = wilson(right, n)
-            rows.append({
-                "case": case, "passes": N, "accuracy": right / n, "low": low, "high": high,
-                "n": n, "zeroed": zeroed / n,
-            })
+            rows.append(
+                {
+                    "case": case,
+                    "passes": N,
+                    "accuracy": right / n,
+                    "low": low,
+                    "high": high,
+                    "n": n,
+                    "zeroed": zeroed / n,
+                }
+            )
     return rows
 
 
@@ -118,10 +126,13 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _groups(examples, batch):
-    """Runs of at most `batch` examples with the same number of windows."""
+    """Runs of at most `batch` examples alike in windows and in whether there is a context."""
     group = []
     for e in examples:
-        if group and (len(group) == batch or len(e.windows) != len(group[0].windows)):
+        alike = group and len(e.windows) == len(group[0].windows)
+        if group and (
+            len(group) == batch or not alike or bool(e.context) != bool(group[0].context)
+        ):
             yield group
             group = []
         group.append(e)

@@ -246,20 +246,31 @@ class Session:
         except SleepFailed as error:
             raise UserError(str(error)) from error
         if self.memory is not None:
-            self.memory.commit(
-                flatten_state(state),
-                count,
-                passes=self.passes,
-                eviction=self.model.sleep.eviction,
-                window=self.window,
-            )
-        self._snapshot, self._pending = state, rest
-        self._tokens += count
-        self._sleeps += 1
-        self._rewind()
+            sleeps = self.memory.header.sleeps
+            try:
+                self.memory.commit(
+                    flatten_state(state),
+                    count,
+                    passes=self.passes,
+                    eviction=self.model.sleep.eviction,
+                    window=self.window,
+                )
+            except BaseException:
+                # A KeyboardInterrupt may land behind the rename: the sleep is then on the disk.
+                if self.memory.header.sleeps > sleeps:
+                    self._adopt(state, window, rest)
+                raise
+        self._adopt(state, window, rest)
         if self.on_sleep:
             self.on_sleep(report)
         return report
+
+    def _adopt(self, state: State, folded: list[int], rest: list[int]):
+        """Takes a sleep's result for the snapshot; `rest` is the new window."""
+        self._snapshot, self._pending = state, rest
+        self._tokens += len(folded)
+        self._sleeps += 1
+        self._rewind()
 
     # --- the window ------------------------------------------------------------------------
 

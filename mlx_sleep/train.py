@@ -145,9 +145,24 @@ class Trainer:
     the same folder is refused.
     """
 
-    def __init__(self, model, folder: Path, settings: dict, steps: int, plan, *, warmup=100,
-                 cooldown=0.3, muon_lr=2e-3, adamw_lr=1e-3, weight_decay=0.0, clip=1.0,
-                 checkpoint_passes=False, save_every=200, group=None):
+    def __init__(
+        self,
+        model,
+        folder: Path,
+        settings: dict,
+        steps: int,
+        plan,
+        *,
+        warmup=100,
+        cooldown=0.3,
+        muon_lr=2e-3,
+        adamw_lr=1e-3,
+        weight_decay=0.0,
+        clip=1.0,
+        checkpoint_passes=False,
+        save_every=200,
+        group=None,
+    ):
         self.model, self.folder, self.settings = model, Path(folder), settings
         self.steps, self.plan, self.clip = steps, plan, clip
         self.warmup, self.cooldown, self.save_every = warmup, cooldown, save_every
@@ -183,9 +198,14 @@ class Trainer:
                 self.tokens += count
                 seconds = time.perf_counter() - started
                 row = {
-                    "step": self.step, "tokens": self.tokens, "passes": passes,
-                    "loss": loss.item(), "right": right.item(), "grad_norm": norm.item(),
-                    "tokens_per_second": count / seconds, "seconds": seconds,
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "passes": passes,
+                    "loss": loss.item(),
+                    "right": right.item(),
+                    "grad_norm": norm.item(),
+                    "tokens_per_second": count / seconds,
+                    "seconds": seconds,
                 }
                 if self.group.rank() == 0:
                     metrics.write(json.dumps(row) + "\n")
@@ -205,6 +225,10 @@ class Trainer:
         rate = rate_at(self.step, self.steps, self.warmup, self.cooldown)
         for o, base in zip(self.optimizer.optimizers, self.optimizer.base_rates, strict=True):
             o.learning_rate = base * rate
+        if mx.default_device() == mx.Device(mx.cpu):
+            # Compiling a graph of many passes takes seconds for each new shape, and gains nothing
+            # where the time goes into products and exponentials.
+            return self._update(chunks, passes)
         if passes not in self._compiled:
             state = [self.model.state, self.optimizer.state]
             # Over plain tuples: mx.compile gives containers back as lists, tuples and dicts.
@@ -265,10 +289,12 @@ class Trainer:
         new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        mx.save_safetensors(str(new / "model.safetensors"),
-                            dict(tree_flatten(self.model.parameters())))
-        mx.save_safetensors(str(new / "optimizer.safetensors"),
-                            dict(tree_flatten(self.optimizer.state)))
+        mx.save_safetensors(
+            str(new / "model.safetensors"), dict(tree_flatten(self.model.parameters()))
+        )
+        mx.save_safetensors(
+            str(new / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state))
+        )
         (new / "progress.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens}))
         for file in new.iterdir():
             with open(file, "rb") as f:

@@ -76,7 +76,9 @@ class Reference:
                 scores = np.array([k_j[h // (H // Hkv)] @ q[h] for k_j, _ in kv]) / np.sqrt(d)
                 scores = np.exp(scores - scores.max())
                 scores /= scores.sum()
-                o.append(sum(s * v_j[h // (H // Hkv)] for s, (_, v_j) in zip(scores, kv)))
+                o.append(
+                    sum(s * v_j[h // (H // Hkv)] for s, (_, v_j) in zip(scores, kv, strict=True))
+                )
             out.append(w[p + "o_proj.weight"] @ np.concatenate(o))
         return np.stack(out), {**st, "kv": kv, "seen": seen}
 
@@ -99,7 +101,7 @@ class Reference:
         qkv, conv = self.conv(p, x @ w[p + "in_proj_qkv.weight"].T, st)
         S = np.zeros((Hv, Dv, Dk)) if st["S"] is None else st["S"].copy()
         out = []
-        for x_t, u in zip(x, silu(qkv)):
+        for x_t, u in zip(x, silu(qkv), strict=True):
             q = unit(u[: Hk * Dk].reshape(Hk, Dk)) / np.sqrt(Dk)
             k = unit(u[Hk * Dk : 2 * Hk * Dk].reshape(Hk, Dk))
             v = u[2 * Hk * Dk :].reshape(Hv, Dv)
@@ -127,7 +129,7 @@ class Reference:
         xBC = silu(xBC + w[p + "conv_bias"])
         S = np.zeros((H, P, N)) if st["S"] is None else st["S"].copy()
         out = []
-        for z_t, u, dt_t in zip(z, xBC, dt):
+        for z_t, u, dt_t in zip(z, xBC, dt, strict=True):
             v = u[:inner].reshape(H, P)
             k, q = u[inner : inner + G * N].reshape(G, N), u[inner + G * N :].reshape(G, N)
             step = softplus(dt_t + w[p + "dt_bias"])
@@ -172,7 +174,7 @@ class Reference:
         h = self.embed(tokens)
         for i in range(lo):
             h, state[i] = self.block(i, h, start[i])
-        for n in range(passes):
+        for _ in range(passes):
             if mistake == "h not carried":
                 h = self.embed(tokens)
             for i in range(lo, hi):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
+
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
     from ..sleep import SleepReport
@@ -38,6 +40,17 @@ def count(number: int, noun: str) -> str:
     """ "1 token", "2 tokens", "4 passes" """
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """ "1,2,4" as numbers. UserError names the option unless all are whole and at least 1."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UserError(f"{option} takes whole numbers >= 1 with commas, as in 1,2,4; not {text!r}")
+    return values
 
 
 def size(number: int) -> str:

@@ -183,10 +183,9 @@ def _lines(report: dict) -> list[str]:
     ]
     for op, paths in report["ops"].items():
         rows.append((op, ", ".join(f"{path} for a {what}" for what, path in paths.items())))
-    kernels = ", ".join(report["kernels"]) or "MLX's own; none in this package"
-    rows.append(("kernels", kernels))
+    rows.append(("kernels", _kernels_line(report)))
     if model := report["model"]:
-        rows.append(("model", model["problem"] or f"embedded, {model['fingerprint'][:12]}, sound"))
+        rows.append(("model", _model_line(model)))
     data = report["data"]
     rows.append(("memories", data["path"] + (", not writable" if data["problem"] else "")))
     lines = [f"{name:<12}{value}" for name, value in rows]
@@ -211,6 +210,19 @@ def _blas_line(blas: dict) -> str:
     }[blas["status"]]
     speed = f", {blas['gflops']:.0f} GFLOP/s (1024x1024 float32)" if blas["gflops"] else ""
     return words + speed
+
+
+def _kernels_line(report: dict) -> str:
+    if not report["kernels"]:
+        return "none of our own; MLX's" if report["backend"] == "Metal" else "none of our own"
+    use = "" if report["backend"] == "Metal" else ", not in use (no Metal)"
+    return ", ".join(report["kernels"]) + use
+
+
+def _model_line(model: dict) -> str:
+    if model["problem"]:
+        return "embedded, not usable"
+    return f"embedded, sound (fingerprint {model['fingerprint'][:12]})"
 
 
 def _in_brackets(text) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .common import Model
+from .common import Model, numbers
 
 
 def train(
@@ -19,7 +19,9 @@ def train(
     ] = "embedded",
     out: Annotated[
         Path | None,
-        typer.Option(help="The run's folder; an unfinished run there goes on. (default: runs/RECIPE)"),
+        typer.Option(
+            help="The run's folder; an unfinished run there goes on. (default: runs/RECIPE)"
+        ),
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="A model folder to start from, in place of random weights.")
@@ -35,17 +37,18 @@ def train(
 ):
     """Train a model through sleep, as in Algorithm 1 of the paper.
 
-    The run's folder gets the recipe, metrics.jsonl, checkpoints, and the finished model in OUT/model.
+    OUT gets the recipe, metrics.jsonl, checkpoints, and the finished model in OUT/model.
     Kill it at any time: the same command goes on from the last checkpoint, to the same losses.
 
     Example: mlx-sleep train memory --recipe embedded --out runs/embedded
 
-    On two processes: mlx.launch -n 2 --backend ring .venv/bin/mlx-sleep -- train memory
+    On two processes: mlx.launch -n 2 --backend ring -- .venv/bin/mlx-sleep train memory
     """
     import mlx.core as mx
 
     from ..models.load import EMBEDDED, save
-    from ..tasks.recipe import make_trainer, read_recipe
+    from ..tasks.memory import END, PAD
+    from ..tasks.recipe import make_trainer, read_recipe, sentencepiece_encoder
 
     settings = read_recipe(recipe)
     if settings["task"] != task:
@@ -58,7 +61,11 @@ def train(
             stage["passes"] = passes
     out = out or Path("runs") / Path(recipe).stem
     trainer = make_trainer(
-        settings, out, EMBEDDED, start=start, checkpoint_passes=checkpoint_passes,
+        settings,
+        out,
+        EMBEDDED,
+        start=start,
+        checkpoint_passes=checkpoint_passes,
         save_every=save_every,
     )
     first = mx.distributed.init().rank() == 0
@@ -70,7 +77,13 @@ def train(
             print(f"stopped; the same command goes on from {out / 'checkpoint'}", file=sys.stderr)
         raise typer.Exit(130) from None
     if first:
-        save(out / "model", trainer.model, settings["model"], tokenizer_source=EMBEDDED)
+        _, _, specials = sentencepiece_encoder(EMBEDDED)
+        config = {
+            **settings["model"],
+            "eos_token_id": specials[END],
+            "pad_token_id": specials[PAD],
+        }
+        save(out / "model", trainer.model, config, tokenizer_source=EMBEDDED, overwrite=True)
         print(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")
 
 
@@ -114,21 +127,15 @@ def evaluate(
     loaded, _ = load_model(folder)
     encode, decode, specials = sentencepiece_encoder(folder)
     rows = evaluate_memory(
-        loaded, MemoryTask(encode, specials, split, seed=seed), decode, cases=cases,
-        passes=_numbers(passes) if passes else [loaded.sleep.passes], n=n,
+        loaded,
+        MemoryTask(encode, specials, split, seed=seed),
+        decode,
+        cases=cases,
+        passes=numbers("--passes", passes) if passes else [loaded.sleep.passes],
+        n=n,
         on_batch=None if json or not sys.stderr.isatty() else _count,
     )
     emit("eval memory", rows, json)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--passes takes whole numbers with commas, as in 1,2,4; not {text!r}") from None
-    if min(numbers) < 1:
-        raise UserError("a sleep needs at least 1 pass")
-    return numbers
 
 
 def _count(done: int, total: int):
@@ -163,8 +170,10 @@ def _progress(trainer, shown: bool):
             from rich.console import Console
 
             bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"), BarColumn(),
-                TimeRemainingColumn(), TextColumn("{task.description}"),
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
                 console=Console(stderr=True),
             )
             with bar:

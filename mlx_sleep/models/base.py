@@ -83,7 +83,7 @@ def _trim(layer: LayerState, keep: int) -> LayerState:
         return {**arrays, "length": length - start, "offset": layer["offset"]}
     valid = layer["valid"][:, :length]
     # Padding first, tokens last and in order: argsort of (valid, slot).
-    order = mx.argsort(valid * length + mx.arange(length), axis=1)[:, start:]
+    order = mx.stop_gradient(mx.argsort(valid * length + mx.arange(length), axis=1)[:, start:])
     arrays = {
         name: mx.take_along_axis(x, order[:, None, :, None], axis=2) for name, x in arrays.items()
     }

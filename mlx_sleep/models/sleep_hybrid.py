@@ -166,9 +166,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x, state, mask):
         B, T, _ = x.shape
         qkv, conv = short_conv(self.in_proj_qkv(x), self.conv_weight, state.get("conv"), mask)
-        q, k, v = mx.split(
-            silu(qkv), [self.Hk * self.Dk, 2 * self.Hk * self.Dk], axis=-1
-        )
+        q, k, v = mx.split(silu(qkv), [self.Hk * self.Dk, 2 * self.Hk * self.Dk], axis=-1)
         q, k = (l2_norm(a.reshape(B, T, self.Hk, self.Dk)) for a in (q, k))
         v = v.reshape(B, T, self.Hv, self.Dv)
         b, a = mx.split(self.in_proj_ba(x), 2, axis=-1)

@@ -31,7 +31,8 @@ def short_conv(x, weight, state=None, mask=None):
     if mask is None:
         # A copy: a slice would keep the whole chunk's inputs alive for as long as the state.
         return y, mx.contiguous(inputs[:, T:])
-    newest = mask.sum(axis=1)[:, None] + mx.arange(before)
+    # Indices have no gradient, which mx.checkpoint must be told.
+    newest = mx.stop_gradient(mask.sum(axis=1)[:, None] + mx.arange(before))
     return y, mx.take_along_axis(inputs, newest[..., None], axis=1)
 
 

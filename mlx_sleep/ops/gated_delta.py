@@ -64,14 +64,16 @@ def gated_delta_step(q, k, v, g, beta, state=None, mask=None):
 
 
 def gated_delta_mlx(q, k, v, g, beta, state=None, mask=None):
-    """The same through `mx.fast.gated_delta_update` (MLX >= 0.32)."""
+    """The same through `mx.fast.gated_delta_update` (MLX >= 0.32).
+
+    It multiplies in the inputs' dtype, so 16-bit inputs are rounded more than on other paths.
+    """
+    g, beta = g.astype(mx.float32), beta.astype(mx.float32)
     if mask is not None:
-        g, beta = mx.where(mask[..., None], g, 0), mx.where(mask[..., None], beta, 0)
+        k, v, g, beta = _masked(k, v, g, beta, mask)
     if state is None:
         state = mx.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), mx.float32)
-    o, state = mx.fast.gated_delta_update(
-        q, k, v, mx.exp(g.astype(mx.float32)), beta.astype(mx.float32), state
-    )
+    o, state = mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)
     return o.astype(v.dtype), state
 
 
@@ -152,12 +154,17 @@ def _prepare(q, k, v, g, beta, state, mask):
     if Hv != k.shape[2]:
         q, k = (mx.repeat(x, Hv // k.shape[2], axis=2) for x in (q, k))
     if mask is not None:
-        mask = mask[..., None]
-        g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
-        k, v = mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0)
+        k, v, g, beta = _masked(k, v, g, beta, mask)
     if state is None:
         state = mx.zeros((B, Hv, Dv, k.shape[3]), dtype)
     return q, k, v, g, beta, state.astype(dtype)
+
+
+def _masked(k, v, g, beta, mask):
+    """Padding that keeps S and writes nothing, whatever it holds (a NaN times 0 is a NaN)."""
+    mask = mask[..., None]
+    g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
+    return mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0), g, beta
 
 
 def _split(x, C, pad):

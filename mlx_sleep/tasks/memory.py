@@ -212,8 +212,14 @@ _PLURALS = set("keys glasses gloves headphones scissors savings letters binocula
 def _fill(template: str, subject: str, topic: str, value: str = "") -> str:
     """The sentence in sentence-inner case."""
     return template.format(
-        v=value, av=_article(value), t=topic, s=subject, p=subject + "'s", at=_article(subject),
-        be="are" if topic in _PLURALS else "is")
+        v=value,
+        av=_article(value),
+        t=topic,
+        s=subject,
+        p=subject + "'s",
+        at=_article(subject),
+        be="are" if topic in _PLURALS else "is",
+    )
 
 
 def _upper(text: str) -> str:
@@ -232,8 +238,13 @@ def _reply(kind: Kind, subject: str, topic: str, value: str) -> tuple[str, str]:
     """The canonical reply as (all before the value, the value): the value stands last."""
     spoken = "Your " + subject[3:] if subject.startswith("my ") else subject
     head = kind.reply.split("{v}")[0] if "{v}" in kind.reply else kind.reply.split("{av}")[0]
-    head = head.format(Y=spoken, s=subject, t=topic, At=_article(subject).capitalize(),
-                       be="are" if topic in _PLURALS else "is")
+    head = head.format(
+        Y=spoken,
+        s=subject,
+        t=topic,
+        At=_article(subject).capitalize(),
+        be="are" if topic in _PLURALS else "is",
+    )
     if "{av}" in kind.reply:
         head += _article(value)[: -len(value)]
     return head.rstrip(), value
@@ -271,8 +282,13 @@ class MemoryTask:
     <|end|> and <pad>. split: train, valid or test.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], specials: Mapping[str, int], split: str,
-                 seed: int = 0):
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        specials: Mapping[str, int],
+        split: str,
+        seed: int = 0,
+    ):
         if split not in words.SPLITS:
             raise ValueError(f"split must be one of {words.SPLITS}, not {split!r}")
         self.encode = encode
@@ -482,17 +498,24 @@ class _Writer:
                 text = text.lower()
             else:
                 kept = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
-                text = re.sub(rf"({kept})|([^\W\d_]+)",
-                              lambda m: m.group(1) or m.group(2).lower(), text)
+                text = re.sub(
+                    rf"({kept})|([^\W\d_]+)", lambda m: m.group(1) or m.group(2).lower(), text
+                )
         if rng.random() < 0.6:
             text = text.rstrip(".?!")
         if rng.random() < 0.4:
             # A possessive keeps its apostrophe: "mireks" would be another name.
-            text = re.sub(r"(?i)\b(i'm|(what|who|where|when|name|it)'s|(don|can)'t)\b",
-                          lambda m: m.group(0).replace("'", ""), text)
+            text = re.sub(
+                r"(?i)\b(i'm|(what|who|where|when|name|it)'s|(don|can)'t)\b",
+                lambda m: m.group(0).replace("'", ""),
+                text,
+            )
         if rng.random() < 0.3:
-            text = (text.replace("avourite", "avorite").replace("colour", "color")
-                    .replace("neighbour", "neighbor"))
+            text = (
+                text.replace("avourite", "avorite")
+                .replace("colour", "color")
+                .replace("neighbour", "neighbor")
+            )
         return text, lowered
 
     def sentence(self, fact: _Fact, subject: str | None = None) -> tuple[str, str]:
@@ -702,8 +725,11 @@ class _Writer:
             return "my " + topic
         if kind.subject in ("verb", "adjective"):
             return words.made_up(rng, self.task.split)
-        known = [f.subject for f in self.world.facts.values()
-                 if self.people.get(f.subject) == kind.subject]
+        known = [
+            f.subject
+            for f in self.world.facts.values()
+            if self.people.get(f.subject) == kind.subject
+        ]
         if known and rng.random() < 0.6:
             return rng.choice(known)
         if kind.subject == "word":
@@ -883,8 +909,9 @@ class _Writer:
                 if case == "two_hop":
                     owner = self.world.owners.get(_canonical(subject))
                     # Both facts in one sentence would be one hop.
-                    if owner is None or any({key, (_canonical(owner), "name", "")} <= both
-                                            for both in together):
+                    if owner is None or any(
+                        {key, (_canonical(owner), "name", "")} <= both for both in together
+                    ):
                         continue
                     subject = owner
                 queries.append((fact.kind, subject, fact.topic))

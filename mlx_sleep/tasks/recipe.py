@@ -18,6 +18,7 @@ from random import Random
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..errors import UserError
 from ..models.sleep_hybrid import Model, ModelArgs
@@ -61,8 +62,10 @@ def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", ran
         stage = _stage_of(recipe, step)
         draw = Random(f"{recipe.get('seed', 0)}/{step}")
         passes = draw.choice(_choices(stage["passes"]))
-        level = {key: draw.choice(_choices(v)) if key == "windows" else v
-                 for key, v in stage["level"].items()}
+        level = {
+            key: draw.choice(_choices(v)) if key == "windows" else v
+            for key, v in stage["level"].items()
+        }
         first = step * recipe["batch"] + rank * batch
         return chunks_of(task.batch(range(first, first + batch), make_level(level))), passes
 
@@ -86,8 +89,15 @@ def chunks_of(batch: dict[str, np.ndarray]) -> list[Chunk]:
     return [*chunks, labelled(*final)]
 
 
-def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=None,
-                 checkpoint_passes=False, save_every=200) -> Trainer:
+def make_trainer(
+    recipe: dict,
+    folder: Path,
+    tokenizer_folder: Path,
+    *,
+    start=None,
+    checkpoint_passes=False,
+    save_every=200,
+) -> Trainer:
     """A trainer for the recipe. `start` is a model folder to begin from (fresh optimizer)."""
     from ..models.load import load_model
 
@@ -96,14 +106,25 @@ def make_trainer(recipe: dict, folder: Path, tokenizer_folder: Path, *, start=No
         raise UserError(f"batch {recipe['batch']} cannot be split over {group.size()} processes")
     encode, _, specials = sentencepiece_encoder(tokenizer_folder)
     mx.random.seed(recipe.get("seed", 0))
-    if start is None:
-        model = Model(ModelArgs.from_dict(recipe["model"]))
-    else:
-        model, _ = load_model(start)
+    model = Model(ModelArgs.from_dict(recipe["model"]))
+    if start is not None:
+        weights = tree_flatten(load_model(start)[0].parameters())
+        try:
+            model.load_weights(weights)
+        except ValueError as e:
+            raise UserError(f"{start} does not fit the recipe's model: {e}") from None
     plan = make_plan(recipe, encode, specials, rank=group.rank(), size=group.size())
-    return Trainer(model, folder, {**recipe, "start": start and str(start)}, total_steps(recipe),
-                   plan, checkpoint_passes=checkpoint_passes, save_every=save_every, group=group,
-                   **recipe["optimizer"])
+    return Trainer(
+        model,
+        folder,
+        {**recipe, "start": start and str(start)},
+        total_steps(recipe),
+        plan,
+        checkpoint_passes=checkpoint_passes,
+        save_every=save_every,
+        group=group,
+        **recipe["optimizer"],
+    )
 
 
 def sentencepiece_encoder(folder: Path):
@@ -114,9 +135,15 @@ def sentencepiece_encoder(folder: Path):
 
     path = Path(folder) / "tokenizer.model"
     if not path.exists():
-        raise UserError(f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR")
+        raise UserError(
+            f"no tokenizer at {path}; make one: python -m mlx_sleep.tasks.tokenizer DIR"
+        )
     sp = SentencePieceProcessor(model_file=str(path))
-    return sp.encode, sp.decode, {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
+    return (
+        sp.encode,
+        sp.decode,
+        {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)},
+    )
 
 
 def _choices(value) -> list:

@@ -103,10 +103,16 @@ def to_huggingface(model: bytes):
         merges += sorted(splits, key=lambda s: (vocab[s[0]], vocab[s[1]]))
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)])
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     return tokenizer
 

@@ -366,8 +366,14 @@ def value(rng: Random, kind: str, split: str) -> str:
             return rng.choice(words("place", split))
         word = made_up(rng, split).title()
         if r < 0.3:
-            return _pick(rng, split, lambda: made_up(rng, split)[:5].title()
-                         + rng.choice(("ton", "burg", "ville", "ford", "by", "stad", "mouth")))
+            return _pick(
+                rng,
+                split,
+                lambda: (
+                    made_up(rng, split)[:5].title()
+                    + rng.choice(("ton", "burg", "ville", "ford", "by", "stad", "mouth"))
+                ),
+            )
         return word
     if kind == "title":
         word = rng.choice(words("plain", split)) if r < 0.2 else made_up(rng, split)

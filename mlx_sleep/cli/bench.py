@@ -1,0 +1,107 @@
+"""`mlx-sleep bench`: speed on this machine, measured in turn with what it is compared to."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Model, numbers
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", help="Draw the rows into this file (.png, .svg, .pdf).")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are taken over them.")]
+Passes = Annotated[str, typer.Option(help="Passes to try, with commas.")]
+
+
+@app.callback()
+def _bench():
+    """Measure speed on this machine.
+
+    Example: mlx-sleep bench wake
+    """
+
+
+@app.command()
+def ops(json: Json = False, plot: PlotFile = None, repeats: Repeats = 3):
+    """Time the ops against MLX's and mlx-lm's, forward and backward. It takes some minutes.
+
+    `ratio` is their time over ours: above 1, ours is faster.
+
+    Example: mlx-sleep bench ops --json
+    """
+    from ..bench import ops
+
+    _run("bench ops", ops, ops.rows(repeats), json, plot)
+
+
+@app.command()
+def wake(
+    model: Model = None,
+    passes: Passes = "1,2,4,8",
+    history: Annotated[
+        str, typer.Option(help="Tokens of history, with commas.")
+    ] = "512,1024,2048,4096,8192,16384",
+    json: Json = False,
+    plot: PlotFile = None,
+    repeats: Repeats = 5,
+):
+    """Time a token after sleeps of N passes, and (passes 0) with the whole KV cache kept.
+
+    Example: mlx-sleep bench wake --history 512,4096 --plot wake.png
+    """
+    from ..bench import wake
+
+    many, histories = numbers("--passes", passes), numbers("--history", history)
+    loaded = _load(model)
+    _run("bench wake", wake, wake.rows(loaded, many, histories, repeats), json, plot)
+
+
+@app.command()
+def sleep(
+    model: Model = None,
+    passes: Passes = "1,2,4,8",
+    json: Json = False,
+    plot: PlotFile = None,
+    repeats: Repeats = 5,
+):
+    """Time a sleep of N passes against N times the prefill, and how soon it can be cancelled.
+
+    Example: mlx-sleep bench sleep
+    """
+    from ..bench import sleep
+
+    many = numbers("--passes", passes)
+    loaded = _load(model)
+    _run("bench sleep", sleep, sleep.rows(loaded, many, repeats=repeats), json, plot)
+
+
+def _load(model: str | None):
+    from ..models.load import EMBEDDED, load_model
+
+    return load_model(EMBEDDED if model is None else model)[0]
+
+
+def _run(command: str, bench, rows, json: bool, plot: Path | None):
+    """Measure, with a count of the rows on a terminal, and show the result."""
+    from ..bench import Plot, emit
+
+    picture = Plot(plot) if plot else None
+    shown = sys.stderr.isatty()
+    measured = []
+    for row in rows:
+        measured.append(row)
+        if shown:
+            print(f"\r{command}: {len(measured)} rows", end="", file=sys.stderr, flush=True)
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    emit(command, measured, json)
+    if picture:
+        bench.plot(measured, picture.axes)
+        picture.save()

@@ -1,0 +1,38 @@
+"""The scripts in examples/ run, and the model remembers what it was told in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str) -> list[str]:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_remember():
+    lines = run("remember.py")
+    assert "0 bytes of KV cache left" in lines[2]
+    assert lines[3] == "Your dog is called Baruno."
+    assert lines[4] == "Your name is Zorvik."
+
+
+def test_new_words():
+    lines = run("new_words.py")
+    answers = dict(zip(lines[9::2], lines[10::2], strict=True))
+    assert answers["> What is a florp?"] == "A florp is a kind of spoon."
+    assert answers["> What is a florp made of?"] == "A florp is made of copper."
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+def test_no_example_without_a_test(path):
+    assert f"run({path.name!r})".replace("'", '"') in Path(__file__).read_text()

@@ -1,0 +1,261 @@
+"""Training runs: resumed to the same losses, several processes, clear stops; and evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sleep import evaluate
+from mlx_sleep.errors import UserError
+from mlx_sleep.evaluate import evaluate_memory, wilson
+from mlx_sleep.models.load import EMBEDDED, load_model
+from mlx_sleep.tasks.memory import CASES, MemoryTask
+from mlx_sleep.tasks.recipe import (
+    make_plan,
+    make_trainer,
+    read_recipe,
+    sentencepiece_encoder,
+    total_steps,
+)
+from mlx_sleep.train import Trainer, rate_at
+
+RECIPE = {
+    "task": "memory",
+    "seed": 5,
+    "batch": 4,
+    "model": {
+        "model_type": "sleep_hybrid",
+        "vocab_size": 2048,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "layer_types": ["attention", "gated_deltanet"],
+        "num_attention_heads": 2,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 1,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "sleep": {"passes": 2, "window": 64},
+    },
+    "optimizer": {"muon_lr": 0.01, "adamw_lr": 0.003, "warmup": 2, "cooldown": 0.5},
+    "stages": [
+        {"steps": 3, "passes": 1, "level": {"windows": 1, "window_tokens": 40}},
+        {"steps": 3, "passes": [1, 2], "level": {"windows": [1, 2], "window_tokens": 40}},
+    ],
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(RECIPE))
+    return path
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_resumed_run_has_the_same_losses(recipe, tmp_path):
+    settings = read_recipe(str(recipe))
+    make_trainer(settings, tmp_path / "whole", EMBEDDED).run()
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == total_steps(settings) == 6
+    assert whole[-1] < whole[0]
+
+    def stop(row):
+        if row["step"] == 4:
+            raise Stop
+
+    with pytest.raises(Stop):  # one step behind its last checkpoint
+        make_trainer(settings, tmp_path / "cut", EMBEDDED, save_every=3).run(stop)
+    assert len(losses(tmp_path / "cut")) == 4
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')  # a crash in the middle of a row
+    trainer = make_trainer(settings, tmp_path / "cut", EMBEDDED, save_every=3)
+    trainer.run()
+    assert losses(tmp_path / "cut") == whole
+
+
+def test_checkpointed_passes_give_the_same_losses(recipe, tmp_path):
+    settings = read_recipe(str(recipe))
+    for folder, on in (("plain", False), ("checkpointed", True)):
+        make_trainer(settings, tmp_path / folder, EMBEDDED, checkpoint_passes=on).run()
+    np.testing.assert_allclose(
+        losses(tmp_path / "plain"), losses(tmp_path / "checkpointed"), rtol=1e-4
+    )
+
+
+def test_another_recipe_in_the_same_folder_is_refused(recipe, tmp_path):
+    settings = read_recipe(str(recipe))
+    trainer = make_trainer(settings, tmp_path / "run", EMBEDDED)
+    with pytest.raises(Stop):
+        trainer.run(lambda row: (_ for _ in ()).throw(Stop))
+    with pytest.raises(UserError, match="another recipe"):
+        make_trainer({**settings, "seed": 6}, tmp_path / "run", EMBEDDED).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
+    trainer = make_trainer(read_recipe(str(recipe)), tmp_path / "run", EMBEDDED)
+    trainer.model.norm.weight = mx.full((16,), float("nan"))
+    with pytest.raises(UserError, match="not finite at step 1"):
+        trainer.run()
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_every_parameter_has_its_optimizer(recipe, tmp_path):
+    """Muon for the projections of the blocks, AdamW for the rest, and every one of them moves."""
+    from mlx.utils import tree_flatten
+
+    trainer = make_trainer(read_recipe(str(recipe)), tmp_path / "run", EMBEDDED)
+    muon = dict(tree_flatten(trainer.optimizer.optimizers[0].state))
+    names = {n.rpartition(".")[0] for n in muon if n.endswith(".v")}
+    assert names == {
+        n for n, x in tree_flatten(trainer.model.parameters()) if x.ndim == 2 and "proj" in n
+    }
+    before = {n: np.array(x) for n, x in tree_flatten(trainer.model.parameters())}
+    trainer.run()
+    after = dict(tree_flatten(trainer.model.parameters()))
+    assert [n for n in before if np.array_equal(before[n], after[n])] == []
+
+
+def test_two_processes_train_as_one(recipe, tmp_path):
+    """The ring backend over loopback: half the batch each, averaged gradients."""
+    hosts = tmp_path / "hosts.json"
+    ports = [free_port() for _ in range(2)]
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    arguments = ["train", "memory", "--recipe", str(recipe), "--out", str(tmp_path / "two")]
+    command = f"import sys; from mlx_sleep.cli import main; sys.argv[1:] = {arguments!r}; main()"
+    env = {**os.environ, "MLX_HOSTFILE": str(hosts)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", command],
+            env={**env, "MLX_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [p.communicate(timeout=300)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], errors
+    make_trainer(read_recipe(str(recipe)), tmp_path / "one", EMBEDDED).run()
+    # Each process divides by its own weights, so the mean is close, not equal.
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0.02)
+    model, config = load_model(tmp_path / "two" / "model")
+    assert config["sleep"]["passes"] == 2 and model.num_layers == 2
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_plan_is_a_function_of_the_step():
+    encode, _, specials = sentencepiece_encoder(EMBEDDED)
+    plans = [make_plan(RECIPE, encode, specials) for _ in range(2)]
+    for step in (5, 0, 4):
+        (a, n), (b, m) = plans[0](step), plans[1](step)
+        assert n == m and len(a) == len(b)
+        assert all(mx.array_equal(x.tokens, y.tokens) for x, y in zip(a, b, strict=True))
+    halves = [make_plan(RECIPE, encode, specials, rank=r, size=2)(4)[0] for r in range(2)]
+    both = mx.concatenate([h[0].tokens for h in halves])
+    assert mx.array_equal(both, plans[0](4)[0][0].tokens)
+
+
+def test_rate_rises_holds_and_falls():
+    rates = [rate_at(s, 100, 10, 0.2) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == rates[79] == 1
+    assert rates[80] == 1 and rates[90] == pytest.approx(0.5) and 0 < rates[99] < 0.06
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"task": "poetry"}, "unknown task"),
+        ({"stages": [{"steps": 1, "passes": 0, "level": {}}]}, "at least 1 pass"),
+        ({"stages": [{"steps": 1, "passes": 1, "level": {"fact": 3}}]}, "unknown fields"),
+        ({"batch": None}, "lacks 'batch'"),
+    ],
+)
+def test_bad_recipes(tmp_path, change, message):
+    values = {k: v for k, v in {**RECIPE, **change}.items() if v is not None}
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        make_trainer(read_recipe(str(path)), tmp_path / "run", EMBEDDED).run()
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_recipe(str(path))
+    with pytest.raises(UserError, match="no recipe 'nothing'"):
+        read_recipe("nothing")
+
+
+def test_evaluation_counts_what_the_model_says(monkeypatch):
+    """A model that answers by the book is right everywhere; one with random weights nowhere."""
+    encode, decode, specials = sentencepiece_encoder(EMBEDDED)
+    task = MemoryTask(encode, specials, "test", seed=3)
+    model = make_trainer(RECIPE, "unused", EMBEDDED).model
+    rows = evaluate_memory(model, task, decode, cases=["after_1_sleep"], passes=[1, 2], n=6)
+    assert [r["passes"] for r in rows] == [1, 2]
+    assert all(r["accuracy"] == 0 and r["n"] == 6 for r in rows)
+
+    seen = []
+
+    def by_the_book(model, prompts, state, end):
+        """Stands in for `answer`: knows the replies as long as S is not zero."""
+        zero = all(not s["fast_weights"].any().item() for s in state if "fast_weights" in s)
+        seen.append(zero)
+        group = [e for e in examples if tuple(e.prompt) in {tuple(p) for p in prompts}]
+        assert len(group) >= len(prompts)
+        by_prompt = {tuple(e.prompt): e.reply for e in group}
+        return [encode("I am.") if zero else encode(by_prompt[tuple(p)]) for p in prompts]
+
+    monkeypatch.setattr(evaluate, "answer", by_the_book)
+    for case in CASES:
+        examples = list(task.evaluation(case, 6))
+        (row,) = evaluate_memory(model, task, decode, cases=[case], passes=[1], n=6, batch=4)
+        assert row["case"] == case
+        assert row["accuracy"] == 1 and row["zeroed"] == 0
+        assert row["high"] == pytest.approx(1)
+    assert True in seen and False in seen
+
+
+def test_wilson():
+    low, high = wilson(95, 100)
+    assert low == pytest.approx(0.8882, abs=1e-3) and high == pytest.approx(0.9785, abs=1e-3)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+def test_a_killed_save_leaves_a_checkpoint(recipe, tmp_path, monkeypatch):
+    settings = read_recipe(str(recipe))
+    trainer = make_trainer(settings, tmp_path / "run", EMBEDDED, save_every=2)
+    calls = []
+    rename = type(tmp_path).rename
+
+    def killed(self, target):
+        calls.append(self.name)
+        if calls.count("checkpoint.new") == 2:
+            raise Stop  # between the old checkpoint's rename and the new one's
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", killed)
+    with pytest.raises(Stop):
+        trainer.run()
+    monkeypatch.undo()
+    again = make_trainer(settings, tmp_path / "run", EMBEDDED, save_every=2)
+    again.run()
+    assert len(losses(tmp_path / "run")) == 6
+    assert isinstance(again, Trainer) and again.step == 6
