@@ -60,4 +60,3 @@ def build(source: Source):
     else:
         from .harness import metal_kernel as make
     return make(source.name, source.inputs, source.outputs, source.body, source.header)
-

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
+from kernel_checks import draw_gated_delta_mixer, gated_delta_mixer
 from ops_reference import (
     arrays,
     assert_close,
@@ -24,7 +24,6 @@ from ops_reference import (
 from mlx_sleep.kernels import gated_delta as kernels
 from mlx_sleep.kernels import harness
 from mlx_sleep.kernels.chunks import supported
-from mlx_sleep.ops.conv import short_conv
 from mlx_sleep.ops.gated_delta import gated_delta_naive
 
 assert mlx_sleep  # imported for its effect
@@ -136,9 +135,7 @@ def test_two_calls_are_one_and_no_state_is_zero(rng):
     *x, _ = arrays(inputs)
     o1, state = kernels.prefill(*(a[:, :7] for a in x))  # not contiguous
     o2, state = kernels.prefill(*(a[:, 7:] for a in x), state)
-    assert_close(
-        (mx.concatenate([o1, o2], axis=1), state), reference(RULE, *inputs), 1e-6
-    )
+    assert_close((mx.concatenate([o1, o2], axis=1), state), reference(RULE, *inputs), 1e-6)
 
 
 def test_mixed_types(rng):
@@ -257,41 +254,6 @@ def test_device_bytes_of_prefill(rng):
     assert launch.counts["barriers"] == 1 + 3 * 256 // C
 
 
-def mixer(qkv, z, ba, conv, weight, A_log, dt_bias, norm, eps, state, Hk):
-    """The mixer of models/sleep_hybrid.py between its projections, for one token, in arrays."""
-    B, Hv, Dv, Dk = state.shape
-    x, conv = short_conv(qkv[:, None], weight, conv)
-    x = nn.silu(x)
-    q, k, v = (
-        a.reshape(B, 1, -1, d)
-        for a, d in zip(
-            mx.split(x, [Hk * Dk, 2 * Hk * Dk], axis=-1), (Dk, Dk, Dv), strict=True
-        )
-    )
-    q, k = (a * mx.rsqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, k))
-    b, a = mx.split(ba, 2, axis=-1)
-    g = -mx.exp(A_log) * nn.softplus(a + dt_bias)
-    o, state = gated_delta_naive(q * Dk**-0.5, k, v, g[:, None], mx.sigmoid(b)[:, None], state)
-    o = mx.fast.rms_norm(o[:, 0], norm, eps) * nn.silu(z)
-    return o, conv, state
-
-
-def draw_mixer(rng, B, Hk, Hv, Dk, Dv, K):
-    channels = 2 * Hk * Dk + Hv * Dv
-    shapes = [
-        (B, channels),
-        (B, Hv, Dv),
-        (B, 2 * Hv),
-        (B, K - 1, channels),
-        (channels, K),
-        (Hv,),
-        (Hv,),
-        (Dv,),
-    ]
-    arrays_ = [mx.array(rng.standard_normal(s), mx.float32) for s in shapes]
-    return [*arrays_, 1e-5, mx.array(rng.standard_normal((B, Hv, Dv, Dk)), mx.float32), Hk]
-
-
 @pytest.mark.parametrize(
     "shape",
     (
@@ -300,17 +262,17 @@ def draw_mixer(rng, B, Hk, Hv, Dk, Dv, K):
     ),
 )
 def test_step(rng, order, shape):
-    inputs = draw_mixer(rng, **shape)
-    expected = [np.array(x) for x in mixer(*inputs)]
+    inputs = draw_gated_delta_mixer(rng, **shape)
+    expected = [np.array(x) for x in gated_delta_mixer(*inputs)]
     assert_close(kernels.step(*inputs), expected, 1e-5)
 
 
 def test_step_of_bfloat16(rng):
-    inputs = draw_mixer(rng, B=2, Hk=1, Hv=2, Dk=96, Dv=256, K=4)
+    inputs = draw_gated_delta_mixer(rng, B=2, Hk=1, Hv=2, Dk=96, Dv=256, K=4)
     low = [x.astype(mx.bfloat16) for x in inputs[:5]] + inputs[5:]
     exact = [x.astype(mx.float32) for x in low[:5]] + inputs[5:]
     o, conv, state = kernels.step(*low)
-    expected_o, expected_conv, expected_state = (np.array(x) for x in mixer(*exact))
+    expected_o, expected_conv, expected_state = (np.array(x) for x in gated_delta_mixer(*exact))
     assert o.dtype == conv.dtype == mx.bfloat16
     assert error(o.astype(mx.float32), expected_o) <= 1e-2
     assert error(conv.astype(mx.float32), expected_conv) == 0
@@ -319,15 +281,15 @@ def test_step_of_bfloat16(rng):
 
 def test_step_of_extreme_gates(rng):
     """b and a far from 0, where sigmoid and softplus saturate."""
-    inputs = draw_mixer(rng, B=2, Hk=2, Hv=4, Dk=32, Dv=32, K=4)
+    inputs = draw_gated_delta_mixer(rng, B=2, Hk=2, Hv=4, Dk=32, Dv=32, K=4)
     inputs[2] = inputs[2] * 30
-    expected = [np.array(x) for x in mixer(*inputs)]
+    expected = [np.array(x) for x in gated_delta_mixer(*inputs)]
     assert_close(kernels.step(*inputs), expected, 1e-5)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="only the harness counts")
 def test_step_reads_and_writes_the_state_once(rng):
-    inputs = draw_mixer(rng, B=1, Hk=1, Hv=1, Dk=32, Dv=32, K=4)
+    inputs = draw_gated_delta_mixer(rng, B=1, Hk=1, Hv=1, Dk=32, Dv=32, K=4)
     with harness.launches() as launches:
         mx.eval(kernels.step(*inputs))
     (launch,) = launches

@@ -246,10 +246,13 @@ def test_simd_functions(rng):
         "simd_shuffle_xor(v, 5)": two[:, lane ^ 5],
     }
     for call, expected in cases.items():
-        y, _ = run(f"""
+        y, _ = run(
+            f"""
             uint i = thread_position_in_grid.x, lane = thread_index_in_simdgroup;
             float v = x[i];
-            y[i] = {call};""", x)
+            y[i] = {call};""",
+            x,
+        )
         assert np.allclose(y.reshape(2, 32), np.broadcast_to(expected, (2, 32)), rtol=1e-6), call
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
+from kernel_checks import draw_ssd_mixer, ssd_mixer
 from ops_reference import (
     arrays,
     assert_close,
@@ -20,7 +20,6 @@ from ops_reference import (
 
 from mlx_sleep.kernels import harness
 from mlx_sleep.kernels import ssd as kernels
-from mlx_sleep.ops.conv import short_conv
 from mlx_sleep.ops.ssd import ssd_naive
 
 assert mlx_sleep  # imported for its effect
@@ -203,39 +202,19 @@ def test_device_bytes_of_prefill(rng):
     assert launch.counts["barriers"] == 1 + 3 * 64 // C
 
 
-def mixer(xBC, dt, conv, weight, bias, A_log, dt_bias, D, state, Hk, limits):
-    """The mixer of models/sleep_hybrid.py from its projection to its norm, in arrays."""
-    B, Hv, Dv, Dk = state.shape
-    x, conv = short_conv(xBC[:, None], weight, conv)
-    x = nn.silu(x + bias)
-    v, k, q = mx.split(x, [Hv * Dv, Hv * Dv + Hk * Dk], axis=-1)
-    v = v.reshape(B, 1, Hv, Dv)
-    q, k = (a.reshape(B, 1, Hk, Dk) for a in (q, k))
-    dt = mx.clip(nn.softplus(dt + dt_bias), *limits)[:, None]
-    o, state = ssd_naive(q, k, v, -mx.exp(A_log) * dt, dt, state)
-    return (o + D[:, None] * v)[:, 0], conv, state
-
-
-def draw_mixer(rng, B, Hk, Hv, Dk, Dv, K):
-    channels = Hv * Dv + 2 * Hk * Dk
-    shapes = [(B, channels), (B, Hv), (B, K - 1, channels), (channels, K), (channels,)]
-    shapes += [(Hv,)] * 3 + [(B, Hv, Dv, Dk)]
-    return [*(mx.array(rng.standard_normal(s), mx.float32) for s in shapes), Hk]
-
-
 @pytest.mark.parametrize("limits", ((0.0, float("inf")), (0.5, 0.8)))
 def test_step(rng, order, limits):
-    inputs = [*draw_mixer(rng, B=2, Hk=2, Hv=4, Dk=32, Dv=32, K=4), limits]
-    expected = [np.array(x) for x in mixer(*inputs)]
+    inputs = [*draw_ssd_mixer(rng, B=2, Hk=2, Hv=4, Dk=32, Dv=32, K=4), limits]
+    expected = [np.array(x) for x in ssd_mixer(*inputs)]
     assert_close(kernels.step(*inputs), expected, 5e-6)
 
 
 def test_step_of_bfloat16(rng):
-    inputs = [*draw_mixer(rng, B=1, Hk=1, Hv=3, Dk=136, Dv=40, K=3), (0.001, 100.0)]
+    inputs = [*draw_ssd_mixer(rng, B=1, Hk=1, Hv=3, Dk=136, Dv=40, K=3), (0.001, 100.0)]
     low = [x.astype(mx.bfloat16) for x in inputs[:5]] + inputs[5:]
     exact = [x.astype(mx.float32) for x in low[:5]] + inputs[5:]
     o, conv, state = kernels.step(*low)
-    expected_o, expected_conv, expected_state = (np.array(x) for x in mixer(*exact))
+    expected_o, expected_conv, expected_state = (np.array(x) for x in ssd_mixer(*exact))
     assert o.dtype == conv.dtype == mx.bfloat16
     assert error(o.astype(mx.float32), expected_o) <= 1e-2
     assert error(conv.astype(mx.float32), expected_conv) == 0

@@ -121,9 +121,7 @@ def metal_kernel(name, input_names, output_names, source, header="", **_options)
                 buffers.append(np.array(len(shape), np.int32))
         results = [np.empty(shape, _numpy_dtype(dtype)) for _, dtype, shape in outputs]
         _launch(build.library(text), name, buffers, results, grid, threadgroup)
-        return [
-            mx.array(x).view(dtype) for x, (_, dtype, _) in zip(results, outputs, strict=True)
-        ]
+        return [mx.array(x).view(dtype) for x, (_, dtype, _) in zip(results, outputs, strict=True)]
 
     return kernel
 
@@ -161,7 +159,7 @@ def _launch(library, name, buffers, results, grid, threadgroup):
 
 
 def _line(library, place) -> str:
-    """", line 12 of the kernel" for an offset in the library, where addr2line is installed."""
+    """ ", line 12 of the kernel" for an offset in the library, where addr2line is installed."""
     if not place or not shutil.which("addr2line"):
         return ""
     done = subprocess.run(

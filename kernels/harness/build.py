@@ -51,6 +51,11 @@ def compiler() -> str | None:
     return None
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels are kept, each under the hash of all that went into it."""
+    return Path(user_cache_dir("mlx-sleep")) / "kernels"
+
+
 def wrap(source: str, header: str, inputs, outputs, template) -> str:
     """The C++ text of a kernel and of `harness_thread`, which calls it for one thread.
 
@@ -119,14 +124,16 @@ def library(text: str) -> Path:
     runtime = _compile((HERE / "runtime.cpp").read_text(), "runtime", (*FLAGS, "-O2", "-c"), ".o")
     flags = (*FLAGS, *WATCHED, "-c")
     thing = _compile(text, "kernel", flags, ".o")
-    return _compile("", f"{thing.stem}-{runtime.stem}", ("-shared", str(thing), str(runtime)), ".so")
+    return _compile(
+        "", f"{thing.stem}-{runtime.stem}", ("-shared", str(thing), str(runtime)), ".so"
+    )
 
 
 def _compile(text: str, name: str, flags, suffix: str) -> Path:
     headers = "".join((HERE / h).read_text() for h in ("msl.h", "runtime.h"))
     key = hashlib.sha256("\0".join([compiler(), *flags, headers, text]).encode()).hexdigest()[:20]
-    folder = Path(user_cache_dir("mlx-sleep")) / "kernels"
-    target = folder / f"{name if suffix != '.so' else 'launch'}-{key}{suffix}"
+    folder = cache_folder()
+    target = folder / f"{name}-{key}{suffix}"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
