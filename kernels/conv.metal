@@ -8,6 +8,9 @@
 #include <metal_stdlib>
 using namespace metal;
 
+// Arrays that stay in registers need loops without a counter.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 // kernel conv_forward(x, weight, state, lengths, T, C) -> (y, state_out)
 
 // A thread owns Run tokens of one channel and reads each input once.
@@ -20,24 +23,29 @@ const int first = run * Run;
 
 // The inputs as one sequence, the state first: input i is state[i] or x[i - K + 1].
 float window[K];
+UNROLL
 for (int j = 1; j < K; ++j) {
   const int i = first + j - 1;
   window[j] = i < K - 1 ? static_cast<float>(state[(b * (K - 1) + i) * C + c])
                         : static_cast<float>(x[(size_t(b) * T + i - K + 1) * C + c]);
 }
 float taps[K];
+UNROLL
 for (int j = 0; j < K; ++j) taps[j] = Dynamic ? 0.0f : static_cast<float>(weight[c * K + j]);
 for (int t = first; t < T && t < first + Run; ++t) {
   const size_t at = (size_t(b) * T + t) * C + c;
+  UNROLL
   for (int j = 1; j < K; ++j) window[j - 1] = window[j];
   window[K - 1] = static_cast<float>(x[at]);
   float sum = 0.0f;
+  UNROLL
   for (int j = 0; j < K; ++j) {
     sum = fma(Dynamic ? static_cast<float>(weight[at * K + j]) : taps[j], window[j], sum);
   }
   y[at] = static_cast<OutT>(sum);
 }
 if (run == 0) {
+  UNROLL
   for (int j = 0; j < K - 1; ++j) {
     const int i = lengths[b] + j;
     const float value = i < K - 1 ? static_cast<float>(state[(b * (K - 1) + i) * C + c])
@@ -59,6 +67,7 @@ const int runs = (T + Run - 1) / Run;
 const int first = run * Run;
 
 float d_taps[K];
+UNROLL
 for (int j = 0; j < K; ++j) d_taps[j] = 0.0f;
 // Input i reaches y_t through tap i - t, and the last state where it is among its inputs. The
 // first run also has the K - 1 inputs that are the state.
@@ -67,6 +76,7 @@ for (int i = run == 0 ? 0 : first + K - 1; i < T + K - 1 && i < first + Run + K 
   float sum = kept >= 0 && kept < K - 1
                   ? static_cast<float>(d_state_out[(b * (K - 1) + kept) * C + c])
                   : 0.0f;
+  UNROLL
   for (int j = 0; j < K; ++j) {
     const int t = i - j;
     if (t < 0 || t >= T) continue;
@@ -83,6 +93,7 @@ for (int i = run == 0 ? 0 : first + K - 1; i < T + K - 1 && i < first + Run + K 
 for (int t = first; t < T && t < first + Run; ++t) {
   const size_t at = (size_t(b) * T + t) * C + c;
   const float d = static_cast<float>(d_y[at]);
+  UNROLL
   for (int j = 0; j < K; ++j) {
     const int i = t + j;
     const float input = i < K - 1 ? static_cast<float>(state[(b * (K - 1) + i) * C + c])
@@ -95,6 +106,7 @@ for (int t = first; t < T && t < first + Run; ++t) {
   }
 }
 if (!Dynamic) {
+  UNROLL
   for (int j = 0; j < K; ++j) {
     d_weight[((size_t(b) * runs + run) * C + c) * K + j] = d_taps[j];
   }

@@ -7,6 +7,9 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
+// Arrays that stay in registers need loops without a counter.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 constant constexpr float kNormEps = 1e-6f;  // of the L2 norm of q and k
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
@@ -63,6 +66,7 @@ threadgroup float* band = bands + simd_index * C * 8;
 
 simdgroup_float8x8 S[key_tiles];  // S[i]: rows 8 i of S^T, columns `column`
 const size_t state_at = (size_t(n) * Dv + column) * Dk;
+UNROLL
 for (int i = 0; i < key_tiles; ++i) {
   simdgroup_load(S[i], state + state_at + 8 * i, Dk, ulong2(0, 0), true);
 }
@@ -77,6 +81,7 @@ for (int start = 0; start < T; start += C) {
   if (Checkpoints) {
     const size_t heads = size_t(start / C) * threadgroups_per_grid.z;
     device float* states = (device float*)o + heads * Dv * Dk + state_at;
+    UNROLL
     for (int i = 0; i < key_tiles; ++i) {
       simdgroup_store(S[i], states + 8 * i, Dk, ulong2(0, 0), true);
     }
@@ -108,7 +113,9 @@ for (int start = 0; start < T; start += C) {
 
   // The tiles of A and P on and below the diagonal, shared out among the SIMD groups.
   int job = 0;
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
+    UNROLL
     for (int j = 0; j <= i; ++j) {
       for (int which = 0; which < (Checkpoints ? 1 : 2); ++which, ++job) {
         if (job % Bands != simd_index) continue;
@@ -139,9 +146,11 @@ for (int start = 0; start < T; start += C) {
 
   simdgroup_float8x8 k_S[chunk_tiles];  // K S^T and Q S^T, this SIMD group's columns
   simdgroup_float8x8 q_S[chunk_tiles];
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     k_S[i] = simdgroup_float8x8(0.0f);
     q_S[i] = simdgroup_float8x8(0.0f);
+    UNROLL
     for (int j = 0; j < key_tiles; ++j) {
       simdgroup_float8x8 x;
       simdgroup_load(x, k_chunk + 8 * i * row_size + 8 * j, row_size);
@@ -165,8 +174,10 @@ for (int start = 0; start < T; start += C) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (lane < 8) {
     float u[C];
+    UNROLL
     for (int t = 0; t < C; ++t) {
       u[t] = band[8 * t + lane];
+      UNROLL
       for (int s = 0; s < t; ++s) u[t] = fma(-A[t * C + s], u[s], u[t]);
       band[8 * t + lane] = u[t];
     }
@@ -174,12 +185,15 @@ for (int start = 0; start < T; start += C) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
 
   simdgroup_float8x8 U[chunk_tiles];
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) simdgroup_load(U[i], band + 64 * i, 8);
   simdgroup_barrier(mem_flags::mem_threadgroup);  // U is read before O takes its place
+  UNROLL
   for (int i = 0; i < (Checkpoints ? 0 : chunk_tiles); ++i) {
     simdgroup_float8x8 x, out;
     simdgroup_load(x, start_diagonal + 64 * i, 8);
     simdgroup_multiply(out, x, q_S[i]);
+    UNROLL
     for (int j = 0; j <= i; ++j) {
       simdgroup_load(x, P + 8 * i * C + 8 * j, C);
       simdgroup_multiply_accumulate(out, x, U[j], out);
@@ -187,14 +201,17 @@ for (int start = 0; start < T; start += C) {
     simdgroup_store(out, band + 64 * i, 8);
   }
   const float through = from_start[C - 1];
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     simdgroup_float8x8 x;
     simdgroup_load(x, end_diagonal + 64 * i, 8);
     simdgroup_multiply(U[i], x, U[i]);
   }
+  UNROLL
   for (int j = 0; j < key_tiles; ++j) {
     S[j].thread_elements()[0] *= through;
     S[j].thread_elements()[1] *= through;
+    UNROLL
     for (int i = 0; i < chunk_tiles; ++i) {
       simdgroup_float8x8 x;
       simdgroup_load(x, k_chunk + 8 * i * row_size + 8 * j, row_size, ulong2(0, 0), true);
@@ -212,6 +229,7 @@ for (int start = 0; start < T; start += C) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
+UNROLL
 for (int i = 0; i < key_tiles; ++i) {
   simdgroup_store(S[i], state_out + state_at + 8 * i, Dk, ulong2(0, 0), true);
 }
@@ -366,6 +384,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
   // U forward and dY backward in time, a thread for each row of S.
   float beta_sum[C];
   float f_sum[C];
+  UNROLL
   for (int t = 0; t < C; ++t) {
     beta_sum[t] = 0.0f;
     f_sum[t] = 0.0f;
@@ -374,16 +393,21 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
     float u[C];
     float y[C];
     float dy[C];
+    UNROLL
     for (int t = 0; t < C; ++t) {
       y[t] = U[t * value_row + d];
+      UNROLL
       for (int s = 0; s < t; ++s) y[t] = fma(-N[8 * t + s], u[s], y[t]);
       u[t] = beta_chunk[t] * y[t];
       U[t * value_row + d] = u[t];
     }
+    UNROLL
     for (int t = C - 1; t >= 0; --t) {
       float du = dY[t * value_row + d];
       f_sum[t] += u[t] * du;
+      UNROLL
       for (int s = t; s < C; ++s) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
+      UNROLL
       for (int s = t + 1; s < C; ++s) du = fma(-N[8 * s + t], dy[s], du);
       beta_sum[t] += du * y[t];
       dy[t] = beta_chunk[t] * du;
@@ -391,6 +415,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       if (start + t < T) d_v[((token + t) * Hv + hv) * Dv + block * BV + d] = dy[t];
     }
   }
+  UNROLL
   for (int t = 0; t < C; ++t) {
     const float beta_all = simd_sum(beta_sum[t]);
     const float f_all = simd_sum(f_sum[t]);
@@ -457,6 +482,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       simdgroup_store(from_S, raw, 8);
       simdgroup_store(sum, rest, 8);
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      UNROLL
       for (int i = 0; i < 2; ++i) {
         const int e = lane + 32 * i;
         const int t = e / 8;
@@ -472,6 +498,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
+  UNROLL
   for (int i = 0; i < 2; ++i) e_part[64 * simd_index + lane + 32 * i] = e_sum[i];
   threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
@@ -551,6 +578,7 @@ for (int i = index; i < 2 * Dk + Dv; i += threads) {
   // Heads of one group share q and k; the first of them keeps their inputs.
   const bool keeps = i >= 2 * Dk || hv % (Hv / Hk) == 0;
   float sum = 0.0f;
+  UNROLL
   for (int j = 0; j < K; ++j) {
     const size_t at = (size_t(b) * (K - 1) + j) * channels + channel;
     const float x = static_cast<float>(j < K - 1 ? static_cast<float>(conv[at])
@@ -567,6 +595,7 @@ float4 k4[parts];
 float qq = 0.0f;
 float kk = 0.0f;
 float kq = 0.0f;
+UNROLL
 for (int i = 0; i < parts; ++i) {
   const int d = 128 * i + 4 * lane;
   q4[i] = float4(0.0f);
@@ -582,6 +611,7 @@ for (int i = 0; i < parts; ++i) {
 const float q_scale = rsqrt(simd_sum(qq) + kNormEps) * rsqrt(static_cast<float>(Dk));
 const float k_scale = rsqrt(simd_sum(kk) + kNormEps);
 kq = simd_sum(kq) * q_scale * k_scale;
+UNROLL
 for (int i = 0; i < parts; ++i) {
   q4[i] = q4[i] * q_scale;
   k4[i] = k4[i] * k_scale;
@@ -598,6 +628,7 @@ for (int row = simd_index; row < Dv; row += SimdGroups) {
   float4 S[parts];
   float held = 0.0f;
   float out = 0.0f;
+  UNROLL
   for (int i = 0; i < parts; ++i) {
     const int d = 128 * i + 4 * lane;
     S[i] = d < Dk ? a * from[d / 4] : float4(0.0f);
@@ -606,6 +637,7 @@ for (int row = simd_index; row < Dv; row += SimdGroups) {
   }
   const float u = beta * (inputs[2 * Dk + row] - simd_sum(held));
   out = simd_sum(out) + u * kq;  // (S + u k^T) q
+  UNROLL
   for (int i = 0; i < parts; ++i) {
     const int d = 128 * i + 4 * lane;
     if (d < Dk) to[d / 4] = S[i] + u * k4[i];

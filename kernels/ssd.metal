@@ -8,6 +8,9 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
+// Arrays that stay in registers need loops without a counter.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 inline float silu(float x) { return x / (1.0f + exp(-x)); }
 inline float softplus(float x) { return x > 20.0f ? x : log(1.0f + exp(x)); }
 
@@ -58,6 +61,7 @@ threadgroup float* band = bands + simd_index * C * 8;
 
 simdgroup_float8x8 S[key_tiles];  // S[i]: rows 8 i of S^T, columns `column`
 const size_t state_at = (size_t(n) * Dv + column) * Dk;
+UNROLL
 for (int i = 0; i < key_tiles; ++i) {
   simdgroup_load(S[i], state + state_at + 8 * i, Dk, ulong2(0, 0), true);
 }
@@ -72,6 +76,7 @@ for (int start = 0; start < T; start += C) {
   if (Checkpoints) {
     const size_t heads = size_t(start / C) * threadgroups_per_grid.z;
     device float* states = (device float*)o + heads * Dv * Dk + state_at;
+    UNROLL
     for (int i = 0; i < key_tiles; ++i) {
       simdgroup_store(S[i], states + 8 * i, Dk, ulong2(0, 0), true);
     }
@@ -102,6 +107,7 @@ for (int start = 0; start < T; start += C) {
 
   // The tiles of P on and below the diagonal, shared out among the SIMD groups.
   int job = 0;
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     for (int j = 0; j <= i && !Checkpoints; ++j, ++job) {
       if (job % Bands != simd_index) continue;
@@ -125,8 +131,10 @@ for (int start = 0; start < T; start += C) {
   }
 
   simdgroup_float8x8 q_S[chunk_tiles];  // Q S^T, this SIMD group's columns
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     q_S[i] = simdgroup_float8x8(0.0f);
+    UNROLL
     for (int j = 0; j < (Checkpoints ? 0 : key_tiles); ++j) {
       simdgroup_float8x8 x;
       simdgroup_load(x, q_chunk + 8 * i * row_size + 8 * j, row_size);
@@ -134,6 +142,7 @@ for (int start = 0; start < T; start += C) {
     }
   }
   float value[C / 4];  // of v: the elements of the band that this lane reads and writes
+  UNROLL
   for (int i = 0; i < C / 4; ++i) {
     const int t = 4 * i + lane / 8;
     const bool real = start + t < T && (!HasMask || mask[token + t]);
@@ -144,12 +153,15 @@ for (int start = 0; start < T; start += C) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   simdgroup_float8x8 U[chunk_tiles];
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) simdgroup_load(U[i], band + 64 * i, 8);
   simdgroup_barrier(mem_flags::mem_threadgroup);  // U is read before O takes its place
+  UNROLL
   for (int i = 0; i < (Checkpoints ? 0 : chunk_tiles); ++i) {
     simdgroup_float8x8 x, out;
     simdgroup_load(x, start_diagonal + 64 * i, 8);
     simdgroup_multiply(out, x, q_S[i]);
+    UNROLL
     for (int j = 0; j <= i; ++j) {
       simdgroup_load(x, P + 8 * i * C + 8 * j, C);
       simdgroup_multiply_accumulate(out, x, U[j], out);
@@ -157,14 +169,17 @@ for (int start = 0; start < T; start += C) {
     simdgroup_store(out, band + 64 * i, 8);
   }
   const float through = start_diagonal[8 * C - 1];  // exp(G_end)
+  UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     simdgroup_float8x8 x;
     simdgroup_load(x, end_diagonal + 64 * i, 8);
     simdgroup_multiply(U[i], x, U[i]);
   }
+  UNROLL
   for (int j = 0; j < key_tiles; ++j) {
     S[j].thread_elements()[0] *= through;
     S[j].thread_elements()[1] *= through;
+    UNROLL
     for (int i = 0; i < chunk_tiles; ++i) {
       simdgroup_float8x8 x;
       simdgroup_load(x, k_chunk + 8 * i * row_size + 8 * j, row_size, ulong2(0, 0), true);
@@ -172,6 +187,7 @@ for (int start = 0; start < T; start += C) {
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL
   for (int i = 0; i < C / 4; ++i) {
     const int t = 4 * i + lane / 8;
     if (!Checkpoints && start + t < T) {
@@ -183,6 +199,7 @@ for (int start = 0; start < T; start += C) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
+UNROLL
 for (int i = 0; i < key_tiles; ++i) {
   simdgroup_store(S[i], state_out + state_at + 8 * i, Dk, ulong2(0, 0), true);
 }
@@ -325,16 +342,19 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
   // U and the rest of dU, a thread for each row of S.
   float beta_sum[C];
   float f_sum[C];
+  UNROLL
   for (int t = 0; t < C; ++t) {
     beta_sum[t] = 0.0f;
     f_sum[t] = 0.0f;
   }
   for (int d = index; d < BV; d += threads) {
+    UNROLL
     for (int t = 0; t < C; ++t) {
       const float value = U[t * value_row + d];
       float du = dU[t * value_row + d];
       U[t * value_row + d] = beta_chunk[t] * value;
       f_sum[t] += beta_chunk[t] * value * du;
+      UNROLL
       for (int s = t; s < C; ++s) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
       beta_sum[t] += du * value;
       if (start + t < T) {
@@ -342,6 +362,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       }
     }
   }
+  UNROLL
   for (int t = 0; t < C; ++t) {
     const float beta_all = simd_sum(beta_sum[t]);
     const float f_all = simd_sum(f_sum[t]);
@@ -398,6 +419,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       simdgroup_store(from_S, raw, 8);
       simdgroup_store(sum, rest, 8);
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      UNROLL
       for (int i = 0; i < 2; ++i) {
         const int e = lane + 32 * i;
         const int t = e / 8;
@@ -413,6 +435,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
+  UNROLL
   for (int i = 0; i < 2; ++i) e_part[64 * simd_index + lane + 32 * i] = e_sum[i];
   threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
@@ -485,6 +508,7 @@ for (int i = index; i < Dv + 2 * Dk; i += threads) {
   // Heads of one group share k and q; the first of them keeps their inputs.
   const bool keeps = i < Dv || hv % (Hv / Hk) == 0;
   float sum = static_cast<float>(conv_bias[channel]);
+  UNROLL
   for (int j = 0; j < K; ++j) {
     const size_t at = (size_t(b) * (K - 1) + j) * channels + channel;
     const float x = j < K - 1 ? static_cast<float>(conv[at])
@@ -503,6 +527,7 @@ const float skip = static_cast<float>(D[hv]);
 
 float4 k4[parts];
 float4 q4[parts];
+UNROLL
 for (int i = 0; i < parts; ++i) {
   const int d = 128 * i + 4 * lane;
   k4[i] = float4(0.0f);
@@ -519,6 +544,7 @@ for (int row = simd_index; row < Dv; row += SimdGroups) {
   device float4* to = (device float4*)(state_out + at);
   const float value = inputs[row];
   float out = 0.0f;
+  UNROLL
   for (int i = 0; i < parts; ++i) {
     const int d = 128 * i + 4 * lane;
     if (d < Dk) {

@@ -44,6 +44,8 @@ ORDERS = {"forward": 0, "backward": -1, "random": 12345}
 @pytest.mark.parametrize("kind", ("generic", "masked", "vector", "vector masked", "packed"))
 def test_gated_delta_of_mlx_lm(rng, mlx_lm, kind, order):
     module, _ = mlx_lm
+    if kind == "packed" and not hasattr(module, "_gated_delta_kernel_packed"):
+        pytest.skip("this mlx-lm has no packed kernel")
     B, T, Hk, Hv, Dk, Dv = 2, 5, 1, 2, 128 if kind == "packed" else 64, 32
     q, k = (mx.array(rng.standard_normal((B, T, Hk, Dk)) / Dk**0.5, mx.float32) for _ in "qk")
     v = mx.array(rng.standard_normal((B, T, Hv, Dv)), mx.float32)
@@ -133,6 +135,10 @@ BROKEN = {
     "far out of bounds": (f"{SHARED} y[i] = x[i + (1 << 30)];", "out of bounds"),
     "threadgroup array too short": (
         f"threadgroup float t[8]; {SHARED} t[i] = x[i]; y[i] = t[i];",
+        "out of bounds",
+    ),
+    "private array too short": (
+        f"{SHARED} float p[4]; for (int j = 0; j <= 4; ++j) p[j] = x[i]; y[i] = p[i % 4];",
         "out of bounds",
     ),
     "write to an input": (f"{SHARED} ((device float*)x)[i] = 1; y[i] = 0;", "write to input"),
@@ -253,7 +259,7 @@ def test_simd_functions(rng):
             y[i] = {call};""",
             x,
         )
-        assert np.allclose(y.reshape(2, 32), np.broadcast_to(expected, (2, 32)), rtol=1e-6), call
+        assert np.allclose(y.reshape(2, 32), np.broadcast_to(expected, (2, 32)), atol=1e-5), call
 
 
 def test_simdgroup_matrices(rng):

@@ -22,7 +22,7 @@ from platformdirs import user_cache_dir
 HERE = Path(__file__).parent
 # -O1 keeps an access for every value that a kernel asks for twice with a write between.
 FLAGS = ("-std=gnu++14", "-fPIC", "-g1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-w")
-WATCHED = ("-O1", "-fsanitize=thread")
+WATCHED = ("-O1", "-fsanitize=thread", "-fsanitize=bounds")
 
 # Metal's thread attributes and where runtime.h keeps them.
 ATTRIBUTES = {

@@ -1,8 +1,10 @@
 // Runs one kernel launch: every GPU thread is a fiber that yields at SIMD operations and barriers.
 //
-// The kernel is compiled with -fsanitize=thread and linked without its library: the compiler then
-// calls the __tsan_* functions below before each access to memory that is not a register, and
-// they check it. This file is compiled without it, and knows nothing of MSL.
+// The kernel is compiled with -fsanitize=thread and =bounds and linked without their libraries: the
+// compiler then calls the functions at the end of this file before each access to memory that is
+// not a register, and they check it. This file is compiled without it, and knows nothing of MSL.
+#define _XOPEN_SOURCE 700  // macOS has ucontext behind this only
+#define _DARWIN_C_SOURCE
 #include "runtime.h"
 
 #include <dlfcn.h>
@@ -348,6 +350,11 @@ void count_simd_op() { m->counts.simd_ops += m->running->ids.lane == 0; }
 void count_multiply_add(int many) { m->counts.multiply_adds += many; }
 uint32_t lane() { return m->running->ids.lane; }
 
+void outside_of_array(void* pc) {
+  m->pc = pc;
+  fail("out of bounds: index outside of a thread's or threadgroup's array");
+}
+
 }  // namespace harness
 
 // Runs a launch. `data`, `bytes`, `kinds`: one for each buffer, the inputs first. `order`: 0 is
@@ -444,7 +451,7 @@ extern "C" int harness_launch(int n, void** data, const uint64_t* bytes, const u
   return failed;
 }
 
-// What -fsanitize=thread calls, by GCC's and Clang's names.
+// What -fsanitize=thread and -fsanitize=bounds call, by GCC's and Clang's names.
 #define HERE __builtin_return_address(0)
 #define ACCESS(size)                                                                          \
   void __tsan_read##size(void* p) { harness::access(p, size, false, HERE); }                  \
@@ -472,6 +479,8 @@ void* __tsan_memset(void* to, int value, size_t size) {
   harness::access(to, size, true, HERE);
   return memset(to, value, size);
 }
+void __ubsan_handle_out_of_bounds(void*, void*) { harness::outside_of_array(HERE); }
+void __ubsan_handle_out_of_bounds_abort(void*, void*) { harness::outside_of_array(HERE); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
