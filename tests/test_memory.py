@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep import memory
+from mlx_sleep import memory, memory_format
 from mlx_sleep.errors import UserError
 from mlx_sleep.memory import Memory
 
@@ -100,7 +101,7 @@ def test_counters_add_up_and_leftovers_stay_pending(tmp_path):
 
 @st.composite
 def any_array(draw):
-    dtype = draw(st.sampled_from(list(memory._DTYPES)))
+    dtype = draw(st.sampled_from(list(memory_format.DTYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
     size = int(np.prod(shape)) * dtype.size
     raw = draw(st.binary(min_size=size, max_size=size))
@@ -377,14 +378,14 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_a_lock_file_unlinked_by_its_last_holder_locks_nobody_out_or_in(tmp_path, monkeypatch):
     make(tmp_path)
-    real, path = memory.fcntl.flock, tmp_path / "memories" / "ada.lock"
+    real, path = fcntl.flock, tmp_path / "memories" / "ada.lock"
 
     def flock(file, how):
-        monkeypatch.setattr(memory.fcntl, "flock", real)
+        monkeypatch.setattr(fcntl, "flock", real)
         path.unlink()
         real(file, how)
 
-    monkeypatch.setattr(memory.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with Memory.open("ada", "model-a", home=tmp_path):
         with pytest.raises(UserError, match=f"in use by process {os.getpid()};"):
             Memory.open("ada", "model-a", home=tmp_path)
@@ -441,7 +442,7 @@ def test_full_or_read_only_disk(tmp_path, monkeypatch, code, hint):
         before = files(tmp_path)
         for function in ("write", "replace", "fsync"):
             with monkeypatch.context() as patch:
-                patch.setattr(memory.os, function, fail)
+                patch.setattr(os, function, fail)
                 for call in (
                     lambda: m.append([1]),
                     lambda: m.commit(some_arrays(), 1, **SLEEP),
@@ -473,9 +474,9 @@ def test_fullfsync_where_there_is_one(monkeypatch, tmp_path):
         if not works:
             raise OSError(errno.ENOTTY, "no such thing")
 
-    monkeypatch.setattr(memory.fcntl, "F_FULLFSYNC", 51, raising=False)
-    monkeypatch.setattr(memory.fcntl, "fcntl", control)
-    monkeypatch.setattr(memory.os, "fsync", lambda file: calls.append("fsync"))
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
     with Memory.open("ada", "model-a", home=tmp_path) as m:
         assert set(calls) == {51}
         works = False

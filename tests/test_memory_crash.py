@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sleep import memory
+from mlx_sleep import files, memory
 from mlx_sleep.errors import UserError
 from mlx_sleep.memory import Memory
 
@@ -118,6 +118,12 @@ class Disk:
             yield scratch
 
 
+def put_under(patch: pytest.MonkeyPatch, system) -> None:
+    """Makes `system`, a Disk or os, what the memory and its files call."""
+    for module in (memory, files):
+        patch.setattr(module, "os", system)
+
+
 def folded(count: int) -> dict[str, mx.array]:
     """The arrays after tokens 0 .. count-1 were folded in."""
     return {"fast_weights": mx.arange(500).astype(mx.float32) * (count + 1)}
@@ -178,7 +184,7 @@ class Script:
 def read(home: Path) -> tuple[int, int]:
     """(tokens folded in, tokens in all) of the memory; what it holds must fit these numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "os", os)  # no Disk while we look
+        put_under(patch, os)  # no Disk while we look
         with Memory.open("ada", "model-a", home=home) as m:
             count = m.header.tokens
             total = count + len(m.pending)
@@ -196,7 +202,7 @@ def play(home: Path, monkeypatch, fail) -> tuple[Disk, Script, tuple[int, int]]:
     disk, script = Disk(home / "memories", fail), Script(home)
     before = (0, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "os", disk)
+        put_under(patch, disk)
         try:
             for step in script.steps:
                 before = (script.folded, script.total)
@@ -278,7 +284,7 @@ def test_any_call_may_fail_once_and_the_step_be_repeated(tmp_path, monkeypatch, 
         failures, step_failed = 0, None
         with monkeypatch.context() as patch:
             disk = Disk(home / "memories", fail)
-            patch.setattr(memory, "os", disk)
+            put_under(patch, disk)
             for step in script.steps:
                 try:
                     step()
@@ -314,7 +320,7 @@ def test_ctrl_c_at_any_call(tmp_path, monkeypatch):
         script = Script(home)
         with monkeypatch.context() as patch:
             disk = Disk(home / "memories", fail)
-            patch.setattr(memory, "os", disk)
+            put_under(patch, disk)
             with pytest.raises(KeyboardInterrupt):
                 for step in script.steps:
                     step()
@@ -338,7 +344,7 @@ def test_ctrl_c_at_any_call(tmp_path, monkeypatch):
 
 def test_twice_between_the_rename_and_the_new_journal(tmp_path, monkeypatch):
     """The old journal beside the new file is not folded in again, and is never two files old."""
-    replace = memory._replace_file
+    replace = memory.replace_file
 
     def die_after(path, data):
         replace(path, data)
@@ -349,7 +355,7 @@ def test_twice_between_the_rename_and_the_new_journal(tmp_path, monkeypatch):
         m.append(range(7))
     for count in (4, 6, 7):
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "_replace_file", die_after)
+            patch.setattr(memory, "replace_file", die_after)
             with pytest.raises(Died), Memory.open("ada", "model-a", home=tmp_path) as m:
                 patch.setattr(Memory, "sync", lambda self: None)  # a dead process syncs nothing
                 m.commit(folded(count), count - m.header.tokens, **SLEEP)

@@ -1,0 +1,153 @@
+"""Files that survive crashes: a lock that goes with its process, atomic replacement, fsync.
+
+Knows nothing of what the files hold. What is made here, its owner alone can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import UserError
+
+
+class InUse(Exception):
+    """Another process holds the lock. holder: its process id, "" when it has not said."""
+
+    def __init__(self, holder: str):
+        super().__init__(holder)
+        self.holder = holder
+
+
+class Lock:
+    """An exclusive flock on a file with this process's id in it. Gone with the process.
+
+    Raises InUse when it is held, OSError when the file cannot be made.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        while True:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The last holder may have unlinked the file between our open and our flock.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
+                        break
+            except BlockingIOError:
+                holder = os.pread(self._file, 20, 0).decode(errors="replace").strip()
+                os.close(self._file)
+                raise InUse(holder) from None
+            except BaseException:
+                os.close(self._file)
+                raise
+            os.close(self._file)
+        # For the message of InUse only; a full disk must not keep anyone from a lock.
+        with contextlib.suppress(OSError):
+            _chmod_private(self._file)
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        finally:
+            os.close(self._file)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@contextlib.contextmanager
+def explained(doing: str, elsewhere: str) -> Iterator[None]:
+    """Turns an OSError into a UserError that says what to do next: `elsewhere`, or make room."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space there and try again" if full else elsewhere
+        raise UserError(f"{doing}: {error.strerror or error}; {remedy}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and its parents, each durably."""
+    for path in (*reversed(folder.parents), folder):
+        with contextlib.suppress(FileExistsError):
+            if not path.is_dir():
+                os.mkdir(path, 0o700)
+                os.chmod(path, 0o700)  # an odd umask may have taken the owner's bits
+                fsync_folder(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def temporary(path: Path) -> Path:
+    """Where replace_file prepares the new contents of path."""
+    return path.with_name(path.name + ".tmp")
+
+
+def replace_file(path: Path, data: bytes | bytearray) -> None:
+    """Replaces path by data, or leaves it as it was. The caller syncs the folder."""
+    new = temporary(path)
+    unlink(new)
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        try:
+            _chmod_private(file)
+            write_all(file, data)
+            fsync(file)
+        finally:
+            os.close(file)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unlink(new)
+        raise
+
+
+def unlink(path: Path) -> None:
+    """Deletes a file that may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _chmod_private(file: int) -> None:
+    # An odd umask may have taken the owner's bits; a USB stick may have no modes at all.
+    with contextlib.suppress(PermissionError):
+        os.fchmod(file, 0o600)
+
+
+def write_all(file: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def fsync(file: int) -> None:
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone stops at the drive's cache
+        try:
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+        except OSError:
+            pass  # a network folder has only fsync
+    os.fsync(file)
+
+
+def fsync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
+        os.close(file)
