@@ -581,8 +581,8 @@ for (int i = index; i < 2 * Dk + Dv; i += threads) {
   UNROLL
   for (int j = 0; j < K; ++j) {
     const size_t at = (size_t(b) * (K - 1) + j) * channels + channel;
-    const float x = static_cast<float>(j < K - 1 ? static_cast<float>(conv[at])
-                                                 : static_cast<float>(qkv[b * channels + channel]));
+    const float x = j < K - 1 ? static_cast<float>(conv[at])
+                              : static_cast<float>(qkv[b * channels + channel]);
     sum = fma(static_cast<float>(conv_weight[channel * K + j]), x, sum);
     if (keeps && j > 0) conv_out[at - channels] = static_cast<ConvT>(x);
   }

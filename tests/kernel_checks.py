@@ -98,16 +98,17 @@ def _mask(rng):
 
 def _prefill(rule, kernels, **extra):
     rng = np.random.default_rng()
-    inputs = draw(rng, **HEADS)
-    mask = _mask(rng)
-    o, state = reference(rule, *inputs, mask)
-    if "D" in extra:
-        o += np.where(mask[..., None, None], np.array(extra["D"])[:, None] * inputs[2], 0)
-    spoiled = [
-        np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, np.nan) for x in inputs[:5]
-    ]
-    got = kernels.prefill(*arrays([*spoiled, inputs[5]]), mask=mx.array(mask), **extra)
-    assert_close(got, (o, state), 2e-6)
+    for shape in (HEADS, HEADS | {"Dv": 32}):  # more and fewer SIMD groups than tiles to share
+        inputs = draw(rng, **shape)
+        mask = _mask(rng)
+        o, state = reference(rule, *inputs, mask)
+        if "D" in extra:
+            o += np.where(mask[..., None, None], np.array(extra["D"])[:, None] * inputs[2], 0)
+        spoiled = [
+            np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, np.nan) for x in inputs[:5]
+        ]
+        got = kernels.prefill(*arrays([*spoiled, inputs[5]]), mask=mx.array(mask), **extra)
+        assert_close(got, (o, state), 2e-6)
 
 
 def _backward(kernels, naive):

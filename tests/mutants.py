@@ -14,6 +14,7 @@ import multiprocessing
 import random
 import re
 import shutil
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -54,7 +55,7 @@ def mutants(text: str) -> list[tuple[int, str, str]]:
     start = 0
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         code = line.split("//")[0]
-        if not code.startswith(("#", "template")):
+        if not code.startswith("#"):
             for match in [*BINARY.finditer(code), *UNARY.finditer(code)]:
                 i, j = match.span()
                 changed = line[:i] + FLIPS.get(match[0], "") + line[j:]
@@ -140,6 +141,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for (file, line, shown, _, _), result in pool.map(run, todo):
             counts[result] += 1
+            print(f"{sum(counts.values())} of {len(todo)}", end="\r", file=sys.stderr)
             if result == "missed":
                 print(f"missed  {file}:{line}  {shown}", flush=True)
     print(f"{counts['no mutant']} did not compile")
