@@ -1,6 +1,7 @@
 # Every target sets up what it needs: Python >= 3.10 is enough, on macOS and Debian alike.
 #   make chat [ARGS="--memory work"]    talk to the embedded model
 #   make test | lint | wheel | clean
+#   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
 
 READY := .venv/.ready
 
@@ -13,13 +14,16 @@ test: $(READY)
 lint: $(READY)
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
+mutants: $(READY)
+	@.venv/bin/python tests/mutants.py $(ARGS)
+
 wheel: $(READY)
 	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint wheel clean
+.PHONY: chat test lint mutants wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \
@@ -55,4 +59,6 @@ $(READY): pyproject.toml .venv/bin/python
 	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
 	  apt_install libopenblas0-pthread || echo "going on without OpenBLAS, up to 30 times" \
 	    "slower; on Debian: sudo apt-get install libopenblas0-pthread"; fi; \
+	command -v g++ >/dev/null || command -v clang++ >/dev/null || apt_install g++ || \
+	  echo "the Metal kernels will not be tested: there is no C++ compiler"; \
 	touch $@

@@ -146,7 +146,7 @@ def test_doctor_as_json(embedded):
     assert report["backend"] in ("CPU", "Metal", "CUDA")
     assert report["versions"]["mlx"]
     assert report["model"]["fingerprint"] == load.fingerprint(embedded)
-    assert set(report["ops"]) == {"gated_delta", "ssd"}
+    assert set(report["ops"]) == {"gated_delta", "ssd", "conv"}
     if report["backend"] == "CPU":
         assert report["blas"]["status"] == mlx_sleep.BLAS.status
         assert report["blas"]["gflops"] > 0 and report["blas"]["error"] < 1e-5

@@ -42,6 +42,23 @@ def ops(json: Json = False, plot: PlotFile = None, repeats: Repeats = 3):
 
 
 @app.command()
+def kernels(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
+    json: Json = False,
+    plot: PlotFile = None,
+):
+    """Count what the Metal kernels ask of a GPU. Needs a C++ compiler and no GPU.
+
+    `ratio_to_least` is the device bytes over the least possible: 1 is the best there is.
+
+    Example: mlx-sleep bench kernels --tokens 256
+    """
+    from ..bench import kernels
+
+    _run("bench kernels", kernels, kernels.rows(tokens), json, plot)
+
+
+@app.command()
 def wake(
     model: Model = None,
     passes: Passes = "1,2,4,8",

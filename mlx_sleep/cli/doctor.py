@@ -97,13 +97,14 @@ def _backend(mx) -> str:
 
 
 def _ops() -> dict[str, dict[str, str]]:
-    """The path of each op for a prompt and for a single token."""
-    from ..ops import gated_delta
+    """The path of each op for a prompt and for a single token, with heads of 128."""
+    from ..ops.paths import conv_path, path
 
-    return {
-        "gated_delta": {"prompt": gated_delta.path(256), "token": gated_delta.path(1)},
-        "ssd": {"prompt": "chunk", "token": "step"},  # the same on every machine
+    ops = {
+        op: {"prompt": path(op, 256, 128, 128), "token": path(op, 1, 128, 128)}
+        for op in ("gated_delta", "ssd")
     }
+    return ops | {"conv": {"prompt": conv_path(), "token": conv_path()}}
 
 
 def _kernels() -> list[str]:
@@ -213,10 +214,12 @@ def _blas_line(blas: dict) -> str:
 
 
 def _kernels_line(report: dict) -> str:
-    if not report["kernels"]:
-        return "none of our own; MLX's" if report["backend"] == "Metal" else "none of our own"
-    use = "" if report["backend"] == "Metal" else ", not in use (no Metal)"
-    return ", ".join(report["kernels"]) + use
+    names = ", ".join(report["kernels"])
+    if any("metal" in paths.values() for paths in report["ops"].values()):
+        return names + ("" if report["backend"] == "Metal" else ", in the harness, on the CPU")
+    if report["backend"] == "Metal":
+        return names + ", not in use: MLX_SLEEP_KERNELS=metal takes them"
+    return names + ", not in use (no Metal)"
 
 
 def _model_line(model: dict) -> str:

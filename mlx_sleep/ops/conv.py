@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..kernels import conv as kernels
+from .paths import conv_path
+
 
 def short_conv(x, weight, state=None, mask=None):
     """y_t = sum_j weight[:, j] x_{t-K+1+j}, so that weight[:, K-1] meets the newest input.
@@ -26,6 +29,8 @@ def short_conv(x, weight, state=None, mask=None):
     before = weight.shape[1] - 1
     if state is None:
         state = mx.zeros((B, before, C), x.dtype)
+    if before and conv_path() == "metal":
+        return _conv_metal(x, weight, state, mask)
     inputs = mx.concatenate([state.astype(x.dtype), x], axis=1)
     y = _correlate(inputs, weight.T.astype(x.dtype))
     if mask is None:
@@ -34,6 +39,18 @@ def short_conv(x, weight, state=None, mask=None):
     # Indices have no gradient, which mx.checkpoint must be told.
     newest = mx.stop_gradient(mask.sum(axis=1)[:, None] + mx.arange(before))
     return y, mx.take_along_axis(inputs, newest[..., None], axis=1)
+
+
+def _conv_metal(x, weight, state, mask):
+    @mx.custom_function
+    def op(*inputs):
+        return kernels.forward(*inputs, mask)
+
+    @op.vjp
+    def op_vjp(inputs, cotangents, _outputs):
+        return tuple(kernels.backward(*inputs, *cotangents, mask))
+
+    return op(x, weight, state)
 
 
 @mx.custom_function

@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..kernels import gated_delta as kernels
 from .chunks import decay_matrix, unstack
+from .paths import differentiable, path
 
 CHUNK = 32  # tokens a chunk; a power of two
 
 
 def gated_delta(q, k, v, g, beta, state=None, mask=None):
     """The gated delta rule on the fastest path that this machine has. Differentiable."""
-    return {"step": gated_delta_step, "mlx.fast": gated_delta_mlx, "chunk": gated_delta_chunk}[
-        path(q.shape[1])
-    ](q, k, v, g, beta, state, mask)
-
-
-def path(tokens: int) -> str:
-    """The name of the path that `gated_delta` takes for a call of so many tokens."""
-    if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
-        return "mlx.fast"  # MLX's own Metal kernels, with a backward pass
-    return "step" if tokens == 1 else "chunk"
+    return {
+        "metal": gated_delta_metal,
+        "mlx.fast": gated_delta_mlx,
+        "step": gated_delta_step,
+        "chunk": gated_delta_chunk,
+    }[path("gated_delta", q.shape[1], k.shape[3], v.shape[3])](q, k, v, g, beta, state, mask)
 
 
 def gated_delta_naive(q, k, v, g, beta, state=None, mask=None):
@@ -61,6 +59,11 @@ def gated_delta_step(q, k, v, g, beta, state=None, mask=None):
     o = read[..., 1] + u * (k_t * q_t).sum(-1, keepdims=True)
     state = mx.exp(g[:, 0])[..., None, None] * state + u[..., None] * k_t[..., None, :]
     return o[:, None].astype(dtype), state
+
+
+def gated_delta_metal(q, k, v, g, beta, state=None, mask=None):
+    """The same through this package's Metal kernels, forward and backward."""
+    return differentiable(kernels, q, k, v, g, beta, state, mask)
 
 
 def gated_delta_mlx(q, k, v, g, beta, state=None, mask=None):

@@ -20,15 +20,18 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..kernels import ssd as kernels
 from .chunks import decay_matrix, unstack
+from .paths import differentiable, path
 
 CHUNK = 64  # tokens a chunk
 
 
 def ssd(q, k, v, g, beta, state=None, mask=None):
-    """The gated Hebbian rule on the fastest path for this number of tokens. Differentiable."""
-    form = ssd_step if q.shape[1] == 1 else ssd_chunk
-    return form(q, k, v, g, beta, state, mask)
+    """The gated Hebbian rule on the fastest path that this machine has. Differentiable."""
+    return {"metal": ssd_metal, "step": ssd_step, "chunk": ssd_chunk}[
+        path("ssd", q.shape[1], k.shape[3], v.shape[3])
+    ](q, k, v, g, beta, state, mask)
 
 
 def ssd_naive(q, k, v, g, beta, state=None, mask=None):
@@ -51,6 +54,11 @@ def ssd_step(q, k, v, g, beta, state=None, mask=None):
     state = mx.exp(g[:, 0])[..., None, None] * state + write
     o = (state @ q[:, 0, ..., None])[..., 0]
     return o[:, None].astype(dtype), state
+
+
+def ssd_metal(q, k, v, g, beta, state=None, mask=None):
+    """The same through this package's Metal kernels, forward and backward."""
+    return differentiable(kernels, q, k, v, g, beta, state, mask)
 
 
 def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):

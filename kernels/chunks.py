@@ -1,0 +1,124 @@
+"""Launches of the prefill and backward kernels, which the families share: shapes, types, grids.
+
+`rule` is a family's name: RULE.metal holds RULE_prefill and RULE_backward. Arrays are named and
+shaped as in the ops. The kernels take heads whose Dk and Dv are `supported`.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .source import kernel
+
+BACKWARD_CHUNK = 8  # tokens; one state is kept for each
+BACKWARD_GROUPS = 8  # SIMD groups of a threadgroup
+
+
+def supported(Dk: int, Dv: int) -> bool:
+    """Whether the kernels take heads of these sizes: multiples of 8 from 32 to 256."""
+    return all(32 <= d <= 256 and d % 8 == 0 for d in (Dk, Dv))
+
+
+def prefill(rule, q, k, v, g, beta, state=None, mask=None, extra=(), extra_template=()):
+    """Any number of tokens: (o [B, T, Hv, Dv] in v's dtype, 0 at padding, state float32).
+
+    One launch. q and k are read once where one threadgroup holds all of Dv, and once for each
+    block of Dv otherwise; everything else is read or written once.
+    """
+    B, T, Hv, Dv = v.shape
+    Dk = k.shape[3]
+    if state is None:
+        state = mx.zeros((B, Hv, Dv, Dk), mx.float32)
+    if 0 in (B, T, Hv):
+        return mx.zeros(v.shape, v.dtype), state.astype(mx.float32)
+    inputs = [*_inputs(q, k, v, g, beta, state), *_sizes(q, v, mask), *extra]
+    return _prefill(rule, inputs, v.shape, v.dtype, mask, _chunk(Dk), False, extra_template)
+
+
+def backward(rule, q, k, v, g, beta, state, d_o, d_state, mask=None, extra=(), extra_template=()):
+    """Gradients of (q, k, v, g, beta, state), each of its input's shape and dtype.
+
+    d_o and d_state are the gradients of prefill's two results. Two launches: S before each chunk
+    of 8 tokens is computed again and kept, T/8 states a head.
+    """
+    B, T, Hv, Dv = v.shape
+    Hk, Dk = k.shape[2:]
+    if 0 in (B, T, Hv):
+        return (*(mx.zeros_like(x) for x in (q, k, v, g, beta)), d_state.astype(state.dtype))
+    inputs = [*_inputs(k, k, v, g, beta, state), *_sizes(q, v, mask), *extra]
+    states = (-(-T // BACKWARD_CHUNK), B, Hv, Dv, Dk)
+    states, _ = _prefill(
+        rule, inputs, states, mx.float32, mask, BACKWARD_CHUNK, True, extra_template
+    )
+    n = _largest_divisor(Dv // 8, 8)
+    blocks = Dv // (8 * n)
+    keys, gates = (blocks, B, T, Hv, Dk), (blocks, B, T, Hv)
+    d_q, d_k, d_v, d_g, d_beta, d_state = kernel(f"{rule}.metal", f"{rule}_backward")(
+        inputs=[
+            *_inputs(q, k, v, g, beta, states),
+            d_o,
+            d_state.astype(mx.float32),
+            *_sizes(q, v, mask),
+        ],
+        template=[
+            ("Dk", Dk),
+            ("Dv", Dv),
+            ("BV", 8 * n),
+            ("SimdGroups", BACKWARD_GROUPS),
+            ("HasMask", mask is not None),
+        ],
+        grid=(32 * BACKWARD_GROUPS, blocks, B * Hv),
+        threadgroup=(32 * BACKWARD_GROUPS, 1, 1),
+        output_shapes=[keys, keys, v.shape, gates, gates, (B, Hv, Dv, Dk)],
+        output_dtypes=[mx.float32] * 6,
+    )
+    # The blocks' sums are partial, and the heads of a group share q and k.
+    d_q, d_k = (
+        x.sum(axis=0).reshape(B, T, Hk, Hv // Hk, Dk).sum(axis=3).astype(like.dtype)
+        for x, like in ((d_q, q), (d_k, k))
+    )
+    d_g, d_beta = (x.sum(axis=0).astype(like.dtype) for x, like in ((d_g, g), (d_beta, beta)))
+    return d_q, d_k, d_v.astype(v.dtype), d_g, d_beta, d_state.astype(state.dtype)
+
+
+def _prefill(rule, inputs, o_shape, o_dtype, mask, C, checkpoints, extra_template):
+    B, _, Hv, Dv = inputs[2].shape
+    Dk = inputs[1].shape[3]
+    bands = _largest_divisor(Dv // 8, 16 if Dk <= 128 else 8)  # registers hold 8 Dk of S a band
+    return tuple(
+        kernel(f"{rule}.metal", f"{rule}_prefill")(
+            inputs=inputs,
+            template=[
+                ("OutT", o_dtype),
+                ("Dk", Dk),
+                ("Dv", Dv),
+                ("C", C),
+                ("Bands", bands),
+                ("HasMask", mask is not None),
+                ("Checkpoints", checkpoints),
+                *extra_template,
+            ],
+            grid=(32 * bands, Dv // (8 * bands), B * Hv),
+            threadgroup=(32 * bands, 1, 1),
+            output_shapes=[o_shape, (B, Hv, Dv, Dk)],
+            output_dtypes=[o_dtype, mx.float32],
+        )
+    )
+
+
+def _inputs(q, k, v, g, beta, state):
+    return [q, k, v, *(x.astype(mx.float32) for x in (g, beta, state))]
+
+
+def _sizes(q, v, mask):
+    """The mask, which is not read where there is none, and T, Hk, Hv."""
+    return [mx.array([False]) if mask is None else mask, v.shape[1], q.shape[2], v.shape[2]]
+
+
+def _chunk(Dk: int) -> int:
+    """Tokens a chunk of prefill: q and k of a chunk must fit threadgroup memory."""
+    return 16 if Dk <= 128 else 8
+
+
+def _largest_divisor(n: int, most: int) -> int:
+    return max(d for d in range(1, most + 1) if n % d == 0)

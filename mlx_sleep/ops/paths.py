@@ -1,0 +1,66 @@
+"""On which implementation an op runs: decided here and nowhere else.
+
+    metal      this package's own Metal kernels (kernels/)
+    mlx.fast   MLX's Metal kernels
+    chunk      matrix products on arrays, on any backend
+    step       one token on arrays
+
+The kernels of this package are right in the harness that runs them on a CPU, but no Apple GPU has
+run them yet. Until one has, they are taken only where MLX_SLEEP_KERNELS=metal asks for them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import mlx.core as mx
+
+from ..errors import UserError
+from ..kernels.chunks import supported
+
+VARIABLE = "MLX_SLEEP_KERNELS"
+"""Environment variable: `metal` forces the Metal kernels of this package (in the harness, very
+slowly, where there is no Metal), `array` the paths on arrays; unset, the machine decides."""
+
+
+def path(op: str, tokens: int, Dk: int, Dv: int) -> str:
+    """The path of op "gated_delta" or "ssd" for a call of so many tokens with heads Dk, Dv.
+
+    Heads that the kernels do not support go the way they would go without the variable.
+    UserError where the variable has another value.
+    """
+    wish = _wish()
+    if wish == "metal" and supported(Dk, Dv):
+        return "metal"
+    metal = mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    if op == "gated_delta" and metal and wish != "array":
+        return "mlx.fast"
+    return "step" if tokens == 1 else "chunk"
+
+
+def conv_path() -> str:
+    """ "metal" or "array", for any shape."""
+    return "metal" if _wish() == "metal" else "array"
+
+
+def _wish() -> str:
+    wish = os.environ.get(VARIABLE, "")
+    if wish not in ("", "metal", "array"):
+        raise UserError(f"{VARIABLE} must be metal or array, or unset; it is {wish!r}")
+    return wish
+
+
+def differentiable(kernels, q, k, v, g, beta, state=None, mask=None):
+    """`kernels.prefill` with `kernels.backward` as its gradient: (o, state)."""
+    if state is None:
+        state = mx.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), mx.float32)
+
+    @mx.custom_function
+    def op(*inputs):
+        return kernels.prefill(*inputs, mask)
+
+    @op.vjp
+    def op_vjp(inputs, cotangents, _outputs):
+        return tuple(kernels.backward(*inputs, *cotangents, mask))
+
+    return op(q, k, v, g, beta, state)

@@ -1,0 +1,63 @@
+"""Which path an op takes, and that the forced Metal path is the op, with its gradients."""
+
+from __future__ import annotations
+
+import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
+import mlx.core as mx
+import numpy as np
+import pytest
+from ops_reference import arrays, assert_close, assert_gradients, draw, reference
+
+from mlx_sleep.errors import UserError
+from mlx_sleep.kernels import harness
+from mlx_sleep.ops.gated_delta import gated_delta
+from mlx_sleep.ops.paths import VARIABLE, path
+from mlx_sleep.ops.ssd import ssd
+
+assert mlx_sleep  # imported for its effect
+OPS = {"gated_delta": gated_delta, "ssd": ssd}
+needs_a_machine = pytest.mark.skipif(
+    not mx.metal.is_available() and harness.compiler() is None,
+    reason="neither Metal nor a C++ compiler: install g++ or clang++",
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_variable(monkeypatch, op):
+    monkeypatch.setenv(VARIABLE, "array")
+    assert [path(op, T, 128, 128) for T in (1, 9)] == ["step", "chunk"]
+    monkeypatch.delenv(VARIABLE)
+    usual = [path(op, T, 33, 128) for T in (1, 9)]
+    assert "metal" not in usual
+    monkeypatch.setenv(VARIABLE, "metal")
+    assert [path(op, T, 96, 256) for T in (1, 9)] == ["metal", "metal"]
+    assert [path(op, T, 33, 128) for T in (1, 9)] == usual  # heads that no kernel takes
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(UserError, match="metal or array"):
+        path(op, 1, 128, 128)
+
+
+@needs_a_machine
+@pytest.mark.parametrize("T", (1, 17))
+@pytest.mark.parametrize("op", OPS)
+def test_the_metal_path(monkeypatch, rng, op, T):
+    monkeypatch.setenv(VARIABLE, "metal")
+    inputs = draw(rng, T=T, Dk=32, Dv=32)
+    assert_close(OPS[op](*arrays(inputs)), reference(op, *inputs), 1e-6)
+    assert_gradients(op, OPS[op], rng, inputs, mx.float32, 1e-5, tries=1)
+
+
+@needs_a_machine
+@pytest.mark.parametrize("op", OPS)
+def test_the_metal_path_with_a_mask_and_no_state(monkeypatch, rng, op):
+    monkeypatch.setenv(VARIABLE, "metal")
+    inputs = draw(rng, T=9, Dk=32, Dv=32)
+    inputs[5] *= 0
+    mask = np.arange(9) < [[9], [4]]
+    got = OPS[op](*arrays(inputs[:5]), mask=mx.array(mask))
+    assert_close(got, reference(op, *inputs, mask), 1e-6)
