@@ -54,7 +54,7 @@ APT_INSTALL = apt_install() { \
 $(READY): pyproject.toml .venv/bin/python
 	@set -e; $(APT_INSTALL); \
 	echo "installing mlx-sleep and what it needs into .venv"; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
 	if [ "$$(uname)" = Linux ] && ! .venv/bin/python -c \
 	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
 	  apt_install libopenblas0-pthread || echo "going on without OpenBLAS, up to 30 times" \

@@ -30,6 +30,8 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper):
         self._tokenizer = tokenizer
+        # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
+        self._size = max(tokenizer.get_vocab().values()) + 1
         first, later, end = _take_template_apart(tokenizer)
         self._first = [self._encode_template(part) for part in first]
         self._later = [self._encode_template(part) for part in later]
@@ -45,7 +47,7 @@ class ChatTokenizer:
         return getattr(self._tokenizer, name)
 
     def __len__(self):
-        return len(self._tokenizer)
+        return self._size
 
     def turn(self, text: str, first: bool) -> list[int]:
         """A user's turn and the prompt for a reply, to be appended to the conversation so far.
