@@ -31,9 +31,15 @@ def clock(run: Callable[..., object], *args) -> Callable[[], float]:
 def interleave(clocks: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
     """What each clock says in each of `repeats` rounds: [clock][round].
 
-    A round asks all clocks, one after the other. One round before the first only warms up.
+    A round asks all clocks, one after the other, and each round begins with another one: what
+    stands behind a run that empties the caches would always seem slow. One round before the
+    first only warms up.
     """
-    rounds = [[seconds() for seconds in clocks] for _ in range(repeats + 1)]
+    rounds = []
+    for start in range(repeats + 1):
+        order = [(start + i) % len(clocks) for i in range(len(clocks))]
+        times = {i: clocks[i]() for i in order}
+        rounds.append([times[i] for i in range(len(clocks))])
     return [list(times) for times in zip(*rounds[1:], strict=True)]
 
 
