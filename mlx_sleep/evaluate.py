@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import mlx.core as mx
 import numpy as np
@@ -41,8 +42,6 @@ def evaluate_memory(
         examples = list(task.evaluation(case, n))
         for N in passes:
             right = zeroed = 0
-            # Those with equally many windows sleep together.
-            examples.sort(key=lambda e: (len(e.windows), bool(e.context)))
             for group in _groups(examples, batch):
                 state = sleep_over(model, [e.windows for e in group], N)
                 if group[0].context:  # told in the window that the question is asked in
@@ -126,15 +125,11 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _groups(examples, batch):
-    """Runs of at most `batch` examples alike in windows and in whether there is a context."""
-    group = []
-    for e in examples:
-        alike = group and len(e.windows) == len(group[0].windows)
-        if group and (
-            len(group) == batch or not alike or bool(e.context) != bool(group[0].context)
-        ):
-            yield group
-            group = []
-        group.append(e)
-    if group:
-        yield group
+    """At most `batch` examples at a time, alike in windows and in whether there is a context."""
+
+    def kind(e):
+        return len(e.windows), bool(e.context)
+
+    for _, group in groupby(sorted(examples, key=kind), kind):
+        alike = list(group)
+        yield from (alike[i : i + batch] for i in range(0, len(alike), batch))

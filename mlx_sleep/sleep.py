@@ -109,15 +109,14 @@ def consolidate(
         raise UserError("there is nothing to sleep over: the window is empty")
     started = time.perf_counter()
     lo, hi = model.sleep.loop_range or (0, model.num_layers)
-    done, last_of_pass, moved = 0, hi, []
+    done, held, moved = 0, 0, []
     before = _fast_weights(state)
-    held = 0
 
     def after_block(n, h, new):
         nonlocal done, before, held
         mx.eval(h, new)  # bounded memory, and a bounded wait for the cancel check
         done += 1
-        if done == last_of_pass + (n - 1) * (hi - lo) and n == len(moved) + 1:
+        if done == hi + (n - 1) * (hi - lo):  # the last block of pass n
             after = _fast_weights(new)
             moved.append(_distance(before, after))
             before = after

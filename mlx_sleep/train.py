@@ -274,11 +274,10 @@ class Trainer:
                     f"the checkpoint in {self.folder} cannot be read ({error}); remove it to "
                     "start from the first step"
                 ) from error
-        elif self.group.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            recipe.write_text(text)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.group.rank() == 0:
+                recipe.write_text(text)
         self._cut_metrics()
 
     def _cut_metrics(self):

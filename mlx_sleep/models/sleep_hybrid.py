@@ -77,7 +77,6 @@ class ModelArgs:
         """From the contents of config.json. UserError names what is missing."""
         names = inspect.signature(cls).parameters
         missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-        missing = [n for n in missing if n != "sleep"]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}")
         return cls(**{name: value for name, value in config.items() if name in names})

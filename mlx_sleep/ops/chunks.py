@@ -1,8 +1,31 @@
-"""What the chunkwise forms of the fast-weight rules share."""
+"""What the fast-weight rules share: preparing their inputs, and pieces of the chunkwise forms."""
 
 from __future__ import annotations
 
 import mlx.core as mx
+
+
+def prepare(q, k, v, g, beta, state, mask):
+    """The inputs of an op in float32 (float64 when v is), masked, with a zero state for None."""
+    dtype = mx.float64 if v.dtype == mx.float64 else mx.float32
+    q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
+    k, v, g, beta = masked(k, v, g, beta, mask)
+    state = zero_state(k, v, dtype) if state is None else state.astype(dtype)
+    return q, k, v, g, beta, state
+
+
+def masked(k, v, g, beta, mask):
+    """Padding that keeps S and writes nothing, whatever it holds (a NaN times 0 is a NaN)."""
+    if mask is None:
+        return k, v, g, beta
+    mask = mask[..., None]
+    g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
+    return mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0), g, beta
+
+
+def zero_state(k, v, dtype=mx.float32):
+    """S = 0 [B, Hv, Dv, Dk] for k [B, T, Hk, Dk] and v [B, T, Hv, Dv]."""
+    return mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype)
 
 
 @mx.custom_function

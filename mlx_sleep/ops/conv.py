@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..kernels import conv as kernels
-from .paths import conv_path
+from .paths import conv_path, differentiable
 
 
 def short_conv(x, weight, state=None, mask=None):
@@ -30,7 +30,7 @@ def short_conv(x, weight, state=None, mask=None):
     if state is None:
         state = mx.zeros((B, before, C), x.dtype)
     if before and conv_path() == "metal":
-        return _conv_metal(x, weight, state, mask)
+        return differentiable(kernels.forward, kernels.backward, (x, weight, state), mask)
     inputs = mx.concatenate([state.astype(x.dtype), x], axis=1)
     y = _correlate(inputs, weight.T.astype(x.dtype))
     if mask is None:
@@ -39,18 +39,6 @@ def short_conv(x, weight, state=None, mask=None):
     # Indices have no gradient, which mx.checkpoint must be told.
     newest = mx.stop_gradient(mask.sum(axis=1)[:, None] + mx.arange(before))
     return y, mx.take_along_axis(inputs, newest[..., None], axis=1)
-
-
-def _conv_metal(x, weight, state, mask):
-    @mx.custom_function
-    def op(*inputs):
-        return kernels.forward(*inputs, mask)
-
-    @op.vjp
-    def op_vjp(inputs, cotangents, _outputs):
-        return tuple(kernels.backward(*inputs, *cotangents, mask))
-
-    return op(x, weight, state)
 
 
 @mx.custom_function

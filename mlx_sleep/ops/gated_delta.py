@@ -20,7 +20,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..kernels import gated_delta as kernels
-from .chunks import decay_matrix, unstack
+from .chunks import decay_matrix, masked, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 32  # tokens a chunk; a power of two
@@ -54,16 +54,18 @@ def gated_delta_step(q, k, v, g, beta, state=None, mask=None):
     dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
     q_t, k_t, v_t, b_t = q[:, 0], k[:, 0], v[:, 0], beta[:, 0, :, None]
     # S k and S q in one pass over the state; the update of S is folded into o by hand.
-    read = mx.exp(g[:, 0])[..., None, None] * (state @ mx.stack([k_t, q_t], axis=-1))
+    decay = mx.exp(g[:, 0])[..., None, None]
+    read = decay * (state @ mx.stack([k_t, q_t], axis=-1))
     u = b_t * (v_t - read[..., 0])
     o = read[..., 1] + u * (k_t * q_t).sum(-1, keepdims=True)
-    state = mx.exp(g[:, 0])[..., None, None] * state + u[..., None] * k_t[..., None, :]
+    state = decay * state + u[..., None] * k_t[..., None, :]
     return o[:, None].astype(dtype), state
 
 
 def gated_delta_metal(q, k, v, g, beta, state=None, mask=None):
     """The same through this package's Metal kernels, forward and backward."""
-    return differentiable(kernels, q, k, v, g, beta, state, mask)
+    state = zero_state(k, v) if state is None else state
+    return differentiable(kernels.prefill, kernels.backward, (q, k, v, g, beta, state), mask)
 
 
 def gated_delta_mlx(q, k, v, g, beta, state=None, mask=None):
@@ -72,10 +74,8 @@ def gated_delta_mlx(q, k, v, g, beta, state=None, mask=None):
     It multiplies in the inputs' dtype, so 16-bit inputs are rounded more than on other paths.
     """
     g, beta = g.astype(mx.float32), beta.astype(mx.float32)
-    if mask is not None:
-        k, v, g, beta = _masked(k, v, g, beta, mask)
-    if state is None:
-        state = mx.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), mx.float32)
+    k, v, g, beta = masked(k, v, g, beta, mask)
+    state = zero_state(k, v) if state is None else state
     o, state = mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)
     return o.astype(v.dtype), state
 
@@ -150,24 +150,11 @@ def _unit_lower_inverse_vjp(_primal, cotangent, inverse):
 
 
 def _prepare(q, k, v, g, beta, state, mask):
-    """Casts to the arithmetic's dtype, repeats grouped heads, applies the mask."""
-    dtype = mx.float64 if v.dtype == mx.float64 else mx.float32
-    q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
-    B, _, Hv, Dv = v.shape
-    if Hv != k.shape[2]:
-        q, k = (mx.repeat(x, Hv // k.shape[2], axis=2) for x in (q, k))
-    if mask is not None:
-        k, v, g, beta = _masked(k, v, g, beta, mask)
-    if state is None:
-        state = mx.zeros((B, Hv, Dv, k.shape[3]), dtype)
-    return q, k, v, g, beta, state.astype(dtype)
-
-
-def _masked(k, v, g, beta, mask):
-    """Padding that keeps S and writes nothing, whatever it holds (a NaN times 0 is a NaN)."""
-    mask = mask[..., None]
-    g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
-    return mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0), g, beta
+    """`prepare`, with grouped heads of q and k repeated."""
+    q, k, v, g, beta, state = prepare(q, k, v, g, beta, state, mask)
+    if v.shape[2] != k.shape[2]:
+        q, k = (mx.repeat(x, v.shape[2] // k.shape[2], axis=2) for x in (q, k))
+    return q, k, v, g, beta, state
 
 
 def _split(x, C, pad):

@@ -50,17 +50,15 @@ def _wish() -> str:
     return wish
 
 
-def differentiable(kernels, q, k, v, g, beta, state=None, mask=None):
-    """`kernels.prefill` with `kernels.backward` as its gradient: (o, state)."""
-    if state is None:
-        state = mx.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), mx.float32)
+def differentiable(forward, backward, inputs, mask):
+    """forward(*inputs, mask), with backward(*inputs, *cotangents, mask) as its gradient."""
 
     @mx.custom_function
     def op(*inputs):
-        return kernels.prefill(*inputs, mask)
+        return forward(*inputs, mask)
 
     @op.vjp
     def op_vjp(inputs, cotangents, _outputs):
-        return tuple(kernels.backward(*inputs, *cotangents, mask))
+        return tuple(backward(*inputs, *cotangents, mask))
 
-    return op(q, k, v, g, beta, state)
+    return op(*inputs)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..kernels import ssd as kernels
-from .chunks import decay_matrix, unstack
+from .chunks import decay_matrix, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 64  # tokens a chunk
@@ -36,7 +36,7 @@ def ssd(q, k, v, g, beta, state=None, mask=None):
 
 def ssd_naive(q, k, v, g, beta, state=None, mask=None):
     """The definition: one token after the other, the equation as written."""
-    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    dtype, (q, k, v, g, beta, state) = v.dtype, prepare(q, k, v, g, beta, state, mask)
     q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
     o = []
     for t in range(q.shape[1]):
@@ -48,7 +48,7 @@ def ssd_naive(q, k, v, g, beta, state=None, mask=None):
 
 def ssd_step(q, k, v, g, beta, state=None, mask=None):
     """One token (T = 1): the wake step."""
-    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    dtype, (q, k, v, g, beta, state) = v.dtype, prepare(q, k, v, g, beta, state, mask)
     q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
     write = (beta[:, 0, :, None] * v[:, 0])[..., None] * k[:, 0, :, None, :]
     state = mx.exp(g[:, 0])[..., None, None] * state + write
@@ -58,7 +58,8 @@ def ssd_step(q, k, v, g, beta, state=None, mask=None):
 
 def ssd_metal(q, k, v, g, beta, state=None, mask=None):
     """The same through this package's Metal kernels, forward and backward."""
-    return differentiable(kernels, q, k, v, g, beta, state, mask)
+    state = zero_state(k, v) if state is None else state
+    return differentiable(kernels.prefill, kernels.backward, (q, k, v, g, beta, state), mask)
 
 
 def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
@@ -68,7 +69,7 @@ def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
 
         o_t = exp(G_t) S_0 q_t + sum_{j <= t} exp(G_t - G_j) b_j (q_t.k_j) v_j.
     """
-    dtype, (q, k, v, g, beta, state) = v.dtype, _prepare(q, k, v, g, beta, state, mask)
+    dtype, (q, k, v, g, beta, state) = v.dtype, prepare(q, k, v, g, beta, state, mask)
     B, T, Hv, Dv = v.shape
     Hk, Dk = k.shape[2:]
     C = min(chunk, T)
@@ -92,19 +93,6 @@ def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
     o = o + from_start * (q @ mx.stack(before))
     o = o.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + pad, Hv, Dv)
     return o[:, :T].astype(dtype), state.reshape(B, Hv, Dk, Dv).swapaxes(2, 3)
-
-
-def _prepare(q, k, v, g, beta, state, mask):
-    """Casts to the arithmetic's dtype, applies the mask, makes the zero state."""
-    dtype = mx.float64 if v.dtype == mx.float64 else mx.float32
-    q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
-    if mask is not None:
-        mask = mask[..., None]
-        g, beta = mx.where(mask, g, 0), mx.where(mask, beta, 0)
-        k, v = mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0)
-    if state is None:
-        state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[3]), dtype)
-    return q, k, v, g, beta, state.astype(dtype)
 
 
 def _split(x, Hk, C, pad):
