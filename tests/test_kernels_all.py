@@ -20,10 +20,7 @@ def kernels() -> list[str]:
     return [kernel for name in sorted(names) for kernel in source.read(name)]
 
 
-@pytest.mark.skipif(
-    not mx.metal.is_available() and harness.compiler() is None,
-    reason="neither Metal nor a C++ compiler: install g++ or clang++",
-)
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", kernels())
 def test_kernel(name):
     with harness.launches() as launches:

@@ -15,22 +15,12 @@ from mlx_sleep.ops.conv import short_conv
 from mlx_sleep.ops.paths import VARIABLE
 
 assert mlx_sleep  # imported for its effect
-pytestmark = pytest.mark.skipif(
-    not mx.metal.is_available() and harness.compiler() is None,
-    reason="neither Metal nor a C++ compiler: install g++ or clang++",
-)
+pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng()
-
-
-@pytest.fixture(params=(0, -1, 4321), ids=("forward", "backward", "random"))
-def order(request):
-    """The order in which threads run. Has no effect on a GPU."""
-    with harness.launches(request.param):
-        yield request.param
 
 
 SHAPES = ({}, {"T": 1}, {"T": 2, "C": 70}, {"T": 32, "K": 2}, {"T": 67, "B": 3, "C": 3})

@@ -9,17 +9,12 @@ import pytest
 from ops_reference import arrays, assert_close, assert_gradients, draw, reference
 
 from mlx_sleep.errors import UserError
-from mlx_sleep.kernels import harness
 from mlx_sleep.ops.gated_delta import gated_delta
 from mlx_sleep.ops.paths import VARIABLE, path
 from mlx_sleep.ops.ssd import ssd
 
 assert mlx_sleep  # imported for its effect
 OPS = {"gated_delta": gated_delta, "ssd": ssd}
-needs_a_machine = pytest.mark.skipif(
-    not mx.metal.is_available() and harness.compiler() is None,
-    reason="neither Metal nor a C++ compiler: install g++ or clang++",
-)
 
 
 @pytest.fixture
@@ -42,7 +37,7 @@ def test_the_variable(monkeypatch, op):
         path(op, 1, 128, 128)
 
 
-@needs_a_machine
+@pytest.mark.kernels
 @pytest.mark.parametrize("T", (1, 17))
 @pytest.mark.parametrize("op", OPS)
 def test_the_metal_path(monkeypatch, rng, op, T):
@@ -52,7 +47,7 @@ def test_the_metal_path(monkeypatch, rng, op, T):
     assert_gradients(op, OPS[op], rng, inputs, mx.float32, 1e-5, tries=1)
 
 
-@needs_a_machine
+@pytest.mark.kernels
 @pytest.mark.parametrize("op", OPS)
 def test_the_metal_path_with_a_mask_and_no_state(monkeypatch, rng, op):
     monkeypatch.setenv(VARIABLE, "metal")

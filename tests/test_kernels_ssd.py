@@ -23,10 +23,7 @@ from mlx_sleep.kernels import ssd as kernels
 from mlx_sleep.ops.ssd import ssd_naive
 
 assert mlx_sleep  # imported for its effect
-pytestmark = pytest.mark.skipif(
-    not mx.metal.is_available() and harness.compiler() is None,
-    reason="neither Metal nor a C++ compiler: install g++ or clang++",
-)
+pytestmark = pytest.mark.kernels
 RULE = "ssd"
 C = 16  # tokens a chunk where Dk <= 128
 SMALL = {"Dk": 32, "Dv": 32}
@@ -35,13 +32,6 @@ SMALL = {"Dk": 32, "Dv": 32}
 @pytest.fixture
 def rng():
     return np.random.default_rng()
-
-
-@pytest.fixture(params=(0, -1, 4321), ids=("forward", "backward", "random"))
-def order(request):
-    """The order in which threads run. Has no effect on a GPU."""
-    with harness.launches(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("T", (1, 2, C - 1, C, C + 1, 37, 3 * C))
