@@ -117,7 +117,7 @@ class Session:
         if memory is not None:
             self._tokens, self._sleeps = memory.header.tokens, memory.header.sleeps
             if memory.arrays:
-                self._snapshot = unflatten_state(memory.arrays, model.num_layers)
+                self._snapshot = unflatten_state(memory.arrays, len(self._snapshot))
                 mx.eval(self._snapshot)
             self._pending = list(memory.pending)
         self._rewind()

@@ -74,6 +74,8 @@ def passes_over(
             if "fast_weights" in state[i]:
                 before = {**before, "fast_weights": state[i]["fast_weights"]}
             h, state[i] = block(i, h, before, mask)
+            if i == model.num_layers - 1:
+                h = model.close_pass(h)
             if after_block:
                 after_block(n, h, state)
     return evict(state, model.sleep)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import UserError
 
@@ -58,6 +59,61 @@ class SleepConfig:
             object.__setattr__(self, "loop_range", (lo, hi))
         if self.carry_conv is None:
             object.__setattr__(self, "carry_conv", self.eviction == "sliding")
+
+
+class SleepModel(nn.Module):
+    """What a sleep, a session and training ask of an architecture.
+
+    `embed`, `block`, `close_pass` and `head` are apart because a sleep loops over the blocks.
+    `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
+    """
+
+    def __init__(self, sleep: SleepConfig, blocks: int):
+        super().__init__()
+        self.sleep = sleep
+        self._blocks = blocks
+        if sleep.loop_range and sleep.loop_range[1] > blocks:
+            raise UserError(
+                f"loop_range ends at {sleep.loop_range[1]}, but the model has {blocks} blocks"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """The number of blocks: what `block` counts."""
+        return self._blocks
+
+    def init_state(self, batch_size: int = 1) -> State:
+        """The state of a model that has seen nothing: S = 0, no KV."""
+        return [{} for _ in range(self.num_layers)]
+
+    def embed(self, tokens):
+        """tokens [B, T] int32 -> h [B, T, hidden]"""
+        raise NotImplementedError
+
+    def block(self, i: int, h, layer_state: LayerState, mask=None):
+        """Block i on h [B, T, hidden]; mask [B, T] bool, False for padding on the right."""
+        raise NotImplementedError
+
+    def close_pass(self, h):
+        """h behind the last block of a pass, as the next pass or the head reads it."""
+        return h
+
+    def head(self, h):
+        """h [..., hidden] -> logits [..., vocab]"""
+        raise NotImplementedError
+
+    def hidden(self, tokens, state: State | None = None, mask=None):
+        """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
+        state = list(state) if state is not None else self.init_state(tokens.shape[0])
+        h = self.embed(tokens)
+        for i in range(self.num_layers):
+            h, state[i] = self.block(i, h, state[i], mask)
+        return self.close_pass(h), state
+
+    def __call__(self, tokens, state: State | None = None, mask=None):
+        """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""
+        h, state = self.hidden(tokens, state, mask)
+        return self.head(h), state
 
 
 def evict(state: State, sleep: SleepConfig) -> State:

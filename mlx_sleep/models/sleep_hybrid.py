@@ -20,7 +20,8 @@ from ..ops.activations import silu
 from ..ops.conv import short_conv
 from ..ops.gated_delta import gated_delta
 from ..ops.ssd import ssd
-from .base import SleepConfig, State, append_kv
+from .attention import attend
+from .base import SleepConfig, SleepModel
 
 LAYER_TYPES = ("attention", "gated_deltanet", "mamba2")
 ACTIVATIONS = {"silu": silu, "relu": nn.relu, "gelu": nn.gelu}
@@ -111,38 +112,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # [B, H, T, d]
-        offset, past = state.get("offset", 0), state.get("length", 0)
-        q, k = (
-            mx.fast.rope(
-                a, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset
-            )
-            for a in (q, k)
-        )
-        state = append_kv(state, k, v, mask)
-        end = state["length"]
-        keys, values = state["keys"][:, :, :end], state["values"][:, :, :end]
-        o = mx.fast.scaled_dot_product_attention(
-            q, keys, values, scale=self.head_dim**-0.5, mask=self._mask(T, past, state)
-        )
-        return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1)), state
-
-    def _mask(self, T, past, state):
-        """None, "causal", or a bool array [T, S] or [B, 1, T, S] of who sees whom."""
-        end = past + T
-        slides = self.sliding is not None and end > self.sliding
-        # Padding stands on the right: with no past, causality alone hides it from real tokens.
-        padded = "valid" in state and past > 0
-        if not slides and not padded:
-            return None if T == 1 else "causal"
-        query, key = mx.arange(past, end)[:, None], mx.arange(end)
-        sees = key <= query
-        if "valid" in state:
-            sees = sees & state["valid"][:, None, None, :]
-            # Positions count real tokens only, so that a padded row sees as far as a full one.
-            at = mx.cumsum(state["valid"], axis=1)[:, None, :]
-            query, key = at[:, :, past:, None], at[:, :, None, :]
-        return sees & (key > query - self.sliding) if slides else sees
+        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.sliding)
+        return self.o_proj(o), state
 
 
 class GatedDeltaNet(nn.Module):
@@ -244,57 +215,27 @@ class Block(nn.Module):
         return h + self.mlp(self.mlp_norm(h)), state
 
 
-class Model(nn.Module):
-    """The whole decoder. `block` and `head` are apart because a sleep loops over the blocks."""
+class Model(SleepModel):
+    """The whole decoder."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__()
+        super().__init__(SleepConfig(**args.sleep), len(args.layer_types))
         self.args = args
-        self.sleep = SleepConfig(**args.sleep)
-        if self.sleep.loop_range and self.sleep.loop_range[1] > len(args.layer_types):
-            raise UserError(
-                f"loop_range ends at {self.sleep.loop_range[1]}, "
-                f"but the model has {len(args.layer_types)} blocks"
-            )
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, kind, self.sleep) for kind in args.layer_types]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    def init_state(self, batch_size: int = 1) -> State:
-        """The state of a model that has seen nothing: S = 0, no KV."""
-        return [{} for _ in self.layers]
-
     def embed(self, tokens):
-        """tokens [B, T] int32 -> h [B, T, hidden]"""
         return self.embed_tokens(tokens)
 
-    def block(self, i: int, h, layer_state, mask=None):
-        """Block i on h [B, T, hidden]; mask [B, T] bool, False for padding on the right."""
+    def block(self, i, h, layer_state, mask=None):
         return self.layers[i](h, layer_state, mask)
 
     def head(self, h):
-        """h [..., hidden] -> logits [..., vocab]"""
         h = self.norm(h)
         return self.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
-
-    def hidden(self, tokens, state: State | None = None, mask=None):
-        """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
-        state = list(state) if state is not None else self.init_state(tokens.shape[0])
-        h = self.embed(tokens)
-        for i in range(self.num_layers):
-            h, state[i] = self.block(i, h, state[i], mask)
-        return h, state
-
-    def __call__(self, tokens, state: State | None = None, mask=None):
-        """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""
-        h, state = self.hidden(tokens, state, mask)
-        return self.head(h), state
 
 
 def l2_norm(x, eps: float = 1e-6):

@@ -1,0 +1,82 @@
+"""Causal softmax attention over a layer's KV cache, as every architecture here needs it.
+
+It rotates, appends, masks and attends; projections and norms are the architecture's. It doesn't
+know when a model sleeps: what the cache holds is the state that it was given.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .base import LayerState, append_kv
+
+
+def attend(
+    q,
+    k,
+    v,
+    state: LayerState,
+    mask=None,
+    *,
+    rope_theta: float | None,
+    sliding: int | None = None,
+    scale: float | None = None,
+    rope_dims: int | None = None,
+    traditional: bool = False,
+):
+    """(o [B, T, H * d], the layer's new state) for new tokens behind those of the cache.
+
+    q            [B, T, H, d]; k, v [B, T, Hkv, d], H a multiple of Hkv, without RoPE
+    mask         [B, T] bool, False for padding on the right; o is meaningless there
+    rope_theta   base of the rotary embedding; None for no positions
+    sliding      newest tokens that a token sees, itself included; None for all
+    scale        of q.k; None is d^-0.5
+    rope_dims    leading dims that are rotated; None is all d
+    traditional  pairs (0, 1), (2, 3), ... in place of (0, d/2), (1, d/2 + 1), ...
+    """
+    B, T, _, d = q.shape
+    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # [B, H, T, d]
+    offset, past = state.get("offset", 0), state.get("length", 0)
+    if rope_theta is not None:
+        q, k = (
+            mx.fast.rope(
+                a,
+                rope_dims or d,
+                traditional=traditional,
+                base=rope_theta,
+                scale=1.0,
+                offset=offset,
+            )
+            for a in (q, k)
+        )
+    state = append_kv(state, k, v, mask)
+    end = state["length"]
+    o = mx.fast.scaled_dot_product_attention(
+        q,
+        state["keys"][:, :, :end],
+        state["values"][:, :, :end],
+        scale=d**-0.5 if scale is None else scale,
+        mask=visible(T, past, state, sliding),
+    )
+    return o.transpose(0, 2, 1, 3).reshape(B, T, -1), state
+
+
+def visible(T: int, past: int, state: LayerState, sliding: int | None = None):
+    """Who sees whom, for T new tokens: None, "causal", or bool [T, S] or [B, 1, T, S].
+
+    state is the layer's behind them, with S = past + T slots in use.
+    """
+    end = past + T
+    slides = sliding is not None and end > sliding
+    # Padding stands on the right: with no past, causality alone hides it from real tokens.
+    padded = "valid" in state and past > 0
+    if not slides and not padded:
+        return None if T == 1 else "causal"
+    query, key = mx.arange(past, end)[:, None], mx.arange(end)
+    sees = key <= query
+    if "valid" in state:
+        sees = sees & state["valid"][:, None, None, :]
+        # Positions count real tokens only, so that a padded row sees as far as a full one.
+        at = mx.cumsum(state["valid"], axis=1)[:, None, :]
+        query, key = at[:, :, past:, None], at[:, :, None, :]
+    return sees & (key > query - sliding) if slides else sees
