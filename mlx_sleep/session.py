@@ -151,13 +151,21 @@ class Session:
 
     # --- talking ---------------------------------------------------------------------------
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(
+        self,
+        text: str,
+        on_pass: OnPass | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Iterator[str]:
         """Takes a user's turn and streams the reply, in pieces of text as they are generated.
 
         The turn is in the journal and on the disk when this returns; the reply, when it ends.
         A reply that is not read to its end (close the iterator to stop it) is closed where it
         stands and stays in the window like any other. UserError for a text that is empty or
         not valid Unicode.
+
+        on_pass and should_stop are those of `sleep`, for a window that fills up on the way.
+        SleepCancelled here means that the turn was not taken; from the reply, that it ends there.
         """
         text = text.strip()
         if not text:
@@ -170,11 +178,11 @@ class Session:
         ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
         # A question and its reply belong in one window: leave some room for the reply.
         if self._pending and len(self._pending) + len(ids) + self.window // 8 > self.window:
-            self.sleep()
+            self.sleep(on_pass, should_stop)
         self._record(ids)
         self._open_reply = reply = object()
         self._sync()
-        return self._reply(reply)
+        return self._reply(reply, on_pass, should_stop)
 
     def ask(self, text: str) -> str:
         """`say`, with the whole reply at once."""
@@ -182,14 +190,14 @@ class Session:
 
     tell = ask
 
-    def _reply(self, this: object) -> Iterator[str]:
+    def _reply(self, this: object, on_pass, should_stop) -> Iterator[str]:
         """Samples tokens until a stop id, one forward pass each."""
         detokenizer = self.tokenizer.detokenizer
         try:
             for _ in range(self.max_tokens):
                 if self._open_reply is not this:  # another turn or a sleep came in between
                     return
-                logits = self._feed()
+                logits = self._feed(on_pass, should_stop)
                 token = self._sampler((logits - mx.logsumexp(logits))[None]).item()
                 if token in self.tokenizer.stop_ids:
                     break
@@ -298,14 +306,16 @@ class Session:
         self._fed = 0  # how many of the pending tokens the working state has seen
         self._logits: mx.array | None = None
 
-    def _feed(self) -> mx.array | None:
+    def _feed(
+        self, on_pass: OnPass | None = None, should_stop: ShouldStop | None = None
+    ) -> mx.array | None:
         """Runs the pending tokens that the working state has not seen: logits [V] of the last.
 
         It sleeps when the window is full and more is to come.
         """
         while self._fed < len(self._pending):
             if self._fed == self.window:
-                self._consolidate(self.window)
+                self._consolidate(self.window, on_pass, should_stop)
                 continue
             chunk = self._pending[self._fed : self.window]
             logits, state = self.model(mx.array([chunk]), self._state)

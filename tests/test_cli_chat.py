@@ -20,8 +20,8 @@ import time
 import pytest
 from fakes import fake_folder, fake_model
 
-from mlx_sleep.cli import COMMANDS, common, main
-from mlx_sleep.cli.chat import IdleSleeper, _command
+from mlx_sleep.cli import COMMANDS, common, main, slash
+from mlx_sleep.cli.terminal import IdleSleeper
 from mlx_sleep.errors import UserError
 from mlx_sleep.memory import show_memory
 from mlx_sleep.sleep import SleepCancelled
@@ -324,6 +324,30 @@ def test_a_sleep_that_ctrl_c_cancels_says_so(run, refused, model, tmp_path, monk
     assert show_memory("default", tmp_path) == waiting
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["chat", "--bogus"], "No such option: --bogus"),
+        (["chat", "--idle", "soon"], "'--idle'"),
+        (["generate"], "'--prompt'"),
+        (["chat", "--seed"], "--seed"),
+        (["frob"], "'frob'"),
+        (["memory", "frob"], "'frob'"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_one_line(run, arguments, words):
+    code, out, error = run(*arguments)
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert words in error and error.endswith("--help\n")
+
+
+def test_a_group_called_alone_shows_its_commands(run):
+    for group, command in (([], "convert"), (["memory"], "list")):
+        _, out, error = run(*group)
+        assert command in out and error == ""
+
+
 def test_memory_commands(run, refused, model, tmp_path):
     home = ("--home", tmp_path)
     assert "no memories" in run("memory", "list", *home)[1]
@@ -398,8 +422,10 @@ def test_words():
     assert [common.count(n, "pass") for n in (1, 4)] == ["1 pass", "4 passes"]
     assert common.count(1, "token") == "1 token" and common.count(1234, "token") == "1,234 tokens"
     assert common.printable("a\x1b[31mb\x07\x9bc\n\té…") == "a[31mbc\n\té…"
-    assert _command("/sleep") == "/sleep" and _command("/x y") == "/x" and _command("/") == "/"
-    assert _command("/etc/hosts is a file") is None and _command("hello /sleep") is None
+    assert slash.command("/sleep") == "/sleep" and slash.command("/x y") == "/x"
+    assert slash.command("/") == "/"
+    assert slash.command("/etc/hosts is a file") is None
+    assert slash.command("hello /sleep") is None
 
 
 class Broken:
@@ -503,6 +529,38 @@ def test_terminal_ctrl_c_cancels_the_reply_and_twice_leaves(model, tmp_path):
         assert terminal.leave("\x03") == 0
         assert "slept" in str(terminal.screen)
     assert show_memory("default", tmp_path).pending == 0
+
+
+def test_terminal_ctrl_c_cancels_a_sleep_within_a_turn_and_its_progress_is_shown(model, tmp_path):
+    options = ("--model", model, "--home", tmp_path, "--max-tokens", 8, "--idle", 0)
+    with Terminal(*options, "--passes", 2000, "--window", 40) as terminal:
+        terminal.wait_for(r">\s*window 0/40")
+        terminal.say("hello")
+        for text, outcome in (
+            ("how are you doing today?", "sleep cancelled; what you typed was not taken"),
+            ("word " * 20, "sleep cancelled; what you typed was not taken"),
+        ):
+            terminal.type(text + "\r")
+            terminal.wait_for(r"sleeping: pass \d+/2000, \d+%, about [\d.]+ s left$")
+            terminal.type("\x03")
+            terminal.wait_for(rf"{outcome}(.*\n)*>\s*window \d+/40")
+            assert "sleeping" not in str(terminal.screen)
+            terminal.say("/stats")
+            assert show_memory("default", tmp_path).header.sleeps == 0
+        terminal.type("/forget\r")
+        terminal.wait_for("forget all")
+        terminal.type("y\n")
+        terminal.wait_for(r"memory is empty(.*\n)*>\s*window 0/40")
+        terminal.type("word " * 20 + "\r")  # more than a window at once: it is taken
+        terminal.wait_for(r"sleeping: pass \d+/2000, \d+%, about [\d.]+ s left$")
+        terminal.type("\x03")
+        terminal.wait_for(r"reply cancelled; what was said stays said(.*\n)*>\s*window")
+        pending = show_memory("default", tmp_path).pending
+        assert pending > 100
+        terminal.type("\x03")
+        terminal.wait_for("sleeping: pass")
+        assert terminal.leave("\x03") == 0
+    assert show_memory("default", tmp_path).pending == pending
 
 
 def test_terminal_ctrl_c_over_a_half_typed_line_is_about_that_line(model, tmp_path):

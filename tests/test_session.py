@@ -303,6 +303,35 @@ def test_a_turn_that_does_not_fit_sleeps_first_and_starts_a_window():
     assert session.pending[0] == 2 and session.pending.count(2) == 1
 
 
+def test_a_sleep_within_a_turn_is_watched_and_can_be_cancelled(memory):
+    session = Session(MODEL, TOKENIZER, memory, passes=3, window=64)
+    script(session, "yes")
+    session.ask(text(50))
+    held = session.pending
+    passes: list[int] = []
+
+    # The window sleeps to make room for the turn: cancelled, the turn is not taken.
+    with pytest.raises(SleepCancelled):
+        session.say(text(30), should_stop=lambda: True)
+    assert session.pending == held == tuple(memory.pending) and memory.header.sleeps == 0
+
+    # A turn longer than the window sleeps while it is read: cancelled, the turn is taken, its
+    # reply ends at once, and what is left of the window goes on from where it was.
+    long = text(150)
+    replies = session.say(long, lambda done, *_: passes.append(done), lambda: len(passes) >= 5)
+    assert passes == [1, 2, 3]  # room for the turn
+    with pytest.raises(SleepCancelled):
+        list(replies)
+    assert passes == [1, 2, 3, 1, 2] and memory.header.sleeps == 1
+    whole = [*TOKENIZER.turn(long, first=False), *END]
+    assert list(session.pending) == whole == list(memory.pending)
+    session.sleep()
+    state = fold(MODEL.init_state(), held, 3)
+    for at in range(0, len(whole), 64):
+        state = fold(state, whole[at : at + 64], 3)
+    assert same(session._snapshot, state)
+
+
 def test_sleep_in_another_thread(memory):
     """Arrays cross threads only when they are evaluated; a chat sleeps in a second thread."""
     model = Model(ModelArgs.from_dict(fake_config()))  # its weights are still lazy

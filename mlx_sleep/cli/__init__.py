@@ -72,14 +72,28 @@ def _root(
     """
 
 
+# typer's own class, or click's in a typer that has none: what both raise for a wrong option.
+_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
 def main():
-    """The entry point. A UserError is one line on standard error and exit code 1."""
+    """The entry point. An error is one line on standard error; the exit code is 2 where typer
+    could not read the command line, 1 for a UserError."""
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a reply may not fit the locale's encoding
             stream.reconfigure(errors="replace")
     try:
-        app(prog_name="mlx-sleep")
+        code = app(prog_name="mlx-sleep", standalone_mode=False)
+    except _UsageError as error:
+        message = error.format_message()
+        if not message or "\n" in message:  # no error: a group called alone shows its help
+            print(message, end="")
+            sys.exit(error.exit_code)
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "mlx-sleep"
+        _fail(f"{message.rstrip('.')}; see {command} --help", error.exit_code)
+    except typer.Abort:
+        _fail("aborted")
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -90,11 +104,13 @@ def main():
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space there" if full else "check it, or use another"
         _fail(f"{where}: {error.strerror or error}; {remedy}")
+    else:
+        sys.exit(code)  # that of a typer.Exit; commands return None
 
 
-def _fail(message: str):
+def _fail(message: str, code: int = 1):
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _open_standard_streams():

@@ -1,0 +1,71 @@
+"""Commands inside a chat: lines such as /sleep and /memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from . import common
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..session import Session
+
+HELP = """\
+/sleep   fold the window into the fast weights now
+/memory  what the memory holds
+/stats   window, KV cache and fast weights
+/forget  empty the memory
+/help    this list
+/exit    leave; so do Ctrl-D, and Ctrl-C twice"""
+
+
+def command(text: str) -> str | None:
+    """The command in a line, or None: "/etc/hosts is a file" is none."""
+    word = text.split()[0]
+    return word if re.fullmatch(r"/[A-Za-z]*", word) else None
+
+
+def answer(session: Session, word: str, confirm: Callable[[], bool]) -> Iterator[str]:
+    """Does what a command says, and gives the lines to show."""
+    if word == "/help":
+        yield HELP
+    elif word == "/sleep":
+        yield _sleep_now(session)
+    elif word == "/memory":
+        yield f"memory '{session.memory.name}': {holdings(session)}"
+    elif word == "/stats":
+        stats = session.stats()
+        yield f"window        {stats.window_tokens} of {common.count(stats.window, 'token')}"
+        yield f"KV cache      {common.size(stats.kv_bytes)}"
+        yield f"fast weights  {common.size(stats.fast_weight_bytes)}"
+        yield f"sleeps        {stats.sleeps}, of {common.count(stats.passes, 'pass')} from now on"
+        yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
+    elif word == "/forget":
+        if confirm():
+            session.forget()
+            yield "forgotten: the memory is empty"
+        else:
+            yield "nothing was forgotten"
+    else:
+        yield f"unknown command {word}; /help lists them"
+
+
+def _sleep_now(session: Session) -> str:
+    from ..sleep import SleepCancelled
+
+    try:
+        report = common.watch(session, session.sleep)
+    except SleepCancelled:
+        return "sleep cancelled; nothing is lost"
+    return common.describe(report, session) if report else "nothing to sleep over"
+
+
+def holdings(session: Session) -> str:
+    """ "134 tokens in 2 sleeps, 12 more wait for the next" """
+    stats = session.stats()
+    waiting = stats.window_tokens
+    if not stats.sleeps:
+        return f"{common.count(waiting, 'token')} wait for the first sleep" if waiting else "empty"
+    slept = f"{common.count(stats.tokens, 'token')} in {common.count(stats.sleeps, 'sleep')}"
+    return f"{slept}, {waiting} more wait for the next" if waiting else slept

@@ -1,0 +1,277 @@
+"""A chat at a terminal: prompt, status line, streamed replies, and a sleep while nobody types.
+
+A second thread sleeps while the prompt waits. It and the main thread never use the session at
+the same time: the main thread leaves it alone from `IdleSleeper.start` to `.stop`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..errors import UserError
+from . import common, slash
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..session import Session
+
+
+class IdleSleeper:
+    """Sleeps in a thread of its own once `idle` seconds have passed without a key press.
+
+    Between start and stop the session belongs to that thread. A key press cancels a sleep within
+    one block of the model; the idle time then starts again. `show` gets each new status, `note`
+    a line about each sleep that was done; both are called from the thread. idle 0 is never.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        idle: float,
+        show: Callable[[str], None],
+        note: Callable[[str], None],
+    ):
+        self._session, self._idle, self._show, self._note = session, idle, show, note
+        self._key = threading.Event()
+        self._ended = threading.Event()
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="sleep", daemon=True)
+
+    def start(self):
+        self._thread.start()
+
+    def key_pressed(self):
+        self._key.set()
+
+    def stop(self):
+        """Cancels a sleep under way and waits for its end. Raises what the thread died of.
+
+        A Ctrl-C waits too: it is raised when the session is the caller's again, not before.
+        """
+        self._stopped = True
+        self._key.set()
+        interrupt = None
+        while not self._ended.is_set():  # a join that Ctrl-C cuts short takes the thread for dead
+            try:
+                self._ended.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if error := self._error or interrupt:
+            raise error
+
+    def _run(self):
+        try:
+            while self._session.pending and not self._stopped:
+                if self._key.wait(self._idle or None):
+                    self._key.clear()
+                else:
+                    self._sleep()
+        except UserError as error:  # not again before the next turn
+            self._show(f"error: {error}")
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def _sleep(self):
+        from ..sleep import SleepCancelled
+
+        progress = common.Progress(self._session, self._show)
+
+        def should_stop():
+            progress.step()
+            return self._key.is_set()
+
+        try:
+            report = self._session.sleep(progress.on_pass, should_stop)
+        except SleepCancelled:
+            self._show(f"sleep cancelled, nothing is lost; again after {self._idle:g} s")
+        else:
+            self._show(_window(self._session))
+            self._note(common.describe(report, self._session))
+
+
+class Terminal:
+    """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
+
+    def __init__(self, session: Session, model: str, idle: float):
+        from prompt_toolkit import PromptSession
+        from rich.console import Console
+
+        self._session, self._model, self._idle = session, model, idle
+        self._console = Console(highlight=False)
+        self._prompt = PromptSession("> ", bottom_toolbar=lambda: self._status)
+        self._prompt.app.key_processor.before_key_press += self._on_key
+        self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
+        self._sleeper: IdleSleeper | None = None
+        self._status = ""
+        self._in_line = False  # a reply has begun a line and not ended it
+        self._over = False  # the line holds a status that the next text replaces
+
+    def run(self):
+        try:
+            self._greet()
+            self._talk()
+        finally:
+            self._leave()
+
+    def _talk(self):
+        interrupts = 0
+        while interrupts < 2:
+            try:
+                text = self._read()
+            except KeyboardInterrupt:
+                # Over a half-typed line it is about that line, and the first of two.
+                interrupts = 1 if self._prompt.default_buffer.text else interrupts + 1
+                if interrupts < 2:
+                    self._note("Ctrl-C again leaves, as does Ctrl-D")
+                continue
+            except EOFError:
+                return
+            interrupts = 0
+            if not text:
+                continue
+            command = slash.command(text)
+            if command == "/exit":
+                return
+            try:
+                if command:
+                    for out in slash.answer(self._session, command, self._confirm):
+                        self._note(out)
+                else:
+                    interrupts = self._reply(text)
+            except UserError as error:
+                self._note(f"error: {error}", "red")
+
+    def _greet(self):
+        name = self._session.memory.name
+        self._console.print(
+            f"mlx-sleep {__version__}, model {self._model}, memory '{name}': "
+            f"{slash.holdings(self._session)}",
+            style="bold",
+            markup=False,
+        )
+        self._note("/help lists the commands")
+
+    def _read(self) -> str:
+        """A line from the prompt; meanwhile the session belongs to the sleeper."""
+        from prompt_toolkit.patch_stdout import patch_stdout
+
+        self._status = _window(self._session)
+        if self._idle and self._session.pending:
+            self._status += f", sleeps after {self._idle:g} s without a key"
+        with patch_stdout(raw=True):
+            self._sleeper = IdleSleeper(self._session, self._idle, self._show, self._note)
+            self._sleeper.start()
+            try:
+                return self._prompt.prompt().strip()
+            finally:
+                self._sleeper.stop()
+
+    def _on_key(self, _):
+        self._sleeper.key_pressed()
+
+    def _show(self, status: str):
+        self._status = status
+        self._prompt.app.invalidate()
+
+    def _reply(self, text: str) -> int:
+        """Streams a reply. Returns how often Ctrl-C was pressed; the first one cancels it."""
+        from ..sleep import SleepCancelled
+
+        self._session.on_sleep = lambda report: self._note(common.describe(report, self._session))
+        progress = common.Progress(self._session, self._show_sleep)
+        taken = False
+
+        def should_stop():
+            progress.step()
+            return ctrl_c.count > 0
+
+        with common.Interrupts() as ctrl_c:
+            try:
+                pieces = self._session.say(text, progress.on_pass, should_stop)
+                taken = True
+                with contextlib.closing(pieces):
+                    for piece in pieces:
+                        self._write(common.printable(piece))
+                        if ctrl_c.count:
+                            break
+            except SleepCancelled:  # of a window that was full
+                pass
+            finally:
+                self._session.on_sleep = None
+                self._end_line()
+        if ctrl_c.count:
+            self._note(
+                "reply cancelled; what was said stays said"
+                if taken
+                else "sleep cancelled; what you typed was not taken"
+            )
+        return ctrl_c.count
+
+    def _show_sleep(self, status: str):
+        """Progress of a sleep in the middle of a turn, in the place of the prompt."""
+        if not self._in_line:
+            sys.stdout.write(f"\r\x1b[K{status}")
+            sys.stdout.flush()
+            self._over = True
+
+    def _write(self, text: str):
+        if self._over:
+            sys.stdout.write("\r\x1b[K")
+            self._over = False
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if text:
+            self._in_line = not text.endswith("\n")
+
+    def _end_line(self):
+        if self._in_line:
+            self._write("\n")
+        elif self._over:
+            self._write("")
+
+    def _note(self, text: str, style: str = "dim"):
+        self._end_line()
+        self._console.print(text, style=style, markup=False)
+
+    def _confirm(self) -> bool:
+        name = self._session.memory.name
+        try:
+            answer = input(f"forget all of memory '{name}'? It can't be undone. [y/N] ")
+        except (KeyboardInterrupt, EOFError):
+            self._write("\n")
+            return False
+        return answer.strip().lower() in ("y", "yes")
+
+    def _leave(self):
+        """Sleeps and lets go of the memory. Ctrl-C leaves at once; the journal has the window."""
+        from ..sleep import SleepCancelled
+
+        waiting = len(self._session.pending)
+        try:
+            report = common.watch(
+                self._session,
+                lambda on_pass, should_stop: self._session.close(
+                    on_pass=on_pass, should_stop=should_stop
+                ),
+            )
+        except SleepCancelled:
+            self._note(f"left without sleeping; {common.count(waiting, 'token')} kept for later")
+        else:
+            if report:
+                self._note(common.describe(report, self._session))
+
+
+def _window(session: Session) -> str:
+    """ "window 134/256 tokens, KV cache 123 KB" """
+    stats = session.stats()
+    return (
+        f"window {stats.window_tokens}/{common.count(stats.window, 'token')}, "
+        f"KV cache {common.size(stats.kv_bytes)}"
+    )
