@@ -32,14 +32,16 @@ def evaluate_memory(
     """Rows of case, passes, accuracy, low, high (95% Wilson), n, zeroed.
 
     task is a `MemoryTask` of the split to be asked (its seed picks the set), decode turns ids into
-    text. on_batch(done, total) is told about progress in conversations.
+    text. The conversations fill windows of the model's own length at most. on_batch(done, total)
+    is told about progress in conversations. UserError where that length is too short for a case.
     """
     from .tasks.memory import correct
 
+    window = model.sleep.window
     cases, passes = list(cases), list(passes)
     rows, done, total = [], 0, len(cases) * len(passes) * n
     for case in cases:
-        examples = list(task.evaluation(case, n))
+        examples = list(task.evaluation(case, n, window))
         for N in passes:
             right = zeroed = 0
             for group in _groups(examples, batch):

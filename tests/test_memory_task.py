@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_sleep.errors import UserError
 from mlx_sleep.tasks import phrases, words
 from mlx_sleep.tasks import tokenizer as task_tokenizer
 from mlx_sleep.tasks.memory import CASES, Level, MemoryTask, correct
@@ -237,7 +238,7 @@ def test_replies_are_short_and_end_with_the_value():
 
 @pytest.mark.parametrize("bad", [{"window_tokens": 8}, {"final_tokens": 31}])
 def test_a_window_without_room_is_refused(bad):
-    with pytest.raises(ValueError, match="32 tokens"):
+    with pytest.raises(UserError, match="32 tokens"):
         Level(**bad)
 
 

@@ -17,6 +17,7 @@ from mlx_sleep import evaluate
 from mlx_sleep.cli.train import train as train_command
 from mlx_sleep.errors import UserError
 from mlx_sleep.evaluate import evaluate_memory, wilson
+from mlx_sleep.models.base import SleepConfig
 from mlx_sleep.models.load import EMBEDDED, load_model
 from mlx_sleep.tasks.memory import CASES, MemoryTask
 from mlx_sleep.tasks.recipe import (
@@ -319,6 +320,7 @@ def test_evaluation_counts_what_the_model_says(monkeypatch):
     encode, decode, specials = sentencepiece_encoder(EMBEDDED)
     task = MemoryTask(encode, specials, "test", seed=3)
     model = make_trainer(RECIPE, "unused", EMBEDDED).model
+    model.sleep = SleepConfig(window=128)
     rows = evaluate_memory(model, task, decode, cases=["after_1_sleep"], passes=[1, 2], n=6)
     assert [r["passes"] for r in rows] == [1, 2]
     assert all(r["accuracy"] == 0 and r["n"] == 6 for r in rows)
@@ -342,6 +344,29 @@ def test_evaluation_counts_what_the_model_says(monkeypatch):
         assert row["accuracy"] == 1 and row["zeroed"] == 0
         assert row["high"] == pytest.approx(1)
     assert True in seen and False in seen
+
+
+def test_evaluation_fills_windows_of_the_models_length():
+    encode, decode, specials = sentencepiece_encoder(EMBEDDED)
+    task = MemoryTask(encode, specials, "test", seed=3)
+    model = make_trainer(RECIPE, "unused", EMBEDDED).model
+    slept = []
+    block = model.block
+
+    def spy(i, h, state, mask=None):
+        slept.append(h.shape[1])
+        return block(i, h, state, mask)
+
+    model.block = spy
+    for window, most in ((200, 200), (96, 96)):
+        model.sleep = SleepConfig(window=window)
+        slept.clear()
+        evaluate_memory(model, task, decode, cases=["after_5_sleeps"], passes=[1], n=4)
+        assert most // 2 < max(slept) <= most
+    for window in (12, 40):
+        model.sleep = SleepConfig(window=window)
+        with pytest.raises(UserError, match="longer"):
+            evaluate_memory(model, task, decode, cases=["two_hop"], passes=[1], n=1)
 
 
 def test_wilson():

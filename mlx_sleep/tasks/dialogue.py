@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..errors import UserError
+
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<pad>"
 
 ANSWER_WEIGHT = 1.0
@@ -39,7 +41,10 @@ class Level:
     def __post_init__(self):
         object.__setattr__(self, "facts", tuple(self.facts))  # a list, when it comes from JSON
         if min(self.window_tokens, self.final_tokens) < 32:
-            raise ValueError("a window of the memory task needs room for 32 tokens")
+            raise UserError(
+                "a window of the memory task needs room for 32 tokens; make window_tokens, "
+                "final_tokens or the model's window longer"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from random import Random
 
 import numpy as np
 
+from ..errors import UserError
 from . import words
 from .conversations import Writer
 from .dialogue import (
@@ -141,7 +142,8 @@ class MemoryTask:
         """`n` conversations of `case` with one question each, all facts told (see CASES).
 
         window_tokens: most tokens of a window (with its question, for same_window). The same
-        examples in every process; the i-th doesn't depend on n. ValueError for an unknown case.
+        examples in every process; the i-th doesn't depend on n. ValueError for an unknown case,
+        UserError where the window is too short for one.
         """
         if case not in CASES:
             raise ValueError(f"case must be one of {', '.join(CASES)}, not {case!r}")
@@ -153,4 +155,7 @@ class MemoryTask:
                     yield example
                     break
             else:
-                raise ValueError(f"{case} does not fit windows of {window_tokens} tokens")
+                raise UserError(
+                    f"the case {case} does not fit windows of {window_tokens} tokens; use a model "
+                    f"with a longer window, or other cases"
+                )
