@@ -101,11 +101,11 @@ def checkpointed_block(model) -> Callable:
         other = {}
 
         def run(h, arrays, mask):
-            h, new = model.layers[i](h, {**others(state), **arrays}, mask)
+            h, new = model.block(i, h, {**others(state), **arrays}, mask)
             other.update(others(new))
             return h, arrays_of(new)
 
-        h, new = nn.utils.checkpoint(model.layers[i], run)(h, arrays_of(state), mask)
+        h, new = nn.utils.checkpoint(model.block_modules[i], run)(h, arrays_of(state), mask)
         return h, {**new, **other}
 
     def arrays_of(state):
@@ -128,7 +128,7 @@ def make_optimizer(muon_lr: float, adamw_lr: float, weight_decay: float = 0.0):
 
 def is_projection(name: str, x) -> bool:
     """Whether Muon trains this parameter: a matrix of a block that multiplies activations."""
-    return x.ndim == 2 and "proj" in name
+    return x.ndim == 2 and ("proj" in name or "kernel_generator" in name)
 
 
 def rate_at(step: int, steps: int, warmup: int, cooldown: float) -> float:

@@ -1,0 +1,268 @@
+"""Jet-Nemotron (arXiv 2508.15884): JetBlocks, and a few layers of softmax attention.
+
+A JetBlock is the gated delta rule behind a dynamic short convolution of v: a small generator reads
+the layer's input and gives every token convolution taps of its own. q and k have no convolution.
+Attention has biases on q, k and v; `attn` layers see all of the KV cache and `swa` layers its
+newest `window_size` tokens, whatever the eviction keeps. Parameters are named as in the published
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from ..ops.activations import silu
+from ..ops.conv import dynamic_conv
+from ..ops.gated_delta import gated_delta
+from ..ops.mixers import l2_norm
+from .attention import attend
+from .base import SleepConfig, SleepModel
+from .sleep_hybrid import ACTIVATIONS, MLP
+
+LAYER_TYPES = ("jet", "attn", "swa")
+
+
+@dataclass
+class JetArgs:
+    """Sizes of a JetBlock, by the names of the published config.
+
+    head_dim is that of q and k, head_dim * expand_v that of v; the hidden size of the kernel
+    generator is that of v over all heads, divided by dconv_generator_reduction (None is 1).
+    """
+
+    num_heads: int = 6
+    head_dim: int = 256
+    expand_v: float = 2.0
+    conv_size: int = 4
+    dconv_generator_reduction: int | None = 8
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        self.norm_eps = float(self.norm_eps)  # the published configs have it as a string
+        self.head_v_dim = round(self.head_dim * self.expand_v)
+        if not math.isclose(self.head_dim * self.expand_v, self.head_v_dim, rel_tol=1e-5):
+            raise UserError(
+                f"expand_v {self.expand_v} times head_dim {self.head_dim} is no whole number"
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict) -> JetArgs:
+        """From efficient_attention_config["jet"]; fields that choose a kernel are ignored."""
+        return cls(**_known(cls, config))
+
+
+@dataclass
+class ModelArgs:
+    """The fields of config.json, named as in the published ones."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layer_types: list[str]
+    num_attention_heads: int
+    num_key_value_heads: int
+    model_type: str = "jet_nemotron"
+    head_dim: int | None = None
+    efficient_attention_config: dict = field(default_factory=dict)
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False
+    sleep: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        wrong = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if wrong or not self.layer_types:
+            raise UserError(f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {wrong}")
+        for kind in {"jet", "swa"} & set(self.layer_types):
+            if kind not in self.efficient_attention_config:
+                raise UserError(f"efficient_attention_config lacks {kind}, which layer_types names")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        efficient = self.efficient_attention_config
+        self.jet = JetArgs.from_dict(efficient.get("jet", {}))
+        self.swa_window = efficient.get("swa", {}).get("window_size")
+        if "swa" in self.layer_types and not self.swa_window:
+            raise UserError("efficient_attention_config.swa lacks a window_size")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> ModelArgs:
+        """From the contents of config.json. UserError names what is missing."""
+        names = inspect.signature(cls).parameters
+        missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(missing)}")
+        return cls(**_known(cls, config))
+
+
+def _known(cls, config: dict) -> dict:
+    names = inspect.signature(cls).parameters
+    return {name: value for name, value in config.items() if name in names}
+
+
+class KernelGenerator(nn.Module):
+    """x [B, T, hidden] -> K taps for each token and channel [B, T, C * K].
+
+    At first a static convolution: the taps are w2's bias, whatever x is.
+    """
+
+    def __init__(self, hidden_size: int, inner: int, channels: int, kernel: int):
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, inner, bias=False)
+        self.w2 = nn.Linear(inner, channels * kernel)
+        self.w2.weight = mx.zeros_like(self.w2.weight)
+        self.w2.bias = mx.random.uniform(-(kernel**-0.5), kernel**-0.5, self.w2.bias.shape)
+
+    def __call__(self, x):
+        return self.w2(silu(self.w1(x)))
+
+
+class DynamicConv(nn.Module):
+    """silu of the dynamic convolution of v [B, T, C], with taps generated from x."""
+
+    def __init__(self, hidden_size: int, channels: int, kernel: int, reduction: int | None):
+        super().__init__()
+        inner = channels // (reduction or 1)
+        self.kernel_generator = KernelGenerator(hidden_size, inner, channels, kernel)
+
+    def __call__(self, v, x, state, mask):
+        taps = self.kernel_generator(x).reshape(*v.shape, -1)
+        v, state = dynamic_conv(v, taps, state, mask)
+        return silu(v), state
+
+
+class JetBlock(nn.Module):
+    """The gated delta rule on a dynamically convolved v, with an output gate.
+
+    (x [B, T, hidden], layer state, mask) -> (out [B, T, hidden], layer state); the state's `conv`
+    is the last K - 1 projections of v.
+    """
+
+    def __init__(self, hidden_size: int, jet: JetArgs):
+        super().__init__()
+        D, self.H, self.Dk, self.Dv = hidden_size, jet.num_heads, jet.head_dim, jet.head_v_dim
+        values = self.H * self.Dv
+        self.q_proj = nn.Linear(D, self.H * self.Dk, bias=False)
+        self.k_proj = nn.Linear(D, self.H * self.Dk, bias=False)
+        self.v_proj = nn.Linear(D, values, bias=False)
+        self.b_proj = nn.Linear(D, self.H, bias=False)
+        self.a_proj = nn.Linear(D, self.H, bias=False)
+        self.g_proj = nn.Linear(D, values, bias=False)
+        # A head forgets over 10 to 1000 tokens at first.
+        dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(1e-1), (self.H,)))
+        self.A_log = mx.log(mx.random.uniform(1, 16, (self.H,)))
+        self.dt_bias = dt + mx.log(-mx.expm1(-dt))  # softplus^-1(dt)
+        self.dynamic_conv1d = DynamicConv(D, values, jet.conv_size, jet.dconv_generator_reduction)
+        self.o_norm = nn.RMSNorm(self.Dv, eps=jet.norm_eps)
+        self.o_proj = nn.Linear(values, D, bias=False)
+
+    def __call__(self, x, state, mask):
+        B, T, _ = x.shape
+        q, k = (
+            l2_norm(silu(project(x)).reshape(B, T, self.H, self.Dk))
+            for project in (self.q_proj, self.k_proj)
+        )
+        v, conv = self.dynamic_conv1d(self.v_proj(x), x, state.get("conv"), mask)
+        v = v.reshape(B, T, self.H, self.Dv)
+        beta = mx.sigmoid(self.b_proj(x))
+        a = self.a_proj(x).astype(mx.float32)
+        g = -mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(a + self.dt_bias)
+        o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask)
+        z = self.g_proj(x).reshape(B, T, self.H, self.Dv)
+        o = self.o_norm(o) * silu(z)
+        return self.o_proj(o.reshape(B, T, -1)), {"fast_weights": S, "conv": conv}
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with RoPE and grouped KV heads; window None sees everything."""
+
+    def __init__(self, args: ModelArgs, window: int | None):
+        super().__init__()
+        D, H, Hkv, d = (
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+        )
+        self.num_heads, self.num_kv_heads, self.head_dim = H, Hkv, d
+        self.rope_theta, self.window = args.rope_theta, window
+        self.q_proj = nn.Linear(D, H * d)
+        self.k_proj = nn.Linear(D, Hkv * d)
+        self.v_proj = nn.Linear(D, Hkv * d)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+
+    def __call__(self, x, state, mask):
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.window)
+        return self.o_proj(o), state
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, args: ModelArgs, kind: str, sleep: SleepConfig):
+        super().__init__()
+        if kind == "jet":
+            self.self_attn = JetBlock(args.hidden_size, args.jet)
+        else:
+            windows = [args.swa_window] if kind == "swa" else []
+            windows += [sleep.window] if sleep.eviction == "sliding" else []
+            self.self_attn = Attention(args, min(windows, default=None))
+        self.mlp = MLP(args)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, h, state, mask):
+        out, state = self.self_attn(self.input_layernorm(h), state, mask)
+        h = h + out
+        return h + self.mlp(self.post_attention_layernorm(h)), state
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm, under the name that checkpoints give them."""
+
+    def __init__(self, args: ModelArgs, sleep: SleepConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args, kind, sleep) for kind in args.layer_types]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+
+class Model(SleepModel):
+    """The whole decoder."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(SleepConfig(**args.sleep), len(args.layer_types))
+        self.args = args
+        self.model = Decoder(args, self.sleep)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules of the blocks, in order."""
+        return self.model.layers
+
+    def embed(self, tokens):
+        return self.model.embed_tokens(tokens)
+
+    def block(self, i, h, layer_state, mask=None):
+        return self.layers[i](h, layer_state, mask)
+
+    def head(self, h):
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
