@@ -1,0 +1,227 @@
+"""fla's GatedDeltaNetForCausalLM: Gated DeltaNet (arXiv 2412.06464), some layers with attention.
+
+Each block is RMSNorm, mixer, RMSNorm, gated MLP. This is what the from-scratch models of arXiv
+2605.26099 are. Followed: flash-linear-attention 0.6.0; parameters are named as in its checkpoints,
+and only the short convolutions' taps are [C, K] where PyTorch has [C, 1, K].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from ..ops.activations import silu
+from ..ops.gated_delta import gated_delta
+from ..ops.mixers import gated_delta_net
+from .base import SleepConfig, SleepModel
+from .fla_common import (
+    ACTIVATIONS,
+    Attention,
+    AttentionSpec,
+    GatedMLP,
+    ShortConv,
+    attention_layers,
+    convolve,
+    decay_init,
+    from_config,
+    l2_norm,
+    mlp_width,
+    taps,
+)
+
+GATES = {"swish": silu, "silu": silu, "sigmoid": mx.sigmoid}
+
+
+@dataclass
+class ModelArgs:
+    """The fields of fla's config.json, with its defaults, and `sleep`.
+
+    attn            {"layers": [...], "num_heads": ..., ...}: `AttentionSpec`; a list for several
+    head_dim        Dk; Dv is expand_v times as much
+    num_heads       of q and k; num_v_heads of v, a multiple of it
+    allow_neg_eigval  b_t in (0, 2) in place of (0, 1)
+    """
+
+    vocab_size: int
+    hidden_size: int = 2048
+    num_hidden_layers: int = 21
+    model_type: str = "fla_gated_deltanet"
+    attn: dict | list | None = None
+    expand_v: float = 2.0
+    head_dim: int = 256
+    num_heads: int = 6
+    num_v_heads: int | None = None
+    use_gate: bool = True
+    output_gate_activation: str = "swish"
+    use_short_conv: bool = True
+    conv_size: int = 4
+    conv_bias: bool = False
+    allow_neg_eigval: bool = False
+    hidden_ratio: int | None = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "swish"
+    norm_eps: float = 1e-6
+    norm_first: bool = True
+    attnres_block_size: int | None = None
+    tie_word_embeddings: bool = False
+    sleep: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.num_v_heads = self.num_v_heads or self.num_heads
+        if self.num_v_heads % self.num_heads:
+            raise UserError("num_v_heads must be a multiple of num_heads")
+        value_dim = int(self.head_dim * self.expand_v)
+        if abs(value_dim - self.head_dim * self.expand_v) > 1e-5 * value_dim:
+            raise UserError(f"expand_v {self.expand_v} times head_dim {self.head_dim} is not whole")
+        if self.output_gate_activation not in GATES:
+            raise UserError(f"output_gate_activation must be one of {', '.join(GATES)}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
+        if self.attnres_block_size is not None:
+            raise UserError("attention residuals (attnres_block_size) are not supported")
+        if not self.norm_first:
+            raise UserError("norms behind the mixers (norm_first: false) are not supported")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> ModelArgs:
+        """From the contents of config.json. UserError names what is missing."""
+        return from_config(cls, config)
+
+
+class GatedDeltaNet(nn.Module):
+    """The gated delta rule, with or without short convolutions and output gate."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D, eps = args.hidden_size, args.norm_eps
+        self.Hk, self.Hv = args.num_heads, args.num_v_heads
+        self.Dk, self.Dv = args.head_dim, int(args.head_dim * args.expand_v)
+        self.allow_neg_eigval = args.allow_neg_eigval
+        keys, values = self.Hk * self.Dk, self.Hv * self.Dv
+        self.q_proj = nn.Linear(D, keys, bias=False)
+        self.k_proj = nn.Linear(D, keys, bias=False)
+        self.v_proj = nn.Linear(D, values, bias=False)
+        self.a_proj = nn.Linear(D, self.Hv, bias=False)
+        self.b_proj = nn.Linear(D, self.Hv, bias=False)
+        self.A_log, self.dt_bias = decay_init(self.Hv)
+        if args.use_short_conv:
+            self.q_conv1d = ShortConv(keys, args.conv_size, args.conv_bias)
+            self.k_conv1d = ShortConv(keys, args.conv_size, args.conv_bias)
+            self.v_conv1d = ShortConv(values, args.conv_size, args.conv_bias)
+        if args.use_gate:
+            self.g_proj = nn.Linear(D, values, bias=False)
+        self.o_norm = nn.RMSNorm(self.Dv, eps=eps)
+        self.o_proj = nn.Linear(values, D, bias=False)
+        self._gate = GATES[args.output_gate_activation]
+        self._usual = (
+            args.use_short_conv
+            and args.use_gate
+            and not (args.conv_bias or args.allow_neg_eigval)
+            and self._gate is silu
+        )
+
+    def __call__(self, x, state, mask):
+        qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        convs = [self.q_conv1d, self.k_conv1d, self.v_conv1d] if "q_conv1d" in self else []
+        mix = self._mix if self._usual else self._mix_with_options
+        o, new = mix(x, qkv, convs, state, mask)
+        return self.o_proj(o.reshape(*x.shape[:2], -1)), new
+
+    def _mix(self, x, qkv, convs, state, mask):
+        B, T, _ = x.shape
+        o, conv, S = gated_delta_net(
+            qkv,
+            self.g_proj(x).reshape(B, T, self.Hv, self.Dv),
+            mx.concatenate([self.b_proj(x), self.a_proj(x)], axis=-1),
+            state.get("conv"),
+            taps(convs)[0],
+            self.A_log.astype(mx.float32),
+            self.dt_bias.astype(mx.float32),
+            self.o_norm.weight,
+            self.o_norm.eps,
+            state.get("fast_weights"),
+            self.Hk,
+            mask,
+        )
+        return o, {"fast_weights": S, "conv": conv}
+
+    def _mix_with_options(self, x, qkv, convs, state, mask):
+        """The same where an option asks for what `gated_delta_net` doesn't have."""
+        B, T, _ = x.shape
+        new = {}
+        if convs:
+            qkv, new["conv"] = convolve(qkv, convs, state.get("conv"), mask)
+        else:
+            qkv = silu(qkv)
+        q, k, v = mx.split(qkv, [self.Hk * self.Dk, 2 * self.Hk * self.Dk], axis=-1)
+        q, k = (l2_norm(a.reshape(B, T, self.Hk, self.Dk)) for a in (q, k))
+        v = v.reshape(B, T, self.Hv, self.Dv)
+        beta = mx.sigmoid(self.b_proj(x).astype(mx.float32))
+        if self.allow_neg_eigval:
+            beta = 2 * beta
+        step = nn.softplus(self.a_proj(x).astype(mx.float32) + self.dt_bias.astype(mx.float32))
+        g = -mx.exp(self.A_log.astype(mx.float32)) * step
+        o, new["fast_weights"] = gated_delta(
+            q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask
+        )
+        o = self.o_norm(o)
+        if "g_proj" in self:
+            o = o * self._gate(self.g_proj(x).reshape(o.shape))
+        return o, new
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, args: ModelArgs, attention: AttentionSpec | None, sleep: SleepConfig):
+        super().__init__()
+        D = args.hidden_size
+        self.attn_norm = nn.RMSNorm(D, eps=args.norm_eps)
+        self.attn = Attention(D, attention, sleep) if attention else GatedDeltaNet(args)
+        self.mlp_norm = nn.RMSNorm(D, eps=args.norm_eps)
+        width = mlp_width(D, args.hidden_ratio, args.intermediate_size)
+        self.mlp = GatedMLP(D, width, args.hidden_act)
+
+    def __call__(self, h, state, mask):
+        out, state = self.attn(self.attn_norm(h), state, mask)
+        h = h + out
+        return h + self.mlp(self.mlp_norm(h)), state
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what checkpoints call `model`."""
+
+    def __init__(self, args: ModelArgs, sleep: SleepConfig):
+        super().__init__()
+        attends = attention_layers(args.attn, args.hidden_size, args.num_hidden_layers)
+        self.embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args, attends.get(i), sleep) for i in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+
+
+class Model(SleepModel):
+    """The whole model."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
+        self.args = args
+        self.model = Decoder(args, self.sleep)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def embed(self, tokens):
+        return self.model.embeddings(tokens)
+
+    def block(self, i, h, layer_state, mask=None):
+        return self.model.layers[i](h, layer_state, mask)
+
+    def head(self, h):
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embeddings.as_linear(h)
