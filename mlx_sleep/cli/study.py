@@ -1,0 +1,127 @@
+"""`mlx-sleep study`: the paper's experiments, trained and measured on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .common import count, numbers
+
+
+def study(
+    task: Annotated[str, typer.Argument(help="The task: rule110, depo or gsm.")],
+    size: Annotated[
+        str, typer.Option(help="tiny, small, paper (gsm: tiny_last too), or a .json plan.")
+    ] = "tiny",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The study's folder. (default: runs/study-TASK-SIZE)"),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time. (default: one a CPU; one on a GPU)"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only these models, with commas. (default: all)")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="Only runs with these N, as in 1,4. (default: all)")
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Draw the figures too. Needs matplotlib.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+):
+    """Train and compare models that sleep longer or shorter, as the paper does.
+
+    OUT gets a folder for each run, results.json, results.md and, with --figures, the figures.
+    Kill it at any time: the same command goes on, and does nothing twice.
+
+    Example: mlx-sleep study rule110 --size tiny --figures
+    """
+    from ..bench import device
+    from ..study import figures as drawing
+    from ..study import runner, table
+    from ..study.latency import latency
+    from ..study.plan import make_runs, read_plan
+    from ..study.run import TOKENIZER, make_task
+    from ..study.score import constant
+
+    if jobs is not None and jobs < 1:
+        raise UserError("--jobs must be at least 1")
+    if figures:
+        drawing.check()
+    plan = read_plan(task, size)
+    out = out or Path("runs") / f"study-{task}-{plan['size']}"
+    runner.make_folder(out)
+    data = make_task(plan, out / TOKENIZER)
+    runs = make_runs(
+        plan,
+        data,
+        models=model.split(",") if model else None,
+        passes=numbers("--passes", passes) if passes else None,
+    )
+    show = _Progress(len(runs), quiet=json)
+    try:
+        results = runner.run_all(
+            runs, out, jobs or runner.default_jobs(), show.on_change, show.on_done
+        )
+    except KeyboardInterrupt:
+        show.clear()
+        print(f"stopped; the same command goes on from {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    show.clear()
+    n = plan["evaluate"]["test"]
+    extra = {
+        "device": device(),
+        "always": {str(d): constant(data, n, d) for d in plan["difficulties"]},
+        "latency": latency(runs, out, data),
+    }
+    found = table.collect(plan, runs, results, extra)
+    table.write(out, found, plan)
+    made = drawing.draw(found, out, plan["beyond"]["examples"]) if figures else []
+    if json:
+        import json as encoder
+
+        print(encoder.dumps(found, indent=1, allow_nan=False))
+        return
+    print(table.markdown(found, plan))
+    print(f"wrote {', '.join(str(out / f) for f in ('results.json', 'results.md'))}")
+    for path in made:
+        print(f"wrote {path}")
+
+
+class _Progress:
+    """A line for each run that ends; on a terminal, below them, what is running."""
+
+    def __init__(self, total: int, quiet: bool):
+        self.total, self.done = total, 0
+        self.quiet, self.live = quiet, sys.stderr.isatty() and not quiet
+
+    def on_change(self, waiting, running, done):
+        self.done = done
+        if self.live:
+            now = ", ".join(f"{run.name} {step}/{run.settings['steps']}" for run, step in running)
+            text = f"{done}/{self.total} runs done; {now}"
+            print(f"\r\x1b[K{text[:150]}", end="", file=sys.stderr, flush=True)
+
+    def on_done(self, run, result):
+        self.done += 1
+        if self.quiet:
+            return
+        self.clear()
+        got = ", ".join(
+            f"{row['accuracy']:.1%} at {row['difficulty']}, N = {row['passes']}"
+            for row in result["rows"][:6]
+        )
+        left = count(self.total - self.done, "run") + " left"
+        line = f"{run.name}: {got} ({result['seconds'] / 60:.1f} min; {left})"
+        print(line, file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,310 @@
+"""The task `gsm`: arithmetic word problems from a random graph of quantities, with filler.
+
+In the manner of GSM-Infinite, as arXiv 2605.26099 uses it: some sentences say how quantities hang
+together, the others have nothing to do with the question, and the answer must come at once, with
+no chain of thought. The difficulty is the number of operations between the numbers that are told
+and the one that is asked for. The question stands before the context (as in the paper) or behind
+it (harder: a sleep doesn't know what will be asked). All of the context is slept over; only the
+answer's window is not, where the paper also predicts from what is left of the context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+
+from ..errors import UserError
+from .synthetic import Batch, check_split, whole
+
+PAD, END = "<pad>", "<end>"
+LARGEST = 99  # no quantity is larger, or below 0
+
+ANIMALS = (
+    "owls foxes bears wolves hares otters badgers deer moose lynxes herons cranes swans geese "
+    "ducks ravens crows eagles hawks frogs toads newts voles moles bats elks goats sheep horses"
+).split()
+PLACES = (
+    "Alder Valley,Birch Hill,Cedar Park,Dune Bay,Elm Wood,Fern Glen,Gull Rock,Heather Moor,"
+    "Iris Pond,Juniper Ridge,Kelp Cove,Larch Grove,Maple Field,Nettle Lane,Oak Marsh,Pine Forest,"
+    "Quarry Lake,Reed Creek,Sage Plain,Thorn Meadow,Umber Cliff,Violet Dell,Willow Bank,Yew Garden"
+).split(",")
+FILLER = (
+    "It rains often in {}.",
+    "A narrow road leads to {}.",
+    "Nobody lives in {} any more.",
+    "Children like to play in {}.",
+    "There is a small museum in {}.",
+    "The path through {} is closed in winter.",
+    "Painters come to {} for its light.",
+)
+
+
+class Gsm:
+    """Problems of 1 to `ops` operations in contexts of tokens[0] to tokens[1] tokens.
+
+    tokenizer  a serialized sentencepiece model (`make_tokenizer`)
+    window     tokens between two sleeps
+    question   "first" or "last": before or behind the context
+    A row is one question: it is right when all digits and END are. UserError for numbers out of
+    range, and for contexts too short for a problem.
+    """
+
+    trained_apart = False
+
+    def __init__(
+        self,
+        tokenizer: bytes,
+        tokens: Sequence[int] = (2000, 3300),
+        ops: int = 8,
+        window: int = 2000,
+        question: str = "first",
+        seed: int = 0,
+    ):
+        from sentencepiece import SentencePieceProcessor
+
+        self.least, self.most = (whole("the tokens of a context", n, 1) for n in tokens)
+        if self.least > self.most:
+            raise UserError(f"tokens must be [fewest, most], not {list(tokens)}")
+        self.ops = whole("ops", ops, 1)
+        self.window = whole("the window", window, 2)
+        if window > self.most:
+            raise UserError(f"a window of {window} tokens is larger than the context, {self.most}")
+        if question not in ("first", "last"):
+            raise UserError(f'question must be "first" or "last", not {question!r}')
+        self.question, self.seed = question, seed
+        self.windows = -(-self.most // window)
+        sp = SentencePieceProcessor(model_proto=tokenizer)
+        self.decode, self.vocab_size = sp.decode, sp.vocab_size()
+        self.pad, self.end = sp.piece_to_id(PAD), sp.piece_to_id(END)
+        # Sentences are made of few pieces of text, each encoded once and on its own.
+        self._encode: Callable[[str], tuple[int, ...]] = lru_cache(None)(
+            lambda text: tuple(sp.encode(text))
+        )
+        self._lead = list(self._encode("Answer:"))
+        self.final_tokens = len(self._lead) + len(self._number(LARGEST)) + 1
+        if question == "last":
+            self.final_tokens += max(len(self._question(a, p)) for a in ANIMALS for p in PLACES)
+        for index in range(8):  # the longest problems must fit
+            self.problem("valid", index, self.ops)
+
+    def check(self, difficulty: int | None) -> None:
+        if difficulty is not None and whole("ops", difficulty, 1) > self.ops:
+            raise UserError(f"{difficulty} operations are more than the {self.ops} of this task")
+
+    def problem(self, split: str, index: int, ops: int | None = None):
+        """(context ids, final ids, answer): None draws 1 to `ops` operations."""
+        return self._problem(split, index, ops, 0)
+
+    def batch(self, split: str, indices: Sequence[int], difficulty: int | None = None) -> Batch:
+        """The examples `indices`; None mixes 1 to `ops` operations, evenly."""
+        return self._batch(split, indices, difficulty, self.windows, 0)
+
+    def retention(self, split: str, indices: Sequence[int], difficulty: int, further: int) -> Batch:
+        """Problems that fit one window, then `further` windows of sentences on other places."""
+        return self._batch(split, indices, difficulty, 1 + further, further)
+
+    def _batch(self, split, indices, difficulty, windows, further) -> Batch:
+        check_split(split)
+        self.check(difficulty)
+        B, room = len(indices), windows * self.window
+        context = np.full((B, room), self.pad, np.int32)
+        mask = np.zeros((B, room), bool)
+        final = np.full((B, self.final_tokens), self.pad, np.int32)
+        final_mask = np.zeros(final.shape, bool)
+        question = np.full(final.shape, -1, np.int32)
+        for row, index in enumerate(indices):
+            told, asked, answer = self._problem(split, int(index), difficulty, further)
+            context[row, : len(told)], mask[row, : len(told)] = told, True
+            final[row, : len(asked)], final_mask[row, : len(asked)] = asked, True
+            question[row, len(asked) - len(str(answer)) - 1 : len(asked)] = 0
+        shape = (B, windows, self.window)
+        return Batch(context.reshape(shape), mask.reshape(shape), final, final_mask, question)
+
+    def _problem(self, split: str, index: int, ops: int | None, further: int):
+        text = repr(("gsm", self.seed, split, index, ops, further)).encode()
+        draw = Random(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+        names = [(a, p) for a in ANIMALS for p in PLACES]
+        draw.shuffle(names)
+        told, (animal, place), answer = graph(draw, ops or draw.randint(1, self.ops), names)
+        asked = self._question(animal, place)
+        sentences = [self._sentence(parts) for parts in told]
+        first = asked if self.question == "first" else []
+        least = len(first) + sum(map(len, sentences))
+        # With further windows, all of the problem stands in the first one.
+        room = self.window if further else self.most
+        if least > room:
+            raise UserError(
+                f"a problem of {least} tokens does not fit {room}; raise tokens or the window, or "
+                "lower ops"
+            )
+        length = room if further else max(least, draw.randint(self.least, self.most))
+        sentences += self._filler(draw, names, length - least)
+        draw.shuffle(sentences)
+        context = first + [i for sentence in sentences for i in sentence]
+        for w in range(1, 1 + further):
+            context += self._filling(draw, w * self.window - len(context))
+            more = self._filler(draw, names, self.window)
+            context += [i for sentence in more for i in sentence]
+        if further:
+            context += self._filling(draw, (1 + further) * self.window - len(context))
+        lead = self._lead if self.question == "first" else asked + self._lead
+        return context, lead + self._number(answer) + [self.end], answer
+
+    def _filling(self, draw: Random, count: int) -> list[int]:
+        """Exactly `count` tokens: neutral sentences, the last one cut."""
+        ids: list[int] = []
+        while len(ids) < count:
+            ids += self._sentence(_neutral(draw))
+        return ids[:count]
+
+    def _filler(self, draw: Random, names: list, room: int) -> list[list[int]]:
+        """Sentences of other quantities, and of none, in at most `room` tokens."""
+        sentences: list[list[int]] = []
+        values: dict = {}
+        while True:
+            if draw.random() < 0.3 or not names:
+                parts = _neutral(draw)
+            else:
+                name = names.pop()
+                if values and draw.random() < 0.6:
+                    other = draw.choice(list(values))
+                    parts, values[name] = _extend(draw, name, other, values[other])
+                else:
+                    values[name] = draw.randint(1, 9)
+                    parts = _leaf(name, values[name])
+            sentence = self._sentence(parts)
+            room -= len(sentence)
+            if room < 0:
+                return sentences
+            sentences.append(sentence)
+
+    def _sentence(self, parts: Sequence) -> list[int]:
+        """The ids of pieces of text, numbers and names (animal, place)."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids += self._number(part)
+            elif isinstance(part, tuple):
+                ids += self._encode(part[0]) + self._encode("in") + self._encode(part[1])
+            else:
+                ids += self._encode(part)
+        return ids
+
+    def _number(self, value: int) -> list[int]:
+        return list(self._encode(str(value)))
+
+    def _question(self, animal: str, place: str) -> list[int]:
+        return self._sentence(("How many", (animal, place), "?"))
+
+
+def graph(draw: Random, ops: int, names: list) -> tuple[list, tuple, int]:
+    """(sentences as parts, the quantity asked for, its value) of a problem of `ops` operations.
+
+    Every operation is needed: a result goes into a later one, and the last is the answer. Names
+    are popped from `names`. An operation begins a branch of its own, goes on from the result of
+    one, or merges two, as long as enough operations are left to merge them all.
+    """
+    told, open_ends = [], []  # open_ends: (name, value) of results that nothing has used
+
+    def leaf():
+        name, value = names.pop(), draw.randint(1, 9)
+        told.append(_leaf(name, value))
+        return name, value
+
+    for left in range(ops - 1, -1, -1):  # operations after this one
+        kinds = []
+        if len(open_ends) <= left:
+            kinds.append("begin")
+        if 1 <= len(open_ends) <= left + 1:
+            kinds.append("extend")
+        if len(open_ends) >= 2:
+            kinds.append("merge")
+        kind = draw.choice(kinds)
+        if kind == "merge":
+            draw.shuffle(open_ends)
+            a, b = open_ends.pop(), open_ends.pop()
+        else:
+            a = leaf() if kind == "begin" else open_ends.pop(draw.randrange(len(open_ends)))
+            b = leaf() if draw.random() < 0.5 else None
+        name = names.pop()
+        if b is None:
+            parts, value = _extend(draw, name, *a)
+        else:
+            parts, value = _combine(draw, name, a, b)
+        told.append(parts)
+        open_ends.append((name, value))
+    (name, value) = open_ends.pop()
+    return told, name, value
+
+
+def _leaf(name: tuple, value: int) -> tuple:
+    return ("There are", value, name, ".")
+
+
+def _neutral(draw: Random) -> tuple:
+    before, after = draw.choice(FILLER).split("{}")
+    return tuple(part for part in (before.strip(), draw.choice(PLACES), after.strip()) if part)
+
+
+def _extend(draw: Random, name: tuple, other: tuple, value: int) -> tuple[tuple, int]:
+    """An operation on one quantity and a number."""
+    by, times = draw.randint(1, 9), draw.randint(2, 3)
+    choices = []
+    if value + by <= LARGEST:
+        choices.append((("There are", by, "more", name, "than", other, "."), value + by))
+    if value - by >= 0:
+        choices.append((("There are", by, "fewer", name, "than", other, "."), value - by))
+    if value * times <= LARGEST:
+        text = ("There are", times, "times as many", name, "as", other, ".")
+        choices.append((text, value * times))
+    return draw.choice(choices)
+
+
+def _combine(draw: Random, name: tuple, a: tuple, b: tuple) -> tuple[tuple, int]:
+    """An operation on two quantities, each (name, value)."""
+    (first, x), (second, y) = (a, b) if a[1] >= b[1] else (b, a)
+    if x + y <= LARGEST and draw.random() < 0.6:
+        (one, _), (two, _) = draw.sample([a, b], 2)
+        return ("There are as many", name, "as", one, "and", two, "together."), x + y
+    return ("There are as many", name, "as", first, "without the number of", second, "."), x - y
+
+
+def make_tokenizer(vocab_size: int = 400) -> bytes:
+    """A serialized sentencepiece BPE model of the task's words, digits kept apart.
+
+    The same sentencepiece makes the same model; a study keeps it in its folder all the same.
+    """
+    import sentencepiece
+
+    draw = Random(11)
+    lines = [str(number) for number in range(LARGEST + 1)] * 10
+    for _ in range(1000):
+        names = [(draw.choice(ANIMALS), draw.choice(PLACES)) for _ in range(40)]
+        told, asked, _ = graph(draw, draw.randint(1, 8), names)
+        for parts in (*told, _neutral(draw), ("How many", asked, "?", "Answer:")):
+            for part in parts:
+                lines += [f"{part[0]} in", part[1]] if isinstance(part, tuple) else [str(part)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        split_digits=True,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        unk_id=0,
+        pad_id=1,
+        pad_piece=PAD,
+        bos_id=-1,
+        eos_id=-1,
+        control_symbols=[END],
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
