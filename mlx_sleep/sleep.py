@@ -17,6 +17,11 @@ import mlx.core as mx
 from .errors import UserError
 from .models.base import State, evict, kv_bytes
 
+NOTHING_TO_SLEEP_INTO = (
+    "this model has attention layers only, so there is nothing to sleep into; add sleep layers "
+    "with mlx-sleep convert --insert"
+)
+
 
 class SleepCancelled(Exception):
     """The sleep was stopped by `should_stop`. The caller's state is as it was."""
@@ -58,27 +63,47 @@ def passes_over(
     tokens [B, T] int32, mask [B, T] bool (False is padding on the right), state as it stood at
     the START of the window. h runs on from pass to pass, S is never reset, and the KV cache is
     rebuilt from h in each pass. Blocks outside the model's `loop_range` run once.
+
+    Of a model that loops when awake (`loops` > 1), pass n stands for loop n, and every pass beyond
+    the last loop for the last: it attends to the KV that this loop kept at an earlier boundary,
+    and what is kept of its own KV goes to that loop, and to those after it that had no pass of
+    their own. There is one S, in the slots of the first loop; S of the others is dropped.
+
     `after_block(pass, h, state)` is called behind every block; `block` stands in for
     `model.block`, which is how training checkpoints the passes.
     """
     block = block or model.block
-    lo, hi = model.sleep.loop_range or (0, model.num_layers)
+    blocks = model.num_layers
+    lo, hi = model.sleep.loop_range or (0, blocks)
     start, state = state, list(state)
     h = model.embed(tokens)
     schedule = [(1, range(lo))]
     schedule += [(n, range(lo, hi)) for n in range(1, passes + 1)]
-    schedule += [(passes, range(hi, model.num_layers))]
+    schedule += [(passes, range(hi, blocks))]
     for n, layers in schedule:
+        loop = min(n, model.loops) - 1
         for i in layers:
-            before = start[i]
+            before = start[loop * blocks + i]
             if "fast_weights" in state[i]:
                 before = {**before, "fast_weights": state[i]["fast_weights"]}
-            h, state[i] = block(i, h, before, mask)
-            if i == model.num_layers - 1:
+            h, after = block(i, h, before, mask)
+            # A hard eviction drops the KV of all loops: there the newest may stand in for each.
+            first = loop if model.sleep.eviction == "sliding" and lo <= i < hi else 0
+            _place(state, i, after, range(first * blocks + i, len(state), blocks))
+            if i == blocks - 1:
                 h = model.close_pass(h)
             if after_block:
                 after_block(n, h, state)
     return evict(state, model.sleep)
+
+
+def _place(state, i, after, slots):
+    """Puts block i's state behind a pass into the list: S into slot i, all else into `slots`."""
+    rest = {name: x for name, x in after.items() if name != "fast_weights"}
+    for slot in slots:
+        state[slot] = rest
+    if "fast_weights" in after:
+        state[i] = {**state[i], "fast_weights": after["fast_weights"]}
 
 
 def consolidate(
@@ -102,13 +127,16 @@ def consolidate(
     should_stop()  asked after every block
 
     Nothing that was passed in is changed. Raises SleepCancelled when should_stop says so,
-    SleepFailed when S is not finite, UserError for N < 1 or an empty window.
+    SleepFailed when S is not finite, UserError for N < 1, an empty window, or a model without
+    fast weights.
     """
     passes = model.sleep.passes if passes is None else passes
     if passes < 1:
         raise UserError(f"a sleep needs at least 1 pass, not {passes}")
     if tokens.size == 0:
         raise UserError("there is nothing to sleep over: the window is empty")
+    if not any("fast_weights" in layer for layer in state) and not model.has_fast_weights:
+        raise UserError(NOTHING_TO_SLEEP_INTO)
     started = time.perf_counter()
     lo, hi = model.sleep.loop_range or (0, model.num_layers)
     done, held, moved = 0, 0, []

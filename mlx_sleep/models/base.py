@@ -1,7 +1,8 @@
 """What every architecture shares: how it sleeps, and the state that it carries.
 
-A state is a list with one dict for each layer. It is a value: functions return a new list and
-never change the one that they were given, so a snapshot is nothing but a reference.
+A state is a list with one dict for each layer (of a looped model: for each loop and layer, the
+slot u * num_layers + i). It is a value: functions return a new list and never change the one that
+they were given, so a snapshot is nothing but a reference.
 
     SSM layer        fast_weights  [B, Hv, Dv, Dk] float32   S of the paper
                      conv          [B, K-1, C]               last inputs of the short convolution
@@ -10,7 +11,8 @@ never change the one that they were given, so a snapshot is nothing but a refere
                      offset        int, or [B] int32         tokens seen so far (for RoPE)
                      valid         [B, capacity] bool        only with padded batches
 
-An absent entry is an empty one: {} is a fresh layer of either kind.
+An absent entry is an empty one: {} is a fresh layer of either kind. A layer with attention and an
+SSM side by side has the entries of both.
 """
 
 from __future__ import annotations
@@ -66,7 +68,10 @@ class SleepModel(nn.Module):
 
     `embed`, `block`, `close_pass` and `head` are apart because a sleep loops over the blocks.
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
+    `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
     """
+
+    loops: int = 1
 
     def __init__(self, sleep: SleepConfig, blocks: int):
         super().__init__()
@@ -82,9 +87,20 @@ class SleepModel(nn.Module):
         """The number of blocks: what `block` counts."""
         return self._blocks
 
+    @property
+    def block_modules(self) -> list[nn.Module]:
+        """The module of each block, in order: what holds the parameters that `block` uses."""
+        return self.layers if hasattr(self, "layers") else self.model.layers
+
+    @property
+    def has_fast_weights(self) -> bool:
+        """Whether any block has an S: without one there is nothing to sleep into."""
+        _, state = self.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        return any("fast_weights" in layer for layer in state)
+
     def init_state(self, batch_size: int = 1) -> State:
         """The state of a model that has seen nothing: S = 0, no KV."""
-        return [{} for _ in range(self.num_layers)]
+        return [{} for _ in range(self.loops * self.num_layers)]
 
     def embed(self, tokens):
         """tokens [B, T] int32 -> h [B, T, hidden]"""
@@ -119,13 +135,11 @@ class SleepModel(nn.Module):
 def evict(state: State, sleep: SleepConfig) -> State:
     """The state that crosses the boundary after a sleep: S, and what the eviction keeps."""
     keep = sleep.window - 1 if sleep.eviction == "sliding" else 0
+    gone = {*_KV_ENTRIES} if sleep.carry_conv else {*_KV_ENTRIES, "conv"}
     kept = []
     for layer in state:
-        if "keys" in layer:
-            layer = _trim(layer, keep) if keep else {}
-        elif not sleep.carry_conv:
-            layer = {name: x for name, x in layer.items() if name != "conv"}
-        kept.append(layer)
+        rest = {name: x for name, x in layer.items() if name not in gone}
+        kept.append({**rest, **_trim(layer, keep)} if keep and "keys" in layer else rest)
     return kept
 
 
@@ -152,7 +166,7 @@ def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
 
     mask [B, T] bool marks real tokens; rows may then hold different numbers of them.
     """
-    B, H, T, D = keys.shape
+    B, H, T, _ = keys.shape
     seen = T if mask is None else mask.sum(axis=1).astype(mx.int32)
     length, offset = layer.get("length", 0), layer.get("offset", 0)
     valid = layer.get("valid")
@@ -163,8 +177,11 @@ def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
     if length:
         end = length + T
         if end > layer["keys"].shape[2]:
-            room = mx.zeros((B, H, -(-T // 256) * 256, D), keys.dtype)
-            old = {n: mx.concatenate([layer[n][:, :, :length], room], 2) for n in _KV}
+            more = -(-T // 256) * 256
+            old = {}
+            for name, new in zip(_KV, (keys, values), strict=True):  # not always of one width
+                room = mx.zeros((B, H, more, new.shape[3]), new.dtype)
+                old[name] = mx.concatenate([layer[name][:, :, :length], room], axis=2)
         else:
             old = layer
         # Functional: MLX writes in place when nothing else holds the old buffer.
@@ -176,6 +193,7 @@ def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
 
 
 _KV = ("keys", "values")
+_KV_ENTRIES = (*_KV, "length", "offset", "valid")
 
 
 def kv_length(state: State) -> int:
@@ -195,7 +213,10 @@ def kv_bytes(state: State) -> int:
 
 
 def fast_weight_bytes(state: State) -> int:
-    """Bytes of S in all layers: fixed, whatever has been folded in."""
+    """Bytes of S in all layers: fixed, whatever has been folded in.
+
+    A looped model has one S a layer behind a sleep, and awake one for each loop.
+    """
     return sum(layer["fast_weights"].nbytes for layer in state if "fast_weights" in layer)
 
 

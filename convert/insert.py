@@ -1,0 +1,102 @@
+"""Puts sleep layers into a model that has attention only, so that it can be trained to sleep.
+
+The output projection of a new layer is zero, so that the model computes what it did before, to
+the bit; training moves it from there, as the paper did with Ouro (arXiv 2605.26099). Here it is
+done to a loaded model; `convert.pipeline` does the same to a checkpoint that streams by.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx.utils import tree_map_with_path
+
+from ..errors import UserError
+from ..models import inserted
+from ..models.base import SleepModel
+from ..models.inserted import SleepLayer
+from ..models.jet_nemotron import JetArgs
+
+# The decay of S stays float32 whatever the weights are.
+_STAY_FLOAT32 = ("A_log", "dt_bias")
+
+
+def insert_into(model: SleepModel, layers: list[dict], seed: int = 0) -> SleepModel:
+    """`model`, which it changes, with new sleep layers; its logits stay what they are, to the bit.
+
+    layers  `sleep_layers` of a config.json (`mlx_sleep.models.inserted`), as `plan` makes them
+    """
+    h = model.embed(mx.zeros((1, 1), mx.int32))  # of a quantized model it has a floating dtype too
+    model = inserted.wrap(model, {"sleep_layers": layers})
+    model.sleep_layers = new_layers(h.shape[-1], layers, h.dtype, seed)
+    return model
+
+
+def new_layers(hidden_size: int, layers: list[dict], dtype, seed: int = 0) -> list[SleepLayer]:
+    """The modules that `layers` describe: random weights in dtype, output projection zero.
+
+    Seeds MLX's random numbers. Nothing is evaluated.
+    """
+    mx.random.seed(seed)
+    new = []
+    for layer in layers:
+        module = SleepLayer(hidden_size, layer["kind"], JetArgs.from_dict(layer))
+        module.silence()
+        parameters = module.parameters()
+        module.update(tree_map_with_path(lambda name, x: _cast(name, x, dtype), parameters))
+        new.append(module)
+    return new
+
+
+def _cast(name: str, x, dtype):
+    return x if name.endswith(_STAY_FLOAT32) else x.astype(dtype)
+
+
+def plan(
+    model: SleepModel,
+    *,
+    kind: str = "jet",
+    count: int | None = None,
+    before: list[int] | None = None,
+) -> list[dict]:
+    """`sleep_layers` for a model, to be edited or inserted as they are.
+
+    kind    "jet" or "gated_deltanet"
+    count   how many, evenly spaced; None is 6, as in the paper, or the number of blocks if smaller
+    before  where instead: the blocks that they are to stand before; the number of blocks is the
+            place behind all
+
+    Heads have Dv = 128 and Dk = 64 and as many as the hidden size has room for, so that six of
+    them are 8% of Ouro-1.4B. UserError for places that the model doesn't have.
+    """
+    if isinstance(model, inserted.Inserted):
+        raise UserError("the model has sleep layers already; start from the folder without them")
+    width = model.embed(mx.zeros((1, 1), mx.int32)).shape[-1]
+    return plan_for(width, model.num_layers, kind=kind, count=count, before=before)
+
+
+def plan_for(
+    hidden_size: int,
+    blocks: int,
+    *,
+    kind: str = "jet",
+    count: int | None = None,
+    before: list[int] | None = None,
+) -> list[dict]:
+    """`plan` for a model of so many blocks that is not loaded."""
+    if before is None:
+        count = min(6, blocks) if count is None else count
+        if not 1 <= count <= blocks:
+            raise UserError(f"between 1 and {blocks} sleep layers can be inserted, not {count}")
+        before = [(2 * j + 1) * blocks // (2 * count) for j in range(count)]
+    value = min(128, hidden_size)
+    sizes = {
+        "num_heads": hidden_size // value,
+        "head_dim": max(1, value // 2),
+        "expand_v": value / max(1, value // 2),
+        "conv_size": 4,
+        "norm_eps": 1e-5,
+    }
+    if kind == "jet":
+        sizes["dconv_generator_reduction"] = min(8, value)
+    layers = [{"before": at, "kind": kind, **sizes} for at in sorted(before)]
+    return inserted.check(layers, blocks)

@@ -1,0 +1,231 @@
+"""Ouro, the looped language model of arXiv 2510.25741: all blocks run total_ut_steps times.
+
+A block is attention and a gated MLP, each between two norms; the final norm stands behind every
+loop, so that a loop reads what the head would. An early-exit gate gives after each loop the logit
+of stopping there.
+
+Awake, a token goes through all loops, and loop u of a block sees the KV that loop u of the same
+block wrote: the state has a slot for each loop and block, number u * num_layers + i. An
+early_exit_threshold below 1 chooses for each token which loop the head reads, as the published
+code does: all loops run all the same, because later tokens attend to the KV of each. At 1, the
+value of the checkpoints, it is the last loop's.
+
+A sleep of N passes runs the blocks N times, whatever total_ut_steps is: a pass of Algorithm 1 is
+a loop (`mlx_sleep.sleep.passes_over`). Ouro has no fast weights of its own; sleep layers that were
+put between its blocks (`mlx_sleep.models.inserted`) bring them. There is one S for each of these
+behind a sleep, but awake one for each loop: if loop 2 read the S that loop 1 has just written, it
+would meet later tokens of the same chunk, and a chunk would differ from its tokens one by one. So
+a loop without an S begins from that of the first loop, as it stood before the chunk, and from then
+on writes its own. What a boundary keeps besides S under a sliding eviction (KV, the convolution's
+left context) is each loop's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UserError
+from ..ops.activations import silu
+from .attention import attend
+from .base import SleepConfig, SleepModel
+
+
+@dataclass
+class ModelArgs:
+    """The fields of config.json, under the checkpoints' names.
+
+    layer_types     "full_attention" or "sliding_attention" (sliding_window tokens) for each block
+    total_ut_steps  loops of a wake pass
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    model_type: str = "ouro"
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    total_ut_steps: int = 4
+    early_exit_threshold: float | None = 1.0
+    tie_word_embeddings: bool = False
+    sleep: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.layer_types = self.layer_types or ["full_attention"] * self.num_hidden_layers
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        if self.hidden_act != "silu":
+            raise UserError(f"hidden_act must be silu, not {self.hidden_act!r}")
+        if self.total_ut_steps < 1:
+            raise UserError(f"total_ut_steps must be at least 1, not {self.total_ut_steps}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise UserError("layer_types must name each of the num_hidden_layers layers")
+        if wrong := sorted(set(self.layer_types) - {"full_attention", "sliding_attention"}):
+            raise UserError(f"unknown layer_types {', '.join(wrong)}")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise UserError("layers of sliding_attention need a sliding_window")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> ModelArgs:
+        """From the contents of config.json. UserError names what is missing."""
+        names = inspect.signature(cls).parameters
+        missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(missing)}")
+        return cls(**{name: value for name, value in config.items() if name in names})
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with RoPE."""
+
+    def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
+        super().__init__()
+        D, H, Hkv, d = (
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+        )
+        self.num_heads, self.num_kv_heads, self.head_dim = H, Hkv, d
+        self.rope_theta = args.rope_theta
+        windows = [sleep.window] if sleep.eviction == "sliding" else []
+        windows += [args.sliding_window] if layer_type == "sliding_attention" else []
+        self.sliding = min(windows, default=None)
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, Hkv * d, bias=False)
+        self.v_proj = nn.Linear(D, Hkv * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+
+    def __call__(self, x, state, mask):
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.sliding)
+        return self.o_proj(o), state
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D, inner = args.hidden_size, args.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def __call__(self, x):
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """h + norm(attention(norm(h))), then h + norm(mlp(norm(h)))."""
+
+    def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
+        super().__init__()
+        self.self_attn = Attention(args, layer_type, sleep)
+        self.mlp = MLP(args)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.input_layernorm_2 = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm_2 = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, h, state, mask):
+        out, state = self.self_attn(self.input_layernorm(h), state, mask)
+        h = h + self.input_layernorm_2(out)
+        out = self.mlp(self.post_attention_layernorm(h))
+        return h + self.post_attention_layernorm_2(out), state
+
+
+class Decoder(nn.Module):
+    """What the checkpoints call `model`: all but the head."""
+
+    def __init__(self, args: ModelArgs, sleep: SleepConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args, kind, sleep) for kind in args.layer_types]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.early_exit_gate = nn.Linear(args.hidden_size, 1)
+
+
+class Model(SleepModel):
+    """The whole decoder."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
+        self.args = args
+        self.loops = args.total_ut_steps
+        self.model = Decoder(args, self.sleep)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def embed(self, tokens):
+        return self.model.embed_tokens(tokens)
+
+    def block(self, i, h, layer_state, mask=None):
+        return self.model.layers[i](h, layer_state, mask)
+
+    def close_pass(self, h):
+        return self.model.norm(h)
+
+    def head(self, h):
+        return self.model.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
+
+    def loop_outputs(self, tokens, state=None, mask=None):
+        """h [B, T, hidden] behind each loop, as a list, and the new state."""
+        start = state if state is not None else self.init_state(tokens.shape[0])
+        state, outputs = list(start), []
+        h, blocks = self.embed(tokens), self.num_layers
+        for u in range(self.loops):
+            for i in range(blocks):
+                before = start[u * blocks + i]
+                if "fast_weights" not in before and "fast_weights" in start[i]:
+                    before = {**before, "fast_weights": start[i]["fast_weights"]}
+                h, state[u * blocks + i] = self.block(i, h, before, mask)
+            h = self.close_pass(h)
+            outputs.append(h)
+        return outputs, state
+
+    def hidden(self, tokens, state=None, mask=None):
+        outputs, state = self.loop_outputs(tokens, state, mask)
+        threshold = self.args.early_exit_threshold
+        if threshold is None or threshold >= 1:
+            return outputs[-1], state
+        reached = mx.cumsum(exit_distribution(self.gate(outputs)), axis=-1) >= threshold
+        # Rounding may leave even the sum of all below a threshold near 1.
+        reached = mx.concatenate([reached[..., :-1], mx.ones_like(reached[..., -1:])], axis=-1)
+        first = mx.argmax(reached, axis=-1)[..., None, None]  # [B, T, 1, 1]
+        return mx.take_along_axis(mx.stack(outputs, axis=2), first, axis=2)[:, :, 0], state
+
+    def gate(self, outputs):
+        """The early-exit gate's logits [B, T, loops] for h behind each loop."""
+        logits = [self.model.early_exit_gate(h) for h in outputs]
+        return mx.concatenate(logits, axis=-1)
+
+
+def exit_distribution(logits):
+    """The probability of stopping behind each loop, from the gate's logits [..., loops].
+
+    p_u = s_u (1 - s_1) ... (1 - s_{u-1}) with s the sigmoid; the last loop takes what is left.
+    """
+    left, p = mx.ones_like(logits[..., 0]), []
+    for u in range(logits.shape[-1] - 1):
+        stop = mx.sigmoid(logits[..., u])
+        p.append(stop * left)
+        left = left * (1 - stop)
+    return mx.stack([*p, left], axis=-1)
