@@ -1,0 +1,308 @@
+"""Architectures that mlx-lm implements: the folder made from them is one of mlx-lm's too.
+
+Tensors go through mlx-lm's own `sanitize` where it is right. Configs are brought to what mlx-lm
+reads, and a value that mlx-lm would ignore is refused, since its model would compute something
+else than PyTorch's. Where mlx-lm's form holds rounded values (1 + w, folded multipliers) there
+is no exact way back, and such a folder can't be exported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import mlx.core as mx
+
+from ...errors import UserError
+from ...models import mlx_lm_model
+from .base import Architecture, Weights
+
+_ROTARY = r".*rotary_emb\.inv_freq"
+_MTP = r"(model\.)?mtp\..*"
+_VISION = r"(model\.)?(visual|vision_tower)\..*"
+_NO_LIMIT = (0.0, math.inf)
+
+
+def _llama(config: dict) -> dict:
+    return _flat_rope(_only(config, hidden_act="silu"))
+
+
+def _qwen(config: dict) -> dict:
+    config = _llama(config)
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    last = config.get("max_window_layers", 0)
+    if "sliding_attention" in (config.get("layer_types") or ()) or (
+        window and last < config["num_hidden_layers"]
+    ):
+        raise UserError(f"{config['model_type']} with sliding windows is not known to mlx-lm")
+    return config
+
+
+def _qwen3_5(config: dict) -> dict:
+    """The text model of a config with or without a vision tower."""
+    text = config.get("text_config") or config
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    tokens = {n: config[n] for n in ("eos_token_id", "bos_token_id") if n in config}
+    text = {**tokens, **text, "model_type": "qwen3_5", "tie_word_embeddings": tied}
+    return _flat_rope(_every(_only(text, hidden_act="silu")))
+
+
+def _qwen3_next(config: dict) -> dict:
+    if not config.get("num_experts"):
+        raise UserError("qwen3_next without experts is not known to mlx-lm")
+    return _flat_rope(_every(_only(config, hidden_act="silu")))
+
+
+def _olmo_hybrid(config: dict) -> dict:
+    config = _flat_rope(_only(config, hidden_act="silu"))
+    if not config.get("rope_parameters"):
+        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10_000.0)}
+    if config.get("rope_scaling"):
+        raise UserError("olmo_hybrid with scaled RoPE is not known to mlx-lm")
+    return config
+
+
+def _nemotron_h(config: dict) -> dict:
+    config = _only(
+        config, mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False
+    )
+    kinds = config.get("layers_block_type") or config.get("layer_types")
+    if kinds and not config.get("hybrid_override_pattern"):
+        letters = {"linear_attention": "M", "mamba": "M", "mlp": "-", "moe": "E"}
+        letters |= {"full_attention": "*", "attention": "*"}
+        config["hybrid_override_pattern"] = "".join(letters[kind] for kind in kinds)
+    config["time_step_limit"] = _finite(config.get("time_step_limit") or _NO_LIMIT)
+    # PyTorch's in_proj and out_proj have a bias by use_bias, mlx-lm's by mamba_proj_bias.
+    config["mamba_proj_bias"] = bool(config.get("use_bias"))
+    return config
+
+
+def _granite(config: dict) -> dict:
+    config = _flat_rope(_only(config, hidden_act="silu", mamba_n_groups=1))
+    kinds = {"linear_attention": "mamba", "full_attention": "attention"}
+    config["layer_types"] = [kinds.get(kind, kind) for kind in config["layer_types"]]
+    if config.get("position_embedding_type") != "rope":
+        config["position_embedding_type"] = "nope"  # mlx-lm takes a missing one for RoPE
+    config["time_step_limit"] = _finite(config.get("time_step_limit") or _NO_LIMIT)
+    if config.get("mamba_d_head") in (None, "auto"):
+        inner = config.get("mamba_expand", 2) * config["hidden_size"]
+        config["mamba_d_head"] = inner // config["mamba_n_heads"]
+    if not config.get("num_local_experts"):
+        config["intermediate_size"] = config["shared_intermediate_size"]
+    return config
+
+
+def _falcon_h1(config: dict) -> dict:
+    config = _flat_rope(_only(config, hidden_act="silu"))
+    if config.get("mamba_rms_norm"):
+        _only(config, mamba_n_groups=1)
+    limit = mlx_lm_model.untagged(config.get("time_step_limit") or _NO_LIMIT)
+    if tuple(limit) != _NO_LIMIT:
+        raise UserError("falcon_h1 with a time_step_limit is not known to mlx-lm")
+    if config.get("mamba_d_ssm") is None:
+        config["mamba_d_ssm"] = int(config.get("mamba_expand", 2) * config["hidden_size"])
+    return config
+
+
+def _only(config: dict, **known: Any) -> dict:
+    """A copy. UserError where a field that mlx-lm ignores has another value than the known one."""
+    for name, value in known.items():
+        if config.get(name, value) != value:
+            raise UserError(
+                f"{config.get('model_type')} with {name} {config[name]!r} is not known to mlx-lm, "
+                f"only {value!r}"
+            )
+    return dict(config)
+
+
+def _every(config: dict) -> dict:
+    """UserError unless each n-th layer attends, which is all that mlx-lm can express."""
+    kinds = config.get("layer_types")
+    if not kinds:
+        return config
+    n = config.get("full_attention_interval") or kinds.index("full_attention") + 1
+    if [kind == "full_attention" for kind in kinds] != [
+        not i % n for i in range(1, len(kinds) + 1)
+    ]:
+        raise UserError(f"{config['model_type']}: mlx-lm wants attention in every n-th layer")
+    return {**config, "full_attention_interval": n}
+
+
+def _flat_rope(config: dict) -> dict:
+    """rope_parameters, as transformers 5 writes them, in the fields that mlx-lm reads."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("RoPE that differs from layer to layer is not known to mlx-lm")
+    flat = {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return {**config, **flat, "rope_scaling": dict(rope) if scaled else None}
+
+
+def _finite(limit) -> list[float]:
+    """A time_step_limit for a JSON file, which has no infinity: no step reaches 1e30."""
+    return [min(float(x), 1e30) for x in mlx_lm_model.untagged(limit)]
+
+
+def _sanitize(config: dict, weights: Weights) -> Weights:
+    """mlx-lm's own, for its model of this config; nothing is evaluated."""
+    model = mlx_lm_model.Model(mlx_lm_model.ModelArgs.from_dict(config))
+    return model.inner.sanitize(_as_saved(config, weights))
+
+
+def _as_saved(config: dict, weights: Weights) -> Weights:
+    """The state_dict of a running model of transformers, named as its save_pretrained does it."""
+    kind, out = config["model_type"], {}
+    for name, x in weights.items():
+        if kind == "nemotron_h":
+            name = re.sub(r"^model\.", "backbone.", name)
+        experts = re.fullmatch(r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)", name)
+        if kind == "granitemoehybrid":
+            name = name.replace("moe.router.weight", "moe.router.layer.weight")
+            name = name.replace("moe.experts.gate_up_proj", "moe.input_linear.weight")
+            out[name.replace("moe.experts.down_proj", "moe.output_linear.weight")] = x
+        elif experts:
+            prefix, part = experts.groups()
+            for n in range(x.shape[0]):
+                parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+                for each, y in zip(parts, mx.split(x[n], len(parts)), strict=True):
+                    out[f"{prefix}.experts.{n}.{each}.weight"] = y
+        else:
+            out[name] = x
+    return out
+
+
+def _swap_conv(name: str, x: mx.array) -> mx.array:
+    """A convolution's [C, 1, K] as mlx-lm's [C, K, 1], or back; other tensors unchanged."""
+    return x.moveaxis(2, 1) if name.endswith("conv1d.weight") else x
+
+
+def _olmo_to_ours(config: dict, weights: Weights) -> Weights:
+    """With the renames that transformers makes for checkpoints of OLMo-core."""
+    width = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    out = {}
+    for name, x in weights.items():
+        name = name.replace("attention_layer_norm", "input_layernorm")
+        name = name.replace("feedforward_layer_norm", "post_attention_layernorm")
+        if name.endswith(".linear_attn.conv1d.weight"):  # of a state_dict
+            parts = mx.split(_swap_conv(name, x), [width, 2 * width])
+            for part, y in zip("qkv", parts, strict=True):
+                out[name.replace("conv1d", f"{part}_conv1d")] = y
+        else:
+            out[name] = _swap_conv(name, x)
+    return out
+
+
+def _olmo_to_theirs(config: dict, weights: Weights) -> Weights:
+    return {name: _swap_conv(name, x) for name, x in weights.items()}
+
+
+def _nemotron_to_theirs(config: dict, weights: Weights) -> Weights:
+    """Experts one by one again."""
+    parts = {"fc1": "up_proj", "fc2": "down_proj"}
+    out: Weights = {}
+    for name, x in weights.items():
+        if stacked := re.fullmatch(r"(.*)\.switch_mlp\.(fc1|fc2)\.weight", name):
+            prefix, part = stacked.groups()
+            for expert in range(x.shape[0]):
+                out[f"{prefix}.experts.{expert}.{parts[part]}.weight"] = x[expert]
+        else:
+            out[name] = _swap_conv(name, x)
+    return out
+
+
+def _granite_to_theirs(config: dict, weights: Weights) -> Weights:
+    """gate and up side by side again, in the experts and in the MLP of a dense model."""
+    out: Weights = {}
+    for name, x in weights.items():
+        split = re.fullmatch(r"(.*)\.(mlp|switch_mlp)\.(gate|up|down)_proj\.weight", name)
+        if not split:
+            out[name] = _swap_conv(name, x)
+            continue
+        prefix, kind, part = split.groups()
+        theirs = f"{prefix}.shared_mlp" if kind == "mlp" else prefix
+        if part == "down":
+            out[f"{theirs}.output_linear.weight"] = x
+        elif part == "gate":
+            up = weights[f"{prefix}.{kind}.up_proj.weight"]
+            out[f"{theirs}.input_linear.weight"] = mx.concatenate([x, up], axis=-2)
+    return out
+
+
+def _falcon_to_ours(config: dict, weights: Weights) -> Weights:
+    """Multipliers folded into the weights, as mlx-lm's model wants them.
+
+    mlx-lm's own `sanitize` leaves out the multiplier of the keys, and that of the values' input.
+    """
+    get = {name: config.get(name, 1.0) for name in _FALCON_MULTIPLIERS}.get
+    q = v = (get("attention_in_multiplier"), 1.0)
+    k = (get("attention_in_multiplier") * get("key_multiplier"), get("key_multiplier"))
+    gate, down = config.get("mlp_multipliers") or (1.0, 1.0)
+    sizes = [config["mamba_d_ssm"]] * 2
+    sizes += [config.get("mamba_n_groups", 1) * config["mamba_d_state"]] * 2
+    sizes += [config["mamba_n_heads"]]
+    each = zip(config.get("ssm_multipliers") or [1.0] * 5, sizes, strict=True)
+    channels = mx.concatenate([mx.full((size,), multiplier) for multiplier, size in each])
+    folded = {  # of weight and of bias
+        "embed_tokens": (get("embedding_multiplier"), 1.0),
+        "lm_head": (get("lm_head_multiplier"), 1.0),
+        "self_attn.q_proj": q,
+        "self_attn.k_proj": k,
+        "self_attn.v_proj": v,
+        "self_attn.o_proj": (get("attention_out_multiplier"),) * 2,
+        "mamba.in_proj": (get("ssm_in_multiplier") * channels[:, None], channels),
+        "mamba.out_proj": (get("ssm_out_multiplier"),) * 2,
+        "feed_forward.gate_proj": (gate,) * 2,
+        "feed_forward.down_proj": (down,) * 2,
+    }
+    out = {}
+    for name, x in weights.items():
+        layer, _, kind = name.rpartition(".")
+        of = next((pair for suffix, pair in folded.items() if layer.endswith(suffix)), None)
+        if of is not None and kind in ("weight", "bias"):
+            x = (x * of[kind == "bias"]).astype(x.dtype)
+        out[name] = _swap_conv(name, x)
+    return out
+
+
+_FALCON_MULTIPLIERS = (
+    "attention_in_multiplier",
+    "attention_out_multiplier",
+    "embedding_multiplier",
+    "key_multiplier",
+    "lm_head_multiplier",
+    "ssm_in_multiplier",
+    "ssm_out_multiplier",
+)
+
+
+def _of(model_type: str, config, sources: tuple[str, ...] = (), **mapping) -> Architecture:
+    mapping.setdefault("dropped", (_ROTARY,))
+    return Architecture(model_type, sources or (model_type,), config, **mapping)
+
+
+ARCHITECTURES = (
+    _of("llama", _llama),
+    _of("qwen2", _qwen),
+    _of("qwen3", _qwen),
+    _of("olmo_hybrid", _olmo_hybrid, sanitize=_olmo_to_ours, unsanitize=_olmo_to_theirs),
+    _of(
+        "nemotron_h",
+        _nemotron_h,
+        sanitize=_sanitize,
+        unsanitize=_nemotron_to_theirs,
+        dropped=(_ROTARY, _MTP),
+    ),
+    _of("granitemoehybrid", _granite, sanitize=_sanitize, unsanitize=_granite_to_theirs),
+    _of("falcon_h1", _falcon_h1, sanitize=_falcon_to_ours),
+    _of("qwen3_next", _qwen3_next, sanitize=_sanitize, dropped=(_ROTARY, _MTP)),
+    _of(
+        "qwen3_5",
+        _qwen3_5,
+        sources=("qwen3_5", "qwen3_5_text"),
+        sanitize=_sanitize,
+        dropped=(_ROTARY, _MTP, _VISION),
+    ),
+)

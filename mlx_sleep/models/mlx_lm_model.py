@@ -1,0 +1,285 @@
+"""Models of mlx-lm, wrapped and not rewritten, so that they can sleep.
+
+mlx-lm's own embedding, layers and head run over our states (`mlx_lm_cache`); parameters keep
+mlx-lm's names, so that a folder is one of mlx-lm's too. `embed` is mlx-lm's decoder run with no
+layers and no final norm, and `head` is mlx-lm's model run with its decoder replaced by the final
+norm: multipliers, tied heads and logit scaling are then mlx-lm's business and not known here.
+
+The architectures in TESTED are compared with PyTorch's (`convert.parity.mlx_lm`). Another one is
+compared with mlx-lm's own forward pass, on a few tokens, before its first use.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _get_classes
+
+from ..errors import UserError
+from .base import LayerState, SleepConfig, SleepModel, State
+from .mlx_lm_cache import LayerCache
+
+TESTED = (
+    "falcon_h1",
+    "granitemoehybrid",
+    "llama",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen2",
+    "qwen3",
+    "qwen3_5",
+    "qwen3_next",
+)
+
+# Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
+_READ_LENGTHS = ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_next")
+_DECODERS = ("model", "backbone", "language_model.model", "transformer")
+_NORMS = ("norm", "norm_f", "final_layernorm", "embedding_norm", "final_norm", "ln_f")
+_MASKS = {"mask", "attn_mask", "mamba_mask"}
+
+
+@dataclass
+class ModelArgs:
+    """config: the contents of config.json, as mlx-lm reads it; sleep: the fields of SleepConfig."""
+
+    config: dict
+    sleep: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, config: dict) -> ModelArgs:
+        """From the contents of config.json. UserError when mlx-lm has no such architecture."""
+        return cls(config=untagged(config), sleep=config.get("sleep") or {})
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head, where the config says it in one of the usual places."""
+        text = self.config.get("text_config") or {}
+        return self.config.get("vocab_size", text.get("vocab_size"))
+
+    @staticmethod
+    def fields(config: dict) -> set[str]:
+        """The fields of config.json that describe the architecture."""
+        return {*inspect.signature(_classes(config)[1]).parameters, "sleep"}
+
+
+def untagged(value):
+    """Of a config: {"__float__": "Infinity"}, as transformers writes it, read as a float."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: untagged(x) for name, x in value.items()}
+    return [untagged(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _classes(config: dict) -> tuple[type[nn.Module], type]:
+    """mlx-lm's (Model, ModelArgs) for a config. No code of a model folder is ever run."""
+    model_type = config.get("model_type")
+    if config.get("model_file") is not None:
+        raise UserError("the model brings its own code (model_file), which mlx-sleep never runs")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
+        raise UserError(f"model_type must be a name, not {model_type!r}")
+    try:
+        return _get_classes(config)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"mlx-lm has no architecture {model_type!r}; update mlx-lm?") from error
+
+
+class Model(SleepModel):
+    """A model of mlx-lm as a SleepModel. Blocks are mlx-lm's layers.
+
+    UserError where the architecture isn't built in the usual way: decoder, layers, final norm,
+    and caches of KV or of recurrent arrays.
+    """
+
+    def __init__(self, args: ModelArgs):
+        config = copy.deepcopy(args.config)  # mlx-lm's argument classes change it
+        model_class, args_class = _classes(config)
+        try:
+            inner = model_class(args_class.from_dict(config))
+        except TypeError as error:
+            raise UserError(f"mlx-lm cannot build this model: {error}") from error
+        super().__init__(SleepConfig(**args.sleep), len(inner.layers))
+        self.args = args
+        self.model_type = config["model_type"]
+        object.__setattr__(self, "_inner", inner)  # hidden, so that parameters appear once
+        for name, child in inner.items():
+            self[name] = child
+        self._is_tested = self._checked = self.model_type in TESTED
+        try:
+            self._learn_structure()
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"mlx-lm's {self.model_type} is built in a way that mlx-sleep does not know: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+    @property
+    def inner(self) -> nn.Module:
+        """mlx-lm's own model, of the same parameters: for mlx-lm's tools."""
+        for name in list(self._inner):
+            self._inner[name] = self[name]  # quantization replaces a layer at the top
+        return self._inner
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """mlx-lm's layers."""
+        return self._inner.layers
+
+    @property
+    def has_fast_weights(self) -> bool:
+        """Whether there is anything to sleep into."""
+        return any("fast_weights" in c.recurrent.slots for c in self._caches if c.recurrent)
+
+    def init_state(self, batch_size: int = 1) -> State:
+        self._check()
+        return super().init_state(batch_size)
+
+    def embed(self, tokens):
+        decoder = copy.copy(self._decoder())
+        decoder.layers = []
+        setattr(decoder, self._norm, nn.Identity())
+        return decoder(tokens, cache=self._blank)
+
+    def block(self, i, h, layer_state, mask=None):
+        cache = self._caches[i]
+        if mask is not None and cache.recurrent and not self._reads_lengths:
+            return self._row_by_row(i, h, layer_state, mask)
+        views = cache.views(layer_state, mask)
+        return self._call(i, h, layer_state, views, mask), cache.entries(views)
+
+    def head(self, h):
+        top = owner = copy.copy(self.inner)
+        *path, last = self._path
+        for name in path:
+            setattr(owner, name, copy.copy(getattr(owner, name)))
+            owner = getattr(owner, name)
+        setattr(owner, last, _OnlyNorm(getattr(owner, last), self._norm, h))
+        return top(None)
+
+    def _decoder(self) -> nn.Module:
+        module = self
+        for name in self._path:
+            module = getattr(module, name)
+        return module
+
+    def _learn_structure(self) -> None:
+        """Where decoder and norm are, what each layer takes and keeps; nothing is evaluated."""
+        for path in _DECODERS:
+            self._path = tuple(path.split("."))
+            try:
+                decoder = self._decoder()
+            except AttributeError:
+                continue
+            if "layers" in decoder:
+                break
+        else:
+            raise ValueError("no decoder with layers")
+        norms = [name for name in _NORMS if name in decoder]
+        if len(norms) != 1:
+            raise ValueError("no single final norm")
+        self._norm = norms[0]
+        # Never written to: `embed` runs no layer.
+        self._blank = tuple(make_prompt_cache(self._inner))
+        self._caches = _layer_caches(self.layers, self._blank)
+        self._reads_lengths = self.model_type in _READ_LENGTHS
+        self._takes = tuple(_masks_of(layer) for layer in self.layers)
+        h = self.embed(mx.zeros((1, 1), mx.int32))
+        for i, cache in enumerate(self._caches):
+            views = cache.views({})
+            h = self._call(i, h, {}, views, None)
+            cache.learn(views)
+
+    def _call(self, i, h, layer_state: LayerState, views, mask):
+        """mlx-lm's layer i with the masks that it expects."""
+        cache = self._caches[i]
+        kv, masks = cache.kv, {}
+        sliding = self.sleep.window if self.sleep.eviction == "sliding" else None
+        for name in self._takes[i]:
+            attends = kv and name == "attn_mask" or kv and name == "mask" and not cache.recurrent
+            if attends:
+                masks[name] = kv.mask(layer_state, h, mask, sliding, arrays=not self._is_tested)
+            else:
+                masks[name] = mask
+        return self.layers[i](h, cache=cache.argument(views), **masks)
+
+    def _row_by_row(self, i, h, layer_state: LayerState, mask):
+        """Padded rows one by one without their padding, for layers that would fold it in."""
+        if self._caches[i].kv:
+            raise UserError(f"mlx-lm's {self.model_type} can't run padded batches; run rows alone")
+        T, rows, states = h.shape[1], [], []
+        for row, length in enumerate(mask.sum(axis=1).tolist()):
+            one = {name: x[row : row + 1] for name, x in layer_state.items()}
+            x = h[row : row + 1]
+            if length:
+                x, one = self.block(i, x[:, :length], one)
+                x = mx.pad(x, [(0, 0), (0, T - length), (0, 0)])
+            rows.append(x)
+            states.append(one)
+        shapes = max(states, key=len)
+        for one in states:  # a row without tokens may lack arrays yet
+            for name, x in shapes.items():
+                one.setdefault(name, mx.zeros_like(x))
+        state = {name: mx.concatenate([s[name] for s in states]) for name in shapes}
+        return mx.concatenate(rows), state
+
+    def _check(self) -> None:
+        """Once, for architectures not in TESTED: the wrapped forward pass is mlx-lm's own."""
+        if self._checked:
+            return
+        prompt, step = mx.arange(3)[None], mx.array([[3]])
+        cache, state = make_prompt_cache(self.inner), [{} for _ in range(self.num_layers)]
+        try:
+            same = True
+            for tokens in (prompt, step):
+                theirs = self._inner(tokens, cache=cache)
+                ours, state = self(tokens, state)
+                rounding = 1e-4 if ours.dtype == mx.float32 else 0.05
+                same &= bool(mx.abs(ours - theirs).max() <= rounding * mx.abs(theirs).max())
+        except (AttributeError, TypeError, ValueError):
+            same = False
+        if not same:
+            raise UserError(
+                f"mlx-lm's {self.model_type} computes something that mlx-sleep does not know of; "
+                "use it with mlx-lm"
+            )
+        self._checked = True
+
+
+class _OnlyNorm:
+    """Stands for a decoder whose layers have run already, with h behind them."""
+
+    def __init__(self, decoder: nn.Module, norm: str, h):
+        self._decoder, self._norm, self._h = decoder, norm, h
+
+    def __call__(self, *args, **kwargs):
+        return self._decoder[self._norm](self._h)
+
+    def __getattr__(self, name):
+        return getattr(self._decoder, name)
+
+
+def _layer_caches(layers, caches) -> tuple[LayerCache, ...]:
+    """One for each layer. Nemotron-H makes caches for its mixers alone."""
+    if len(caches) != len(layers):
+        mixers = [getattr(layer, "block_type", None) in ("M", "*") for layer in layers]
+        if sum(mixers) != len(caches):
+            raise ValueError(f"{len(caches)} caches for {len(layers)} layers")
+        rest = iter(caches)
+        caches = [next(rest) if mixer else None for mixer in mixers]
+    return tuple(LayerCache(cache) for cache in caches)
+
+
+def _masks_of(layer: nn.Module) -> list[str]:
+    """The names of the masks that a layer takes. ValueError when it needs anything else."""
+    _, *parameters = inspect.signature(type(layer).__call__).parameters.values()
+    _, *parameters = parameters  # h
+    needed = [p.name for p in parameters if p.default is p.empty]
+    if unknown := set(needed) - _MASKS - {"cache"}:
+        raise ValueError(f"a layer needs {', '.join(sorted(unknown))}")
+    return [p.name for p in parameters if p.name in _MASKS]
