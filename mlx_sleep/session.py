@@ -25,7 +25,7 @@ from .models.base import (
     kv_bytes,
     unflatten_state,
 )
-from .sleep import SleepFailed, SleepReport, consolidate
+from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate
 from .tokenizer import ChatTokenizer
 
 OnPass = Callable[[int, int, float], None]
@@ -71,6 +71,9 @@ class Session:
     It sleeps by itself when a turn would not fit in the window, and on `close`. A memory with
     tokens that no sleep has folded in yet is replayed through the model. Errors are UserErrors;
     whatever raises leaves the states and the memory consistent.
+
+    A model without fast weights (`can_sleep` is False) talks until its window is full, and then
+    says so; its memory is the text of the window.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Session:
         if seed is not None and not 0 <= seed < 2**64:
             raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
         self.model, self.memory = model, memory
+        self.can_sleep: bool = model.has_fast_weights
         self.tokenizer = (
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
@@ -177,7 +181,13 @@ class Session:
         self._end_reply()
         ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
         # A question and its reply belong in one window: leave some room for the reply.
-        if self._pending and len(self._pending) + len(ids) + self.window // 8 > self.window:
+        if self._no_room(len(ids)):
+            raise UserError(
+                f"the window of {self.window} tokens is full, and {NOTHING_TO_SLEEP_INTO}, "
+                "forget, or take a longer --window"
+            )
+        room = len(ids) + self.window // 8
+        if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self.sleep(on_pass, should_stop)
         self._record(ids)
         self._open_reply = reply = object()
@@ -199,7 +209,7 @@ class Session:
                     return
                 logits = self._feed(on_pass, should_stop)
                 token = self._sampler((logits - mx.logsumexp(logits))[None]).item()
-                if token in self.tokenizer.stop_ids:
+                if token in self.tokenizer.stop_ids or self._no_room(1):
                     break
                 self._record([token])
                 detokenizer.add_token(token)
@@ -211,6 +221,11 @@ class Session:
         finally:
             if self._open_reply is this:
                 self._end_reply()
+
+    def _no_room(self, tokens: int) -> bool:
+        """Whether so many and a reply's end don't fit in the window, and no sleep can make room."""
+        needed = len(self._pending) + tokens + len(self.tokenizer.end_ids)
+        return not self.can_sleep and needed > self.window
 
     # --- sleeping --------------------------------------------------------------------------
 
@@ -366,7 +381,7 @@ class Session:
         """
         try:
             self._end_reply()
-            return self.sleep(on_pass, should_stop) if sleep else None
+            return self.sleep(on_pass, should_stop) if sleep and self.can_sleep else None
         finally:
             if self.memory is not None:
                 self.memory.close()

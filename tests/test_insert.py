@@ -351,13 +351,31 @@ def test_a_session_of_a_looped_model(tmp_path):
         session.ask("and again.")
 
 
-def test_a_session_needs_fast_weights():
-    """And says what to do; nothing is lost."""
-    with pytest.raises(UserError, match="convert --insert"):
-        session = Session(make_ouro(vocab_size=360), fake_tokenizer(), max_tokens=4)
-        session.ask("hello.")
-        pending = session.pending
-        try:
+def test_a_chat_without_fast_weights_keeps_one_window_and_says_when_it_is_full(tmp_path):
+    model, tokenizer = make_ouro(vocab_size=360, sleep={"window": 64}), fake_tokenizer()
+    mx.eval(model.parameters())
+
+    def open_session():
+        return Session(model, tokenizer, Memory.open("test", "fingerprint", home=tmp_path))
+
+    with open_session() as session:
+        assert not session.can_sleep
+        session._sampler = lambda logprobs: mx.array([9])  # a reply without an end
+        session.ask("hello there.")
+        full = session.pending
+        assert len(full) == 64 and list(full[-1:]) == tokenizer.end_ids
+        with pytest.raises(UserError, match="window of 64 tokens is full.*--insert"):
+            session.say("and again")
+        with pytest.raises(UserError, match="nothing to sleep into.*--insert"):
             session.sleep()
-        finally:
-            assert session.pending == pending
+        assert session.pending == full
+    with open_session() as session:  # it closed without an error and kept the text
+        assert session.pending == full and session.stats().kv_bytes > 0
+    with Memory.open("test", "fingerprint", home=tmp_path) as memory:
+        with pytest.raises(UserError, match="nothing to sleep into"):
+            Session(model, tokenizer, memory, window=32)
+    with open_session() as session:
+        session.forget()
+        with pytest.raises(UserError, match="is full"):  # a turn longer than the window
+            session.say("word " * 20)
+        assert session.pending == ()

@@ -103,7 +103,8 @@ class Terminal:
         from prompt_toolkit import PromptSession
         from rich.console import Console
 
-        self._session, self._model, self._idle = session, model, idle
+        self._session, self._model = session, model
+        self._idle = idle if session.can_sleep else 0
         self._console = Console(highlight=False)
         self._prompt = PromptSession("> ", bottom_toolbar=lambda: self._status)
         self._prompt.app.key_processor.before_key_press += self._on_key
@@ -156,6 +157,8 @@ class Terminal:
             style="bold",
             markup=False,
         )
+        if not self._session.can_sleep:
+            self._note("this model has attention only: it cannot sleep, and keeps one window")
         self._note("/help lists the commands")
 
     def _read(self) -> str:
