@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .checks import FLOATS, check_rule
 from .source import kernel
 
 BACKWARD_CHUNK = 8  # tokens; one state is kept for each
@@ -25,6 +26,7 @@ def prefill(rule, q, k, v, g, beta, state=None, mask=None, extra=(), extra_templ
     One launch. q and k are read once where one threadgroup holds all of Dv, and once for each
     block of Dv otherwise; everything else is read or written once.
     """
+    _check(rule, q, k, v, g, beta, state, mask)
     B, T, Hv, Dv = v.shape
     Dk = k.shape[3]
     if state is None:
@@ -35,16 +37,35 @@ def prefill(rule, q, k, v, g, beta, state=None, mask=None, extra=(), extra_templ
     return _prefill(rule, inputs, v.shape, v.dtype, mask, _chunk(Dk), False, extra_template)
 
 
-def backward(rule, q, k, v, g, beta, state, d_o, d_state, mask=None, extra=(), extra_template=()):
+def backward(
+    rule,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    state,
+    d_o,
+    d_state,
+    mask=None,
+    extra=(),
+    extra_template=(),
+    per_head=False,
+):
     """Gradients of (q, k, v, g, beta, state), each of its input's shape and dtype.
 
     d_o and d_state are the gradients of prefill's two results. Two launches: S before each chunk
-    of 8 tokens is computed again and kept, T/8 states a head.
+    of 8 tokens is computed again and kept, T/8 states a head. With per_head the kernel has one
+    output more, a number for each head: its sum over the batch [Hv] float32 is the seventh.
     """
+    shapes = {"d_o": (d_o, ("B", "T", "Hv", "Dv")), "d_state": (d_state, ("B", "Hv", "Dv", "Dk"))}
+    _check(rule, q, k, v, g, beta, state, mask, **shapes)
     B, T, Hv, Dv = v.shape
     Hk, Dk = k.shape[2:]
     if 0 in (B, T, Hv):
-        return (*(mx.zeros_like(x) for x in (q, k, v, g, beta)), d_state.astype(state.dtype))
+        zeros = (mx.zeros_like(x) for x in (q, k, v, g, beta))
+        rest = (mx.zeros((Hv,)),) if per_head else ()
+        return (*zeros, d_state.astype(state.dtype), *rest)
     inputs = [*_inputs(k, k, v, g, beta, state), *_sizes(q, v, mask), *extra]
     states = (-(-T // BACKWARD_CHUNK), B, Hv, Dv, Dk)
     states, _ = _prefill(
@@ -53,12 +74,15 @@ def backward(rule, q, k, v, g, beta, state, d_o, d_state, mask=None, extra=(), e
     n = _largest_divisor(Dv // 8, 8)
     blocks = Dv // (8 * n)
     keys, gates = (blocks, B, T, Hv, Dk), (blocks, B, T, Hv)
-    d_q, d_k, d_v, d_g, d_beta, d_state = kernel(f"{rule}.metal", f"{rule}_backward")(
+    outputs = [keys, keys, v.shape, gates, gates, (B, Hv, Dv, Dk)]
+    outputs += [(blocks, B, Hv)] if per_head else []
+    d_q, d_k, d_v, d_g, d_beta, d_state, *rest = kernel(f"{rule}.metal", f"{rule}_backward")(
         inputs=[
             *_inputs(q, k, v, g, beta, states),
             d_o,
             d_state.astype(mx.float32),
             *_sizes(q, v, mask),
+            *extra,
         ],
         template=[
             ("Dk", Dk),
@@ -66,11 +90,12 @@ def backward(rule, q, k, v, g, beta, state, d_o, d_state, mask=None, extra=(), e
             ("BV", 8 * n),
             ("SimdGroups", BACKWARD_GROUPS),
             ("HasMask", mask is not None),
+            *extra_template,
         ],
         grid=(32 * BACKWARD_GROUPS, blocks, B * Hv),
         threadgroup=(32 * BACKWARD_GROUPS, 1, 1),
-        output_shapes=[keys, keys, v.shape, gates, gates, (B, Hv, Dv, Dk)],
-        output_dtypes=[mx.float32] * 6,
+        output_shapes=outputs,
+        output_dtypes=[mx.float32] * len(outputs),
     )
     # The blocks' sums are partial, and the heads of a group share q and k.
     d_q, d_k = (
@@ -78,7 +103,17 @@ def backward(rule, q, k, v, g, beta, state, d_o, d_state, mask=None, extra=(), e
         for x, like in ((d_q, q), (d_k, k))
     )
     d_g, d_beta = (x.sum(axis=0).astype(like.dtype) for x, like in ((d_g, g), (d_beta, beta)))
-    return d_q, d_k, d_v.astype(v.dtype), d_g, d_beta, d_state.astype(state.dtype)
+    rest = (x.sum(axis=(0, 1)) for x in rest)
+    return d_q, d_k, d_v.astype(v.dtype), d_g, d_beta, d_state.astype(state.dtype), *rest
+
+
+def _check(rule, q, k, v, g, beta, state, mask, **more):
+    check_rule(f"the {rule} kernels", q, k, v, g, beta, state, mask, FLOATS, **more)
+    if not supported(k.shape[3], v.shape[3]):
+        raise ValueError(
+            f"the {rule} kernels take Dk and Dv that are multiples of 8 from 32 to 256, "
+            f"not {k.shape[3]} and {v.shape[3]}"
+        )
 
 
 def _prefill(rule, inputs, o_shape, o_dtype, mask, C, checkpoints, extra_template):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .checks import check
 from .source import kernel
 
 RUN = 32  # tokens a thread
@@ -17,8 +18,7 @@ def forward(x, weight, state=None, mask=None):
     [B, K-1, C] or None for zeros; mask [B, T] bool, False for padding behind a row's real tokens.
     K is at least 2.
     """
-    B, T, C = x.shape
-    K = weight.shape[-1]
+    B, T, C, K = _check(x, weight, state, mask)
     if state is None:
         state = mx.zeros((B, K - 1, C), x.dtype)
     if 0 in (B, T, C):
@@ -37,8 +37,7 @@ def forward(x, weight, state=None, mask=None):
 
 def backward(x, weight, state, d_y, d_state, mask=None):
     """Gradients of (x, weight, state), each of its input's shape and dtype."""
-    B, T, C = x.shape
-    K = weight.shape[-1]
+    B, T, C, K = _check(x, weight, state, mask, d_y=d_y, d_state=d_state)
     if 0 in (B, T, C):
         return x, mx.zeros_like(weight), d_state.astype(state.dtype)
     runs, dynamic = -(-T // RUN), weight.ndim == 4
@@ -53,6 +52,23 @@ def backward(x, weight, state, d_y, d_state, mask=None):
     if not dynamic:
         d_weight = d_weight.sum(axis=(0, 1))
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype), d_state.astype(state.dtype)
+
+
+def _check(x, weight, state, mask, d_y=None, d_state=None):
+    """B, T, C, K."""
+    K = weight.shape[-1]
+    sizes = check(
+        "the conv kernels",
+        x=(x, ("B", "T", "C")),
+        weight=(weight, ("B", "T", "C", "K") if weight.ndim == 4 else ("C", "K")),
+        state=(state, ("B", K - 1, "C")),
+        mask=(mask, ("B", "T")),
+        d_y=(d_y, ("B", "T", "C")),
+        d_state=(d_state, ("B", K - 1, "C")),
+    )
+    if K < 2:
+        raise ValueError(f"the conv kernels take at least 2 taps, not {K}")
+    return tuple(sizes[size] for size in ("B", "T", "C", "K"))
 
 
 def _lengths(x, mask):

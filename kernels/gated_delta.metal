@@ -14,7 +14,12 @@ constant constexpr float kNormEps = 1e-6f;  // of the L2 norm of q and k
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 inline float silu(float x) { return x * sigmoid(x); }
-inline float softplus(float x) { return x > 20.0f ? x : log(1.0f + exp(x)); }
+// log(1 + exp(x)) to the last digits also where exp(x) is far below 1 (Kahan's log1p).
+inline float softplus(float x) {
+  const float e = exp(x);
+  const float y = 1.0f + e;
+  return x > 20.0f ? x : y == 1.0f ? e : log(y) * e / (y - 1.0f);
+}
 
 // exp of g[from] + ... + g[to]: as exact as the recurrence, where a difference of running sums is
 // not once those are large.
@@ -447,26 +452,42 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       tile[e] = decay(g_chunk, s + 1, t) * entry;
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
-  // dQ and dK, a SIMD group for each 8 columns of S.
+  // dQ, dK and dS before the chunk, a SIMD group for each 8 columns of S.
+  const float through_all = start_diagonal[63];  // exp(G_end)
   float e_sum[2] = {0.0f, 0.0f};
   for (int column = 8 * simd_index; column < Dk; column += 8 * SimdGroups) {
+    simdgroup_float8x8 k_from_S(0.0f);
+    simdgroup_float8x8 q_from_S(0.0f);
+    simdgroup_float8x8 from_dS(0.0f);
+    simdgroup_float8x8 x, y, e_q, e_k;
+    simdgroup_load(x, start_diagonal, 8);
+    simdgroup_load(e_q, q_chunk + column, key_row);
+    simdgroup_load(e_k, k_chunk + column, key_row);
+    simdgroup_multiply(e_q, x, e_q);
+    simdgroup_multiply(e_k, x, e_k);
+    e_k.thread_elements()[0] *= -1.0f;
+    e_k.thread_elements()[1] *= -1.0f;
+    for (int row = 0; row < BV; row += 8) {
+      simdgroup_load(y, S + row * Dk + column, Dk);
+      simdgroup_load(x, dY + row, value_row);
+      simdgroup_multiply_accumulate(k_from_S, x, y, k_from_S);
+      simdgroup_load(x, d_o_chunk + row, value_row);
+      simdgroup_multiply_accumulate(q_from_S, x, y, q_from_S);
+      simdgroup_load(x, U + row, value_row);
+      simdgroup_load(y, dS + row * Dk + column, Dk);
+      simdgroup_multiply_accumulate(from_dS, x, y, from_dS);
+      y.thread_elements()[0] *= through_all;
+      y.thread_elements()[1] *= through_all;
+      simdgroup_load(x, d_o_chunk + row, value_row, ulong2(0, 0), true);
+      simdgroup_multiply_accumulate(y, x, e_q, y);
+      simdgroup_load(x, dY + row, value_row, ulong2(0, 0), true);
+      simdgroup_multiply_accumulate(y, x, e_k, y);
+      simdgroup_store(y, dS + row * Dk + column, Dk);
+    }
     for (int which = 0; which < 2; ++which) {  // dK, dQ
-      const threadgroup float* left = which ? d_o_chunk : dY;
-      simdgroup_float8x8 from_S(0.0f);
-      simdgroup_float8x8 from_dS(0.0f);
       simdgroup_float8x8 sum(0.0f);
-      simdgroup_float8x8 x, y;
-      for (int row = 0; row < BV; row += 8) {
-        simdgroup_load(x, left + row, value_row);
-        simdgroup_load(y, S + row * Dk + column, Dk);
-        simdgroup_multiply_accumulate(from_S, x, y, from_S);
-        if (which) continue;
-        simdgroup_load(x, U + row, value_row);
-        simdgroup_load(y, dS + row * Dk + column, Dk);
-        simdgroup_multiply_accumulate(from_dS, x, y, from_dS);
-      }
       simdgroup_load(y, k_chunk + column, key_row);
       simdgroup_load(x, which ? dP : dN, 8);
       simdgroup_multiply_accumulate(sum, x, y, sum);
@@ -479,7 +500,11 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
         simdgroup_load(x, end_diagonal, 8);
         simdgroup_multiply_accumulate(sum, x, from_dS, sum);
       }
-      simdgroup_store(from_S, raw, 8);
+      if (which) {
+        simdgroup_store(q_from_S, raw, 8);
+      } else {
+        simdgroup_store(k_from_S, raw, 8);
+      }
       simdgroup_store(sum, rest, 8);
       simdgroup_barrier(mem_flags::mem_threadgroup);
       UNROLL
@@ -500,10 +525,9 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
   }
   UNROLL
   for (int i = 0; i < 2; ++i) e_part[64 * simd_index + lane + 32 * i] = e_sum[i];
-  threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // d_beta and d_g, a thread for each token; dS before the chunk, a SIMD group for each 8
-  // columns.
+  // d_beta and d_g, a thread for each token.
   for (int r = index; r < C; r += threads) {
     float sum_beta = 0.0f;
     float sum_g = 0.0f;
@@ -521,28 +545,6 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       const size_t at = (size_t(block) * batch * T + token + r) * Hv + hv;
       d_beta[at] = real ? sum_beta : 0.0f;
       d_g[at] = real ? sum_g : 0.0f;
-    }
-  }
-  const float through_all = start_diagonal[63];  // exp(G_end)
-  for (int column = 8 * simd_index; column < Dk; column += 8 * SimdGroups) {
-    simdgroup_float8x8 x, e_q, e_k;
-    simdgroup_load(x, start_diagonal, 8);
-    simdgroup_load(e_q, q_chunk + column, key_row);
-    simdgroup_load(e_k, k_chunk + column, key_row);
-    simdgroup_multiply(e_q, x, e_q);
-    simdgroup_multiply(e_k, x, e_k);
-    e_k.thread_elements()[0] *= -1.0f;
-    e_k.thread_elements()[1] *= -1.0f;
-    for (int row = 0; row < BV; row += 8) {
-      simdgroup_float8x8 tile;
-      simdgroup_load(tile, dS + row * Dk + column, Dk);
-      tile.thread_elements()[0] *= through_all;
-      tile.thread_elements()[1] *= through_all;
-      simdgroup_load(x, d_o_chunk + row, value_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(tile, x, e_q, tile);
-      simdgroup_load(x, dY + row, value_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(tile, x, e_k, tile);
-      simdgroup_store(tile, dS + row * Dk + column, Dk);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);

@@ -7,6 +7,7 @@ from functools import partial
 import mlx.core as mx
 
 from . import chunks
+from .checks import check, check_groups
 from .source import kernel
 
 SIMD_GROUPS = 8  # of a threadgroup of the step
@@ -29,7 +30,19 @@ def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, s
     Returns (o [B, Hv, Dv] in z's dtype, conv in its dtype, state float32).
     """
     B, Hv, Dv, Dk = state.shape
-    K = conv_weight.shape[1]
+    K, channels = conv_weight.shape[-1], 2 * Hk * Dk + Hv * Dv
+    check(
+        "the gated_delta step",
+        qkv=(qkv, (B, channels)),
+        z=(z, (B, Hv, Dv)),
+        ba=(ba, (B, 2 * Hv)),
+        conv=(conv, (B, K - 1, channels)),
+        conv_weight=(conv_weight, (channels, K)),
+        A_log=(A_log, (Hv,)),
+        dt_bias=(dt_bias, (Hv,)),
+        norm_weight=(norm_weight, (Dv,)),
+    )
+    check_groups("the gated_delta step", Hk, Hv)
     return tuple(
         kernel("gated_delta.metal", "gated_delta_step")(
             inputs=[

@@ -12,7 +12,12 @@ using namespace metal;
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 inline float silu(float x) { return x / (1.0f + exp(-x)); }
-inline float softplus(float x) { return x > 20.0f ? x : log(1.0f + exp(x)); }
+// log(1 + exp(x)) to the last digits also where exp(x) is far below 1 (Kahan's log1p).
+inline float softplus(float x) {
+  const float e = exp(x);
+  const float y = 1.0f + e;
+  return x > 20.0f ? x : y == 1.0f ? e : log(y) * e / (y - 1.0f);
+}
 
 // exp of g[from] + ... + g[to]: as exact as the recurrence, where a difference of running sums is
 // not once those are large.
@@ -204,21 +209,24 @@ for (int i = 0; i < key_tiles; ++i) {
   simdgroup_store(S[i], state_out + state_at + 8 * i, Dk, ulong2(0, 0), true);
 }
 
-// kernel ssd_backward(q, k, v, g, beta, states, d_o, d_state_out, mask, T, Hk, Hv) -> (d_q, d_k, d_v, d_g, d_beta, d_state)
+// kernel ssd_backward(q, k, v, g, beta, states, d_o, d_state_out, mask, T, Hk, Hv, D) -> (d_q, d_k, d_v, d_g, d_beta, d_state, d_D)
 
 // Gradients of o and of the last state, from S before each chunk of 8 tokens (`states`, by
 // ssd_prefill). A threadgroup owns one head and BV rows of S. Every gradient is a sum over
-// the rows, so that blocks of rows leave partial sums: d_q, d_k [blocks, B, T, Hv, Dk] and d_g,
-// d_beta [blocks, B, T, Hv]; d_v and d_state are whole. dS lives in d_state, chunk after chunk.
+// the rows, so that blocks of rows leave partial sums: d_q, d_k [blocks, B, T, Hv, Dk], d_g,
+// d_beta [blocks, B, T, Hv] and d_D [blocks, B, Hv]; d_v and d_state are whole. dS lives in
+// d_state, chunk after chunk.
 //
-// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j) and U = b V:
+// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), L_tj = exp(G_t - G_j), U = b V and the
+// skip D:
 //
-//   dU = P^T dO + f K dS'^T,   dV = b dU,   db_t = dU_t.V_t,   dP = dO U^T (j <= t)
-//   dQ = e dO S + (D dP) K,    dK = f U dS' + (D dP)^T Q,      dS = exp(G_end) dS' + dO^T (e Q)
+//   dU = P^T dO + f K dS'^T,   dV = b dU + D dO,   db_t = dU_t.V_t,   dD = sum_t dO_t.V_t
+//   dP = dO U^T (j <= t),      dQ = e dO S + (L dP) K,    dK = f U dS' + (L dP)^T Q
+//   dS = exp(G_end) dS' + dO^T (e Q)
 //
 // and each g_r gathers what every decay that spans it brings: the factor times its gradient.
 //
-// Template: Dk, Dv, BV, SimdGroups, HasMask. Grid (32 SimdGroups, Dv / BV, B Hv).
+// Template: Dk, Dv, BV, SimdGroups, HasMask, HasD. Grid (32 SimdGroups, Dv / BV, B Hv).
 constexpr int C = 8;
 constexpr int key_row = Dk + 4;  // rows of threadgroup arrays, padded against bank conflicts
 constexpr int value_row = BV + 4;
@@ -234,13 +242,14 @@ threadgroup float beta_chunk[C];
 threadgroup float start_diagonal[64];  // e and f as diagonal tiles
 threadgroup float end_diagonal[64];
 threadgroup float P[64];
-threadgroup float dP[64];  // D dP
-threadgroup float d_log_D[64];
+threadgroup float dP[64];  // L dP
+threadgroup float d_log_L[64];
 threadgroup float scratch[SimdGroups * 128];
 threadgroup float e_part[SimdGroups * 64];        // d log e_t, one for each lane's element
 threadgroup float f_part[SimdGroups * C];         // d log f_t
 threadgroup float beta_part[SimdGroups * C];
 threadgroup float through_part[SimdGroups];       // d log exp(G_end)
+threadgroup float D_part[SimdGroups];
 
 const int index = thread_index_in_threadgroup;
 const int simd_index = simdgroup_index_in_threadgroup;
@@ -256,6 +265,8 @@ const size_t state_at = (size_t(n) * Dv + block * BV) * Dk;
 device float* dS = d_state + state_at;
 threadgroup float* raw = scratch + 128 * simd_index;
 threadgroup float* rest = raw + 64;
+const float skip = HasD ? static_cast<float>(D[hv]) : 0.0f;
+float D_sum = 0.0f;  // over all chunks
 
 for (int i = index; i < BV * Dk; i += threads) dS[i] = static_cast<float>(d_state_out[state_at + i]);
 for (int i = index; i < 64; i += threads) {
@@ -357,8 +368,10 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       UNROLL
       for (int s = t; s < C; ++s) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
       beta_sum[t] += du * value;
+      const float d_out = d_o_chunk[t * value_row + d];
+      D_sum += d_out * value;
       if (start + t < T) {
-        d_v[((token + t) * Hv + hv) * Dv + block * BV + d] = beta_chunk[t] * du;
+        d_v[((token + t) * Hv + hv) * Dv + block * BV + d] = beta_chunk[t] * du + skip * d_out;
       }
     }
   }
@@ -387,18 +400,22 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       const int t = e / 8;
       const int s = e % 8;
       const float entry = s <= t ? dP[e] : 0.0f;
-      d_log_D[e] = P[e] * entry;
+      d_log_L[e] = P[e] * entry;
       dP[e] = decay(g_chunk, s + 1, t) * entry;
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
-  // dQ and dK, a SIMD group for each 8 columns of S.
+  // dQ, dK and dS before the chunk, a SIMD group for each 8 columns of S.
+  const float through_all = start_diagonal[63];  // exp(G_end)
   float e_sum[2] = {0.0f, 0.0f};
   for (int column = 8 * simd_index; column < Dk; column += 8 * SimdGroups) {
     simdgroup_float8x8 from_S(0.0f);
     simdgroup_float8x8 from_dS(0.0f);
-    simdgroup_float8x8 x, y;
+    simdgroup_float8x8 x, y, e_q;
+    simdgroup_load(x, start_diagonal, 8);
+    simdgroup_load(e_q, q_chunk + column, key_row);
+    simdgroup_multiply(e_q, x, e_q);
     for (int row = 0; row < BV; row += 8) {
       simdgroup_load(x, d_o_chunk + row, value_row);
       simdgroup_load(y, S + row * Dk + column, Dk);
@@ -406,6 +423,11 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       simdgroup_load(x, U + row, value_row);
       simdgroup_load(y, dS + row * Dk + column, Dk);
       simdgroup_multiply_accumulate(from_dS, x, y, from_dS);
+      y.thread_elements()[0] *= through_all;
+      y.thread_elements()[1] *= through_all;
+      simdgroup_load(x, d_o_chunk + row, value_row, ulong2(0, 0), true);
+      simdgroup_multiply_accumulate(y, x, e_q, y);
+      simdgroup_store(y, dS + row * Dk + column, Dk);
     }
     for (int which = 0; which < 2; ++which) {  // dK, dQ
       simdgroup_float8x8 sum(0.0f);
@@ -437,10 +459,9 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
   }
   UNROLL
   for (int i = 0; i < 2; ++i) e_part[64 * simd_index + lane + 32 * i] = e_sum[i];
-  threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // d_beta and d_g, a thread for each token; dS before the chunk, a SIMD group for each 8
-  // columns.
+  // d_beta and d_g, a thread for each token.
   for (int r = index; r < C; r += threads) {
     float sum_beta = 0.0f;
     float sum_g = 0.0f;
@@ -451,7 +472,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       for (int e = 8 * r; e < 64; ++e) sum_g += e_part[64 * i + e];
     }
     for (int t = r; t < C; ++t) {
-      for (int s = 0; s < r; ++s) sum_g += d_log_D[8 * t + s];
+      for (int s = 0; s < r; ++s) sum_g += d_log_L[8 * t + s];
     }
     if (start + r < T) {
       const bool real = !HasMask || mask[token + r];
@@ -460,23 +481,15 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       d_g[at] = real ? sum_g : 0.0f;
     }
   }
-  const float through_all = start_diagonal[63];  // exp(G_end)
-  for (int column = 8 * simd_index; column < Dk; column += 8 * SimdGroups) {
-    simdgroup_float8x8 x, e_q;
-    simdgroup_load(x, start_diagonal, 8);
-    simdgroup_load(e_q, q_chunk + column, key_row);
-    simdgroup_multiply(e_q, x, e_q);
-    for (int row = 0; row < BV; row += 8) {
-      simdgroup_float8x8 tile;
-      simdgroup_load(tile, dS + row * Dk + column, Dk);
-      tile.thread_elements()[0] *= through_all;
-      tile.thread_elements()[1] *= through_all;
-      simdgroup_load(x, d_o_chunk + row, value_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(tile, x, e_q, tile);
-      simdgroup_store(tile, dS + row * Dk + column, Dk);
-    }
-  }
   threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+}
+D_sum = simd_sum(D_sum);
+if (lane == 0) D_part[simd_index] = D_sum;
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (index == 0) {
+  float sum = 0.0f;
+  for (int i = 0; i < SimdGroups; ++i) sum += D_part[i];
+  d_D[block * heads + n] = sum;
 }
 
 // kernel ssd_step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, dt_least, dt_most, state, Hk, Hv) -> (o, conv_out, state_out)

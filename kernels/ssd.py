@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
 
 from . import chunks
+from .checks import check, check_groups
 from .source import kernel
 
 SIMD_GROUPS = 8  # of a threadgroup of the step
 
-_NO_D = {"extra": (mx.array([0.0]),), "extra_template": (("HasD", False),)}
-backward = partial(chunks.backward, "ssd", **_NO_D)
-
 
 def prefill(q, k, v, g, beta, state=None, mask=None, D=None):
     """As `chunks.prefill`. D [Hv], where given, adds D v to o (the skip of Mamba-2)."""
-    skip = _NO_D if D is None else {"extra": (D,), "extra_template": (("HasD", True),)}
-    return chunks.prefill("ssd", q, k, v, g, beta, state, mask, **skip)
+    return chunks.prefill("ssd", q, k, v, g, beta, state, mask, **_skip(D, v))
+
+
+def backward(q, k, v, g, beta, state, d_o, d_state, mask=None, D=None):
+    """As `chunks.backward`, with the gradient of D behind the others where D is given."""
+    inputs = q, k, v, g, beta, state, d_o, d_state, mask
+    *grads, d_D = chunks.backward("ssd", *inputs, **_skip(D, v), per_head=True)
+    return tuple(grads) if D is None else (*grads, d_D.astype(D.dtype))
+
+
+def _skip(D, v):
+    """The kernels' last input and template argument; D is not read where there is none."""
+    check("the ssd kernels", D=(D, v.shape[2:3]))
+    D_or_any = mx.array([0.0]) if D is None else D
+    return {"extra": (D_or_any,), "extra_template": (("HasD", D is not None),)}
 
 
 def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt_limits):
@@ -34,6 +43,19 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
     Returns (o [B, Hv, Dv] in xBC's dtype, conv in its dtype, state float32).
     """
     B, Hv, Dv, Dk = state.shape
+    K, channels = conv_weight.shape[-1], Hv * Dv + 2 * Hk * Dk
+    check(
+        "the ssd step",
+        xBC=(xBC, (B, channels)),
+        dt=(dt, (B, Hv)),
+        conv=(conv, (B, K - 1, channels)),
+        conv_weight=(conv_weight, (channels, K)),
+        conv_bias=(conv_bias, (channels,)),
+        A_log=(A_log, (Hv,)),
+        dt_bias=(dt_bias, (Hv,)),
+        D=(D, (Hv,)),
+    )
+    check_groups("the ssd step", Hk, Hv)
     return tuple(
         kernel("ssd.metal", "ssd_step")(
             inputs=[
@@ -55,7 +77,7 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
                 ("ConvT", conv.dtype),
                 ("Dk", Dk),
                 ("Dv", Dv),
-                ("K", conv_weight.shape[1]),
+                ("K", K),
                 ("SimdGroups", SIMD_GROUPS),
             ],
             grid=(32 * SIMD_GROUPS, 1, B * Hv),

@@ -2,18 +2,24 @@
 
     python tests/mutants.py [--file conv.metal] [--sample 20] [--jobs 2]
 
-Each changed kernel is compiled as it stands and runs its check of kernel_checks.py in a process of
-its own. One that no longer compiles is no mutant and is not counted. Last line: N caught, M missed.
+Each changed kernel is compiled and runs its checks of kernel_checks.py in a process of its own, the
+cheapest first and without optimisation, until one fails. One that no longer compiles is no mutant
+and is not counted. Results are kept in the user's cache folder under a hash of all that decides
+them, so that a run that was cut off goes on where it stood. Last line: N caught, M missed.
 """
 
 from __future__ import annotations
 
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import argparse
+import hashlib
+import json
 import multiprocessing
+import os
 import random
 import re
-import shutil
+import resource
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +28,11 @@ from pathlib import Path
 
 from kernel_checks import CHECKS
 
-from mlx_sleep.kernels import source
+from mlx_sleep.kernels import chunks, conv, gated_delta, harness, source, ssd
 from mlx_sleep.kernels.harness import build
 
 assert mlx_sleep  # imported for its effect
+HERE = Path(__file__).parent
 FLIPS = {
     "+": "-",
     "-": "+",
@@ -46,7 +53,15 @@ FLIPS = {
 }
 BINARY = re.compile(r"(?<=[\w)\]] )([-+*/%]=?|[<>]=?|[=!]=|&&|\|\|)(?= )")
 UNARY = re.compile(r"(?<=[(,=:?] )-(?=[\w(])|(?<=\()-(?=[\w(])|!(?=\w)")
-SECONDS = 120  # for one mutant; a loop may have lost its end
+SECONDS = 30  # of the CPU for one mutant; a loop may have lost its end
+# Mutants that no check can catch, as (file, the changed line): why. They count as missed.
+EQUIVALENT = {
+    (
+        "conv.metal",
+        "window[j] = i < K + 1 ? static_cast<float>(state[(b * (K - 1) + i) * C + c])",
+    ): "inputs K - 1 and K stand in no window: the first run ends before them, the second begins "
+    "behind them",
+}
 
 
 def mutants(text: str) -> list[tuple[int, str, str]]:
@@ -73,13 +88,39 @@ def kernels_of(text: str, new: str) -> list[str]:
     return [name for name, kernel in before.items() if kernel != after[name]]
 
 
-def check(file: str, new: str, names: list[str], queue) -> None:
+def kernel_files() -> dict[str, str]:
+    """The text of each .metal file."""
+    folder = resources.files("mlx_sleep.kernels")
+    names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".metal"))
+    return {name: (folder / name).read_text() for name in names}
+
+
+def run_checks(names: list[str]) -> None:
+    """The checks of these kernels, until one fails."""
+    watched = build.WATCHED
+    # A backward pass runs the prefill kernel for its checkpoints.
+    backward = [n.replace("prefill", "backward") for n in names if "prefill" in n]
+    for name in dict.fromkeys([*names, *backward]):
+        for i, check in enumerate(CHECKS[name]):
+            # The first check is short: what it saves at the compiler is more than it loses.
+            build.WATCHED = tuple("-O0" if i == 0 and f == "-O1" else f for f in watched)
+            check()
+
+
+def prepare(folder: str, queue) -> None:
+    """In a process of its own: all checks pass, and what mutants share is compiled into folder."""
+    build.cache_folder = lambda: Path(folder)
+    run_checks(list(CHECKS))
+    queue.put("passed")
+
+
+def judge(file: str, new: str, names: list[str], compiled: str, queue) -> None:
     """In a process of its own: puts "missed", "caught" or "no mutant"."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     with tempfile.TemporaryDirectory() as folder:
-        seed = build.cache_folder()
+        for path in Path(compiled).iterdir():
+            (Path(folder) / path.name).symlink_to(path)
         build.cache_folder = lambda: Path(folder)
-        for runtime in seed.glob("runtime-*.o"):  # the only part that mutants share
-            shutil.copy(runtime, folder)
         cut = source.cut(new)
         real = source.kernel
         changed = {name: source.build(cut[name]) for name in names}
@@ -87,33 +128,62 @@ def check(file: str, new: str, names: list[str], queue) -> None:
         def kernel(path, name):
             return changed.get(name) or real(path, name) if path == file else real(path, name)
 
-        from mlx_sleep.kernels import chunks, conv, gated_delta, ssd
-
         for module in (chunks, conv, gated_delta, ssd):
             module.kernel = kernel
-        result = "missed"
-        # A backward pass runs the prefill kernel for its checkpoints.
-        backward = [n.replace("prefill", "backward") for n in names if "prefill" in n]
-        for name in dict.fromkeys([*names, *backward]):
-            try:
-                CHECKS[name]()
-            except Exception as error:
-                result = "no mutant" if "does not compile" in str(error) else "caught"
-                break
+        try:
+            run_checks(names)
+            result = "missed"
+        except (AssertionError, harness.KernelError):
+            result = "caught"
+        except RuntimeError as error:
+            if "does not compile" not in str(error):
+                raise
+            result = "no mutant"
         queue.put(result)
 
 
-def judge(file: str, new: str, names: list[str]) -> str:
-    context = multiprocessing.get_context("spawn")
+def in_a_process(context, target, *args) -> str:
+    """What target(*args, queue) puts; "caught" where a signal ends it: a crash, or SECONDS."""
     queue = context.SimpleQueue()
-    process = context.Process(target=check, args=(file, new, names, queue))
+    process = context.Process(target=target, args=(*args, queue))
     process.start()
-    process.join(SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    process.join()
+    if not queue.empty():
+        return queue.get()
+    # Nobody but the system kills (-9), for want of memory; that says nothing of the mutant.
+    if process.exitcode < 0 and process.exitcode != -signal.SIGKILL:
         return "caught"
-    return "caught" if queue.empty() else queue.get()  # empty: it crashed
+    sys.exit(f"a check ended with {process.exitcode}, and no result: see above")
+
+
+class Results:
+    """What earlier runs found, one JSON line each, under a hash of mutant, checks and harness."""
+
+    def __init__(self):
+        deciding = [HERE / "kernel_checks.py", HERE / "ops_reference.py", Path(build.__file__)]
+        for module in (harness, chunks, conv, gated_delta, ssd):
+            deciding.append(Path(module.__file__))
+        deciding += [build.HERE / name for name in ("msl.h", "runtime.h", "runtime.cpp")]
+        self._basis = "\0".join(path.read_text() for path in deciding)
+        self._file = build.cache_folder().parent / "mutants.jsonl"
+        self._known = {}
+        if self._file.exists():
+            for line in self._file.read_text().splitlines():
+                key, result = json.loads(line)
+                self._known[key] = result
+
+    def key(self, file: str, new: str, names: list[str]) -> str:
+        kernels = [repr(source.cut(new)[name]) for name in names]
+        text = "\0".join([self._basis, file, *kernels])
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def get(self, key: str) -> str | None:
+        return self._known.get(key)
+
+    def add(self, key: str, result: str) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._file, "a") as file:
+            file.write(json.dumps([key, result]) + "\n")
 
 
 def main() -> None:
@@ -122,28 +192,41 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="so many of them, by chance")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    for name in CHECKS:  # all of them must pass before any is changed
-        CHECKS[name]()
+    # The server has imported everything once and forks a process for each mutant.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlx_sleep", "kernel_checks"])
     todo = []
-    folder = resources.files("mlx_sleep.kernels")
-    for file in sorted(f.name for f in folder.iterdir() if f.name.endswith(".metal")):
+    for file, text in kernel_files().items():
         if args.file in (None, file):
-            text = (folder / file).read_text()
             todo += [(file, line, shown, text, new) for line, shown, new in mutants(text)]
     if args.sample:
         todo = random.sample(todo, min(args.sample, len(todo)))
     counts = {"caught": 0, "missed": 0, "no mutant": 0}
+    results = Results()
 
-    def run(job):
-        file, line, shown, text, new = job
-        return job, judge(file, new, kernels_of(text, new))
+    with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(args.jobs) as pool:
+        if in_a_process(context, prepare, compiled) != "passed":
+            sys.exit("the checks fail before anything is changed: run tests/test_kernels_all.py")
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+        def run(job):
+            file, _, _, text, new = job
+            names = kernels_of(text, new)
+            key = results.key(file, new, names)
+            result = results.get(key)
+            if result is None:
+                result = in_a_process(context, judge, file, new, names, compiled)
+                results.add(key, result)
+            return job, result
+
         for (file, line, shown, _, _), result in pool.map(run, todo):
             counts[result] += 1
             print(f"{sum(counts.values())} of {len(todo)}", end="\r", file=sys.stderr)
             if result == "missed":
-                print(f"missed  {file}:{line}  {shown}", flush=True)
+                why = EQUIVALENT.get((file, shown))
+                reason = f"  (equivalent: {why})" if why else ""
+                print(f"missed  {file}:{line}  {shown}{reason}", flush=True)
     print(f"{counts['no mutant']} did not compile")
     print(f"{counts['caught']} caught, {counts['missed']} missed")
 

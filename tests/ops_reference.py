@@ -69,14 +69,14 @@ def weights(rng, inputs):
 
 
 def gradients(op, inputs, to, dtype=mx.float32, mask=None):
-    """Gradients of sum(o * to[0]) + sum(state * to[1]) in all six inputs, as NumPy arrays."""
+    """Gradients of sum(o * to[0]) + sum(state * to[1]) in all inputs, as NumPy arrays."""
     w_o, w_s = arrays(to, dtype)
 
     def loss(*args):
         o, state = op(*args, **({} if mask is None else {"mask": mx.array(mask)}))
         return (o * w_o).sum() + (state * w_s).sum()
 
-    return [np.array(x) for x in mx.grad(loss, argnums=range(6))(*arrays(inputs, dtype))]
+    return [np.array(x) for x in mx.grad(loss, argnums=range(len(inputs)))(*arrays(inputs, dtype))]
 
 
 def slopes(rule, inputs, to, directions, mask=None, step=1e-5):

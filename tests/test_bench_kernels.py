@@ -1,19 +1,23 @@
-"""`mlx-sleep bench kernels`: the targets that can be counted without a GPU."""
+"""`mlx-sleep bench kernels`: the targets that can be counted without a GPU, and its report."""
 
 from __future__ import annotations
 
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
 import pytest
+from typer.testing import CliRunner
 
 from mlx_sleep.bench import kernels
-from mlx_sleep.kernels import harness
+from mlx_sleep.cli import bench as cli
+from mlx_sleep.errors import UserError
+from mlx_sleep.kernels import conv, gated_delta, harness, ssd
 
 assert mlx_sleep  # imported for its effect
 pytestmark = pytest.mark.skipif(
     mx.metal.is_available() or harness.compiler() is None,
     reason="the harness counts where there is a C++ compiler and no Metal",
 )
+SMALL = (32, 32)
 
 
 def test_targets():
@@ -27,3 +31,69 @@ def test_targets():
         step = by_name["gated_delta_step", dims]
         assert step["launches"] == 1 and step["ratio_to_least"] == pytest.approx(1, abs=0.01)
     assert by_name["mlx-lm generic", (128, 128)]["ratio_to_mlx_lm"] == 1
+
+
+@pytest.mark.parametrize("tokens", (128, 141))
+@pytest.mark.parametrize(
+    "run", (gated_delta.prefill, gated_delta.backward, ssd.backward, conv.backward)
+)
+def test_long_prompts_are_counted_from_short_ones(monkeypatch, run, tokens):
+    if run is conv.backward:
+        inputs, dims = kernels._conv_inputs(True), (6, 4)
+    else:
+        backward = run is not gated_delta.prefill
+        inputs, dims = kernels._backward_inputs if backward else kernels._inputs, SMALL
+    quick = kernels._count("x", dims, tokens, run, inputs)
+    monkeypatch.setattr(kernels, "STEP", 1000)
+    assert quick == kernels._count("x", dims, tokens, run, inputs)
+
+
+def test_counts_that_are_not_linear():
+    def run(q, k, v, g, beta, state):
+        many = 2 if q.shape[1] == 96 else 1
+        return [x for _ in range(many) for x in ssd.prefill(q, k, v, g, beta, state)]
+
+    with pytest.raises(RuntimeError, match="not linear"):
+        kernels._count("x", SMALL, 256, run, kernels._inputs)
+
+
+def test_memory_of_the_gradient_grows_with_chunks():
+    """A state for each chunk of 8 tokens, partial sums for each token, and far less than MLX."""
+    counts = [
+        kernels._count("x", SMALL, T, gated_delta.backward, kernels._backward_inputs)
+        for T in (64, 128)
+    ]
+    a_chunk = 4 * 32 * 32
+    tokens = 4 * 64 * (3 * 32 + 2)  # d_q, d_k, d_v, d_g, d_beta of 64 tokens: partial, and whole
+    grown = counts[1]["buffer_bytes"] - counts[0]["buffer_bytes"]
+    assert grown == 64 // 8 * a_chunk + 2 * tokens
+    mlx = kernels._memory("x", SMALL, 128, kernels.gated_delta_mlx)
+    assert counts[1]["buffer_bytes"] <= mlx["buffer_bytes"] / 4
+
+
+def test_timed_rows(monkeypatch):
+    """What a Mac runs on its GPU, in the harness, at toy sizes."""
+    monkeypatch.setattr(kernels, "DIMS", (SMALL,))
+    rows = list(kernels.timed_rows(tokens=5, repeats=1, heads=2))
+    assert [row["kernel"] for row in rows] == [
+        "gated_delta_prefill",
+        "gated_delta_backward",
+        "gated_delta_backward",
+        "ssd_prefill",
+        "ssd_backward",
+        "conv_forward",
+    ]
+    assert all(row["error"] <= 1e-5 and row["ratio"] > 0 for row in rows)
+
+
+def test_report(monkeypatch, tmp_path):
+    row = {"kernel": "a", "dims": [128, 96], "barriers": 12345, "ratio_to_least": 1.234}
+    monkeypatch.setattr(kernels, "rows", lambda _tokens: iter([row, row | {"barriers": None}]))
+    file = tmp_path / "REPORT.md"
+    done = CliRunner().invoke(cli.app, ["kernels", "--json", "--report", str(file)])
+    assert done.exit_code == 0, done.output
+    text = file.read_text()
+    assert "| a | 128 x 96 | 12,345 | 1.23 |\n| a | 128 x 96 |  | 1.23 |\n" in text
+    assert f"mlx {mx.__version__}" in text and "no GPU" in text
+    with pytest.raises(UserError, match="--report"):
+        kernels.report([row], tmp_path / "no" / "folder.md")

@@ -1,4 +1,4 @@
-"""ssd.metal against the float64 oracle: on the GPU where there is Metal, else in the harness."""
+"""ssd.metal: what it does not share with the other rule (test_kernels_rules.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ops_reference import (
     error,
     gradients,
     reference,
-    slopes,
     weights,
 )
 
@@ -32,12 +31,6 @@ SMALL = {"Dk": 32, "Dv": 32}
 @pytest.fixture
 def rng():
     return np.random.default_rng()
-
-
-@pytest.mark.parametrize("T", (1, 2, C - 1, C, C + 1, 37, 3 * C))
-def test_prefill(rng, order, T):
-    inputs = draw(rng, T=T, **SMALL)
-    assert_close(kernels.prefill(*arrays(inputs)), reference(RULE, *inputs), 1e-6)
 
 
 WIDE = {
@@ -61,124 +54,6 @@ def test_prefill_of_other_heads_with_skip(rng, what):
     assert o.dtype == dtype and state.dtype == mx.float32
     assert error(o.astype(mx.float32), expected) <= (2**-8 if dtype == mx.bfloat16 else 2**-11)
     assert error(state, expected_state) <= 1e-6
-
-
-@pytest.mark.parametrize("beta", (0.0, 1e-4, 5.0))
-@pytest.mark.parametrize("gate", (0.0, -1e-6, -100.0, "mixed"))
-def test_extreme_gates(rng, gate, beta):
-    T = 2 * C + 3
-    if gate == "mixed":  # a few tokens forget everything, the others little
-        g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -rng.exponential(0.05, (2, T, 4)))
-    else:
-        g = gate
-    inputs = draw(rng, T=T, g=g, beta=beta, **SMALL)
-    assert_close(kernels.prefill(*arrays(inputs)), reference(RULE, *inputs), 3e-6)
-
-
-def test_padding_may_hold_anything(rng):
-    T, lengths = C + 5, (C + 5, C, 3, 0)
-    inputs = draw(rng, B=4, T=T, **SMALL)
-    mask = np.arange(T) < np.array(lengths)[:, None]
-    spoiled = [
-        np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, np.nan) for x in inputs[:5]
-    ]
-    got = kernels.prefill(*arrays([*spoiled, inputs[5]]), mask=mx.array(mask))
-    assert_close(got, reference(RULE, *inputs, mask), 1e-6)  # the oracle's o is 0 there, too
-
-
-@pytest.mark.parametrize("heads", ((1, 1), (1, 3), (3, 3), (2, 6)))
-def test_groups(rng, heads):
-    inputs = draw(rng, B=1, T=5, Hk=heads[0], Hv=heads[1], **SMALL)
-    assert_close(kernels.prefill(*arrays(inputs)), reference(RULE, *inputs), 1e-6)
-
-
-def test_two_calls_are_one_and_no_state_is_zero(rng):
-    inputs = draw(rng, T=C + 9, **SMALL)
-    inputs[5] *= 0
-    *x, _ = arrays(inputs)
-    o1, state = kernels.prefill(*(a[:, :7] for a in x))  # not contiguous
-    o2, state = kernels.prefill(*(a[:, 7:] for a in x), state)
-    assert_close((mx.concatenate([o1, o2], axis=1), state), reference(RULE, *inputs), 1e-6)
-
-
-def test_a_nan_stays_in_its_row(rng):
-    for i in range(6):
-        inputs = draw(rng, B=3, T=C + 5, **SMALL)
-        inputs[i] = np.array(inputs[i])
-        inputs[i][1].flat[0] = np.nan
-        o, state = kernels.prefill(*arrays(inputs))
-        keep = mx.array([0, 2])
-        expected = reference(RULE, *(x[[0, 2]] for x in inputs))
-        assert_close((o[keep], state[keep]), expected, 1e-6)
-        assert not np.isfinite(np.array(o[1])).all()
-
-
-def test_nothing_to_do(rng):
-    q, k, v, g, beta, state = arrays(draw(rng, T=3, **SMALL))
-    o, final = kernels.prefill(*(x[:, :0] for x in (q, k, v, g, beta)), state)
-    assert o.shape == (2, 0, 4, 32) and mx.array_equal(final, state)
-
-
-@pytest.mark.parametrize("T", (1, 7, 8, 9, 29))
-def test_backward(rng, order, T):
-    """Against autodiff of the naive form, and along random directions against the oracle."""
-    inputs = draw(rng, T=T, **SMALL)
-    to = weights(rng, inputs)
-    got = kernels.backward(*arrays(inputs), *arrays(to))
-    assert_close(got, gradients(ssd_naive, inputs, to), 5e-6)
-    if T == 9:
-        directions = [rng.standard_normal(x.shape) for x in inputs]
-        for grad, d, slope in zip(
-            got, directions, slopes(RULE, inputs, to, directions), strict=True
-        ):
-            grad = np.array(grad, np.float64)
-            assert abs((grad * d).sum() - slope) <= 1e-5 * np.linalg.norm(grad)
-
-
-@pytest.mark.parametrize("beta", (0.0, 1.0, 5.0))
-@pytest.mark.parametrize("gate", (0.0, -100.0, "mixed"))
-def test_backward_of_extreme_gates(rng, gate, beta):
-    T = 19
-    g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -0.05) if gate == "mixed" else gate
-    inputs = draw(rng, T=T, g=g, beta=beta, **SMALL)
-    to = weights(rng, inputs)
-    got = kernels.backward(*arrays(inputs), *arrays(to))
-    expected = gradients(ssd_naive, inputs, to)
-    for x, y in zip(got, expected, strict=True):
-        assert np.isfinite(np.array(x)).all()
-        assert np.abs(np.array(x) - y).max() <= 1e-5 * max(np.abs(y).max(), 1e-3)
-
-
-def test_backward_of_padding_and_other_heads(rng):
-    """Blocks of Dv, grouped heads, bfloat16, and padding that holds NaN."""
-    T, lengths = 11, (11, 4, 0)
-    inputs = draw(rng, B=3, T=T, Hk=1, Hv=2, Dk=40, Dv=136)
-    mask = np.arange(T) < np.array(lengths)[:, None]
-    to = weights(rng, inputs)
-    to = to[0] * mask[..., None, None], to[1]  # the loss doesn't look at padding
-    low = [*arrays(inputs[:3], mx.bfloat16), *arrays(inputs[3:])]
-    exact = [np.array(x.astype(mx.float32)) for x in low]
-    expected = gradients(ssd_naive, exact, to, mask=mask)
-    low[:5] = (
-        mx.where(mx.array(mask).reshape(*mask.shape, *[1] * (x.ndim - 2)), x, mx.nan)
-        for x in low[:5]
-    )
-    got = kernels.backward(*low, *arrays(to), mask=mx.array(mask))
-    for x, y, like in zip(got, expected, low, strict=True):
-        assert x.dtype == like.dtype
-        rounding = 2**-8 if x.dtype == mx.bfloat16 else 5e-6
-        assert error(x.astype(mx.float32), y) <= rounding
-    for x in got[:5]:
-        x = np.array(x.astype(mx.float32))
-        assert np.all(x[~mask] == 0)
-
-
-def test_nothing_to_differentiate(rng):
-    inputs = arrays(draw(rng, T=3, **SMALL))
-    empty = [x[:, :0] for x in inputs[:5]]
-    got = kernels.backward(*empty, inputs[5], mx.zeros_like(empty[2]), inputs[5])
-    assert [x.shape for x in got] == [x.shape for x in (*empty, inputs[5])]
-    assert mx.array_equal(got[5], inputs[5])
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="only the harness counts")
@@ -209,3 +84,39 @@ def test_step_of_bfloat16(rng):
     assert error(o.astype(mx.float32), expected_o) <= 1e-2
     assert error(conv.astype(mx.float32), expected_conv) == 0
     assert error(state, expected_state) <= 1e-5
+
+
+def test_small_steps_keep_their_digits(rng):
+    """softplus far below 0: a state that starts at 0 holds dt v k^T and nothing else."""
+    *inputs, _, Hk = draw_ssd_mixer(rng, B=2, Hk=1, Hv=2, Dk=32, Dv=32, K=4)
+    inputs[1] = inputs[1] - mx.array([7.0, 14.0])  # dt of about 1e-3 and 1e-6
+    inputs += [mx.zeros((2, 2, 32, 32)), Hk, (0.0, float("inf"))]
+    *_, got = kernels.step(*inputs)
+    *_, expected = ssd_mixer(*inputs)
+    for head in range(2):
+        assert error(got[:, head], np.array(expected[:, head])) <= 2e-5
+
+
+def test_gradient_of_the_skip(rng):
+    """Over blocks of Dv, several rows and heads, in D's dtype; nothing comes from padding."""
+    inputs = draw(rng, T=9, Dk=32, Dv=136)
+    D = rng.standard_normal(4)
+    mask = np.arange(9) < [[9], [4]]
+    d_o, d_state = weights(rng, inputs)
+    got = kernels.backward(
+        *arrays([*inputs, d_o, d_state]), mx.array(mask), mx.array(D, mx.float16)
+    )
+    expected = (d_o * inputs[2] * mask[..., None, None]).sum(axis=(0, 1, 3))
+    assert got[6].dtype == mx.float16
+    assert error(got[6].astype(mx.float32), expected) <= 2**-10
+
+
+@pytest.mark.parametrize("gate", (0.0, -100.0))
+def test_large_steps(rng, gate):
+    """Above 2, which only this rule may take, where Mamba-2's dt is large."""
+    inputs = draw(rng, T=C + 3, g=gate, beta=5.0, **SMALL)
+    assert_close(kernels.prefill(*arrays(inputs)), reference(RULE, *inputs), 3e-6)
+    to = weights(rng, inputs)
+    got, expected = kernels.backward(*arrays([*inputs, *to])), gradients(ssd_naive, inputs, to)
+    for x, y in zip(got, expected, strict=True):
+        assert np.abs(np.array(x) - y).max() <= 1e-5 * max(np.abs(y).max(), 1e-3)

@@ -58,12 +58,16 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch and its counts: bytes, and numbers over all threadgroups."""
+    """One launch and its counts: bytes, and numbers over all threadgroups.
+
+    output_bytes is the size of the buffers that it fills.
+    """
 
     name: str
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
     counts: dict[str, int]
+    output_bytes: int
 
 
 @dataclass
@@ -91,8 +95,14 @@ def launches(order: int = 0, lanes_may_collide: bool = False):
         _recorder.reset(token)
 
 
-def metal_kernel(name, input_names, output_names, source, header="", **_options):
-    """`mx.fast.metal_kernel` on this machine's CPU. Options of the Metal compiler are ignored."""
+def metal_kernel(
+    name, input_names, output_names, source, header="", *, wrap=None, launch=None, **_options
+):
+    """`mx.fast.metal_kernel` on this machine's CPU. Options of the Metal compiler are ignored.
+
+    wrap and launch take the place of `build.wrap` and of what compiles and runs its text (cuda.py).
+    """
+    wrap, launch = wrap or build.wrap, launch or _launch
 
     def kernel(
         *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=(), **_call_options
@@ -102,7 +112,7 @@ def metal_kernel(name, input_names, output_names, source, header="", **_options)
             (n, _TYPES[x.dtype], x.shape) for n, x in zip(input_names, arrays, strict=True)
         ]
         outputs = list(zip(output_names, output_dtypes, output_shapes, strict=True))
-        text = build.wrap(
+        text = wrap(
             source,
             header,
             described,
@@ -120,13 +130,14 @@ def metal_kernel(name, input_names, output_names, source, header="", **_options)
             if shape and f"{n}_ndim" in source:
                 buffers.append(np.array(len(shape), np.int32))
         results = [np.empty(shape, _numpy_dtype(dtype)) for _, dtype, shape in outputs]
-        _launch(build.library(text), name, buffers, results, grid, threadgroup)
+        launch(text, name, buffers, results, grid, threadgroup)
         return [mx.array(x).view(dtype) for x, (_, dtype, _) in zip(results, outputs, strict=True)]
 
     return kernel
 
 
-def _launch(library, name, buffers, results, grid, threadgroup):
+def _launch(text, name, buffers, results, grid, threadgroup):
+    library = build.library(text)
     if np.prod(np.minimum(grid, threadgroup)) > 1024:
         raise KernelError(f"{name}: more than 1024 threads in a threadgroup")
     run = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL | os.RTLD_NOW).harness_launch
@@ -155,7 +166,8 @@ def _launch(library, name, buffers, results, grid, threadgroup):
         where = _line(library, place.value)
         raise KernelError(f"{name}{where}: {message.value.decode()}")
     found = dict(zip(_COUNTS, counts, strict=True))
-    recorder.launches.append(Launch(name, tuple(grid), tuple(threadgroup), found))
+    filled = sum(x.nbytes for x in results)
+    recorder.launches.append(Launch(name, tuple(grid), tuple(threadgroup), found, filled))
 
 
 def _line(library, place) -> str:

@@ -39,7 +39,7 @@ ATTRIBUTES = {
     "threads_per_simdgroup": "32",
     "threads_per_threadgroup": "three(ids->group_size)",
 }
-_ARRAY = re.compile(r"\bthreadgroup\s+(\w+)\s+(\w+)\s*((?:\[[^\]]*\])+)\s*;")
+ARRAY = re.compile(r"\bthreadgroup\s+(\w+)\s+(\w+)\s*((?:\[[^\]]*\])+)\s*;")
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def wrap(source: str, header: str, inputs, outputs, template) -> str:
             "}",
         ]
     )
-    text = _ARRAY.sub(r"HARNESS_THREADGROUP(\1, \2, \3);", text)
+    text = ARRAY.sub(r"HARNESS_THREADGROUP(\1, \2, \3);", text)
     call = f"custom_kernel{f'<{values}>' if template else ''}({', '.join(arguments)});"
     return (
         f"{text}\nusing harness::three;\n"

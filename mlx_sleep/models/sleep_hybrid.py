@@ -17,9 +17,7 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from ..ops.activations import silu
-from ..ops.conv import short_conv
-from ..ops.gated_delta import gated_delta
-from ..ops.ssd import ssd
+from ..ops.mixers import gated_delta_net, mamba2
 from .attention import attend
 from .base import SleepConfig, SleepModel
 
@@ -135,16 +133,20 @@ class GatedDeltaNet(nn.Module):
 
     def __call__(self, x, state, mask):
         B, T, _ = x.shape
-        qkv, conv = short_conv(self.in_proj_qkv(x), self.conv_weight, state.get("conv"), mask)
-        q, k, v = mx.split(silu(qkv), [self.Hk * self.Dk, 2 * self.Hk * self.Dk], axis=-1)
-        q, k = (l2_norm(a.reshape(B, T, self.Hk, self.Dk)) for a in (q, k))
-        v = v.reshape(B, T, self.Hv, self.Dv)
-        b, a = mx.split(self.in_proj_ba(x), 2, axis=-1)
-        beta = mx.sigmoid(b)
-        g = -mx.exp(self.A_log) * nn.softplus(a.astype(mx.float32) + self.dt_bias)
-        o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask)
-        z = self.in_proj_z(x).reshape(B, T, self.Hv, self.Dv)
-        o = self.norm(o) * silu(z)
+        o, conv, S = gated_delta_net(
+            self.in_proj_qkv(x),
+            self.in_proj_z(x).reshape(B, T, self.Hv, self.Dv),
+            self.in_proj_ba(x),
+            state.get("conv"),
+            self.conv_weight,
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            self.norm.eps,
+            state.get("fast_weights"),
+            self.Hk,
+            mask,
+        )
         return self.out_proj(o.reshape(B, T, -1)), {"fast_weights": S, "conv": conv}
 
 
@@ -168,16 +170,21 @@ class Mamba2(nn.Module):
     def __call__(self, x, state, mask):
         B, T, _ = x.shape
         z, xBC, dt = mx.split(self.in_proj(x), [self.inner, -self.H], axis=-1)
-        xBC, conv = short_conv(xBC, self.conv_weight, state.get("conv"), mask)
-        xBC = silu(xBC + self.conv_bias)
-        v, k, q = mx.split(xBC, [self.inner, self.inner + self.G * self.N], axis=-1)
-        v = v.reshape(B, T, self.H, self.P)
-        q, k = (a.reshape(B, T, self.G, self.N) for a in (q, k))
-        dt = nn.softplus(dt.astype(mx.float32) + self.dt_bias)
-        g = -mx.exp(self.A_log) * dt
-        o, S = ssd(q, k, v, g, dt, state.get("fast_weights"), mask)
-        o = (o + self.D[:, None] * v).reshape(B, T, -1).astype(x.dtype)
-        o = self.norm(o * silu(z))
+        o, conv, S = mamba2(
+            xBC,
+            dt,
+            state.get("conv"),
+            self.conv_weight,
+            self.conv_bias,
+            self.A_log,
+            self.dt_bias,
+            self.D,
+            state.get("fast_weights"),
+            self.G,
+            self.N,
+            mask=mask,
+        )
+        o = self.norm(o.reshape(B, T, -1) * silu(z))
         return self.out_proj(o), {"fast_weights": S, "conv": conv}
 
 
@@ -236,11 +243,6 @@ class Model(SleepModel):
     def head(self, h):
         h = self.norm(h)
         return self.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
-
-
-def l2_norm(x, eps: float = 1e-6):
-    """x / |x| over the last axis."""
-    return x * mx.rsqrt((x * x).sum(-1, keepdims=True) + eps)
 
 
 def _conv_init(channels: int, kernel: int):

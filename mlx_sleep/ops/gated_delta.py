@@ -20,6 +20,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..kernels import gated_delta as kernels
+from ..kernels.checks import check_rule
 from .chunks import decay_matrix, masked, prepare, unstack, zero_state
 from .paths import differentiable, path
 
@@ -27,7 +28,11 @@ CHUNK = 32  # tokens a chunk; a power of two
 
 
 def gated_delta(q, k, v, g, beta, state=None, mask=None):
-    """The gated delta rule on the fastest path that this machine has. Differentiable."""
+    """The gated delta rule on the fastest path that this machine has. Differentiable.
+
+    ValueError where shapes do not fit.
+    """
+    check_rule("gated_delta", q, k, v, g, beta, state, mask)
     return {
         "metal": gated_delta_metal,
         "mlx.fast": gated_delta_mlx,

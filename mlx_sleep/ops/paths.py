@@ -38,6 +38,15 @@ def path(op: str, tokens: int, Dk: int, Dv: int) -> str:
     return "step" if tokens == 1 else "chunk"
 
 
+def fused(op: str, tokens: int, Dk: int, Dv: int, taps: int, mask) -> bool:
+    """Whether a mixer takes the one launch that is its whole step (`step` in kernels/).
+
+    For one token without padding, where the op itself would take its Metal kernels.
+    """
+    one = tokens == 1 and mask is None and taps > 1
+    return one and path(op, tokens, Dk, Dv) == "metal"
+
+
 def conv_path() -> str:
     """ "metal" or "array", for any shape."""
     return "metal" if _wish() == "metal" else "array"

@@ -11,6 +11,7 @@ dt and log a_t is dt A. Shapes shared by every function here, as in `gated_delta
     beta    [B, T, Hv]       b_t; 0 writes nothing
     state   [B, Hv, Dv, Dk]  float32; None is zero
     mask    [B, T] bool      False leaves the state as it is; that position's o is meaningless
+    D       [Hv]             None, or the skip: adds D v_t to o_t
 
 and every function returns (o [B, T, Hv, Dv] in v's dtype, state float32). The arithmetic is
 float32 throughout, or float64 when v is float64.
@@ -18,23 +19,44 @@ float32 throughout, or float64 when v is float64.
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..kernels import ssd as kernels
+from ..kernels.checks import check_rule
 from .chunks import decay_matrix, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 64  # tokens a chunk
 
 
-def ssd(q, k, v, g, beta, state=None, mask=None):
-    """The gated Hebbian rule on the fastest path that this machine has. Differentiable."""
+def ssd(q, k, v, g, beta, state=None, mask=None, D=None):
+    """The gated Hebbian rule on the fastest path that this machine has. Differentiable.
+
+    ValueError where shapes do not fit.
+    """
+    check_rule("ssd", q, k, v, g, beta, state, mask, D=(D, ("Hv",)))
     return {"metal": ssd_metal, "step": ssd_step, "chunk": ssd_chunk}[
         path("ssd", q.shape[1], k.shape[3], v.shape[3])
-    ](q, k, v, g, beta, state, mask)
+    ](q, k, v, g, beta, state, mask, D)
 
 
-def ssd_naive(q, k, v, g, beta, state=None, mask=None):
+def mamba2_gates(dt, A_log, dt_bias, dt_limits=(0.0, math.inf)):
+    """(g, beta) [B, T, Hv] float32 of Mamba-2 from its raw steps.
+
+    dt [B, T, Hv] is what the projection gives; A_log, dt_bias [Hv]; dt_limits the least and the
+    largest step. beta = clip(softplus(dt + dt_bias)), g = -exp(A_log) beta. Differentiable, with
+    no gradient through a step that a limit holds.
+    """
+    beta = nn.softplus(dt.astype(mx.float32) + dt_bias.astype(mx.float32))
+    if tuple(dt_limits) != (0.0, math.inf):
+        beta = mx.clip(beta, *dt_limits)
+    return -mx.exp(A_log.astype(mx.float32)) * beta, beta
+
+
+def ssd_naive(q, k, v, g, beta, state=None, mask=None, D=None):
     """The definition: one token after the other, the equation as written."""
     dtype, (q, k, v, g, beta, state) = v.dtype, prepare(q, k, v, g, beta, state, mask)
     q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
@@ -43,26 +65,35 @@ def ssd_naive(q, k, v, g, beta, state=None, mask=None):
         write = beta[:, t, :, None, None] * v[:, t, :, :, None] * k[:, t, :, None, :]
         state = mx.exp(g[:, t])[..., None, None] * state + write
         o.append((state @ q[:, t, ..., None])[..., 0])
-    return mx.stack(o, axis=1).astype(dtype), state
+    return _with_skip(mx.stack(o, axis=1), v, D, dtype), state
 
 
-def ssd_step(q, k, v, g, beta, state=None, mask=None):
+def ssd_step(q, k, v, g, beta, state=None, mask=None, D=None):
     """One token (T = 1): the wake step."""
     dtype, (q, k, v, g, beta, state) = v.dtype, prepare(q, k, v, g, beta, state, mask)
     q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
     write = (beta[:, 0, :, None] * v[:, 0])[..., None] * k[:, 0, :, None, :]
     state = mx.exp(g[:, 0])[..., None, None] * state + write
     o = (state @ q[:, 0, ..., None])[..., 0]
-    return o[:, None].astype(dtype), state
+    return _with_skip(o[:, None], v, D, dtype), state
 
 
-def ssd_metal(q, k, v, g, beta, state=None, mask=None):
+def ssd_metal(q, k, v, g, beta, state=None, mask=None, D=None):
     """The same through this package's Metal kernels, forward and backward."""
     state = zero_state(k, v) if state is None else state
-    return differentiable(kernels.prefill, kernels.backward, (q, k, v, g, beta, state), mask)
+    if D is None:
+        return differentiable(kernels.prefill, kernels.backward, (q, k, v, g, beta, state), mask)
+
+    def forward(q, k, v, g, beta, state, D, mask):
+        return kernels.prefill(q, k, v, g, beta, state, mask, D)
+
+    def backward(q, k, v, g, beta, state, D, d_o, d_state, mask):
+        return kernels.backward(q, k, v, g, beta, state, d_o, d_state, mask, D)
+
+    return differentiable(forward, backward, (q, k, v, g, beta, state, D), mask)
 
 
-def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
+def ssd_chunk(q, k, v, g, beta, state=None, mask=None, D=None, chunk: int = CHUNK):
     """Matrix products within a chunk, a scan over the chunks.
 
     With G_t the running sum of g in a chunk and S_0 the state before it,
@@ -75,16 +106,16 @@ def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
     C = min(chunk, T)
     pad = -T % C
     # [B, T, Hk * G, D] -> [n, B, Hk, G, C, D]: G heads share a key head, and q.k is made once
-    # for them all. Padded positions have g = v = 0: they keep the state and write nothing.
-    q, k, v, g = (_split(x, Hk, C, pad) for x in (q, k, beta[..., None] * v, g[..., None]))
+    # for them all. Padded positions have g = u = 0: they keep the state and write nothing.
+    q, k, u, g = (_split(x, Hk, C, pad) for x in (q, k, beta[..., None] * v, g[..., None]))
     g = g[..., 0]
     state = state.swapaxes(2, 3).reshape(B, Hk, Hv // Hk, Dk, Dv)
 
     decay = decay_matrix(g)  # [n, B, Hk, G, C, C]
     from_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
     to_end = mx.exp(mx.cumsum(g, axis=-1, reverse=True, inclusive=False))[..., None]
-    o = (decay * (q @ k.swapaxes(-1, -2))) @ v  # what the chunk's own tokens wrote
-    writes = k.swapaxes(-1, -2) @ (to_end * v)  # [n, B, Hk, G, Dk, Dv]: S^T
+    o = (decay * (q @ k.swapaxes(-1, -2))) @ u  # what the chunk's own tokens wrote
+    writes = k.swapaxes(-1, -2) @ (to_end * u)  # [n, B, Hk, G, Dk, Dv]: S^T
 
     before = []
     for through, write in zip(unstack(from_start[..., -1:, :]), unstack(writes), strict=True):
@@ -92,7 +123,12 @@ def ssd_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
         state = through * state + write
     o = o + from_start * (q @ mx.stack(before))
     o = o.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + pad, Hv, Dv)
-    return o[:, :T].astype(dtype), state.reshape(B, Hv, Dk, Dv).swapaxes(2, 3)
+    o = _with_skip(o[:, :T], v, D, dtype)
+    return o, state.reshape(B, Hv, Dk, Dv).swapaxes(2, 3)
+
+
+def _with_skip(o, v, D, dtype):
+    return (o if D is None else o + D[:, None] * v).astype(dtype)
 
 
 def _split(x, Hk, C, pad):
