@@ -1,4 +1,4 @@
-"""From one model folder to another: number types, quantization, how the model sleeps.
+"""Checkpoints of others to model folders, and back: what is read, mapped, written and compared.
 
 A package of mlx_sleep (`mlx_sleep.convert`). It writes folders that `mlx_sleep.models.load` reads.
 """

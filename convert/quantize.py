@@ -1,107 +1,147 @@
-"""Copies of a model folder in another number type, quantized, or with other sleep settings.
+"""Number types of the result: which weights are quantized or cast, tensor by tensor.
 
-Quantization is MLX's own, as mlx-lm writes it (`quantization` in config.json). Only weights are
-touched: fast weights are state, and float32 whatever the weights are.
+Quantization is MLX's own, as mlx-lm writes it (`quantization` in config.json, with an entry for
+each layer that differs). Only weights are touched: fast weights are state, and float32 whatever
+the weights are.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import re
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
-from ..models.base import SleepConfig
-from ..models.load import MODEL_TYPES, load_model, read_config, save
 
-BITS = (4, 8)
-GROUP_SIZES = (32, 64)
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 # The decay of S: an error here is raised to the power of the tokens that pass.
 _STAY_FLOAT32 = ("A_log", "dt_bias")
 
 
-def convert(
-    source: str | Path,
-    dest: str | Path,
-    *,
-    bits: int | None = None,
-    group_size: int = 64,
-    dtype: str | None = None,
-    sleep: dict | None = None,
-) -> list[str]:
-    """Write a converted copy of the model folder `source` as the new folder `dest`.
+@dataclass
+class NumberTypes:
+    """What is asked for.
 
-    bits, group_size  quantize with so many bits (4 or 8) in groups of 32 or 64; None: don't
-    dtype             float16, bfloat16 or float32 for what is not quantized; None: as it is
-    sleep             fields of SleepConfig that replace those in config.json
-
-    Returns the names of the layers that stay unquantized because `group_size` does not divide
-    their inputs. Raises UserError; `dest` then does not exist.
+    bits        quantize with so many bits; None: don't
+    group_size  weights that share a scale
+    recipe      one of RECIPES, mlx-lm's mixtures of bits, in place of `bits` for all
+    layers      (regular expression that a layer's name is searched for, bits or None to leave it
+                as it is); the first that matches decides
+    dtype       one of DTYPES for what is not quantized; None: as it is
     """
-    source, dest = Path(source).expanduser(), Path(dest).expanduser()
-    if os.path.lexists(dest):
-        raise UserError(f"{dest} exists already; choose another name for the copy")
-    model_type = read_config(source).get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(
-            f"cannot convert model_type {model_type!r}: only folders of {', '.join(MODEL_TYPES)} "
-            "can be converted for now, checkpoints of other families come later"
-        )
-    model, config = load_model(source)
-    if sleep:
-        config["sleep"] = {**config.get("sleep", {}), **sleep}
-        SleepConfig(**config["sleep"])  # UserError before the work, not after
-    if dtype is not None:
-        cast(model, dtype)
-    skipped: list[str] = []
-    if bits is not None:
-        if "quantization" in config:
-            raise UserError(f"{source} is quantized already; start from the full-precision folder")
-        skipped = quantize(model, bits, group_size)
-        config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    save(dest, model, config, tokenizer_source=source)
-    return skipped
+
+    bits: int | None = None
+    group_size: int = 64
+    recipe: str | None = None
+    layers: tuple[tuple[str, int | None], ...] = ()
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise UserError(f"unknown recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
+        for bits in (self.bits, *(bits for _, bits in self.layers)):
+            if bits is not None and bits not in BITS:
+                raise UserError(f"quantization takes {_either(BITS)} bits, not {bits}")
+        if self.quantizes and self.group_size not in GROUP_SIZES:
+            raise UserError(
+                f"the quantization group size must be {_either(GROUP_SIZES)}, not {self.group_size}"
+            )
+        for pattern, _ in self.layers:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{pattern!r} is no regular expression: {error}") from error
+        if self.layers and not self.quantizes:
+            raise UserError("a choice for single layers needs quantization: add -q")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether weights are quantized."""
+        return self.bits is not None or self.recipe is not None
 
 
-def cast(model: nn.Module, dtype: str) -> None:
-    """Change the floating weights of `model`, in place, to one of DTYPES.
-
-    A_log and dt_bias stay float32. UserError for another name.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    weights = [
-        (name, x.astype(DTYPES[dtype]))
-        for name, x in tree_flatten(model.parameters())
-        if mx.issubdtype(x.dtype, mx.floating) and not name.endswith(_STAY_FLOAT32)
-    ]
-    model.update(tree_unflatten(weights))
+def _either(values: tuple[int, ...]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}"
 
 
-def quantize(model: nn.Module, bits: int, group_size: int) -> list[str]:
-    """Quantize linear layers and embeddings of `model` in place (MLX's affine mode).
+@dataclass
+class Choice:
+    """quantization: of config.json, or None; layers: name -> its parameters; skipped: layers that
+    stay as they are because `group_size` does not divide their inputs."""
 
-    Returns the names of those that stay as they are: `group_size` does not divide their inputs.
-    """
-    if bits not in BITS:
-        raise UserError(f"quantization takes {' or '.join(map(str, BITS))} bits, not {bits}")
-    if group_size not in GROUP_SIZES:
-        sizes = " or ".join(map(str, GROUP_SIZES))
-        raise UserError(f"the quantization group size must be {sizes}, not {group_size}")
-    skipped = []
+    quantization: dict | None
+    layers: dict[str, dict] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
 
-    def fits(name: str, module: nn.Module) -> bool:
-        if not hasattr(module, "to_quantized"):
-            return False
-        if module.weight.shape[-1] % group_size:
-            skipped.append(name)
-            return False
-        return True
 
-    nn.quantize(model, group_size=group_size, bits=bits, class_predicate=fits)
-    return skipped
+def choose(model: nn.Module, types: NumberTypes) -> Choice:
+    """Which layers of a model (arrays need not be evaluated) are quantized, and how."""
+    if not types.quantizes:
+        return Choice(None)
+    rule = getattr(model, "quant_predicate", None)
+    if types.recipe is not None:
+        rule = _recipe(model, types)
+    bits = types.bits if types.bits is not None else int(types.recipe.split("_")[1])
+    common = {"group_size": types.group_size, "bits": bits, "mode": "affine"}
+    choice = Choice(dict(common))
+    for name, module in model.named_modules():
+        if not name or not hasattr(module, "to_quantized"):
+            continue
+        if module.weight.shape[-1] % types.group_size:
+            choice.skipped.append(name)
+            continue
+        decided = rule(name, module) if rule else True
+        for pattern, layer_bits in types.layers:
+            if re.search(pattern, name):
+                decided = layer_bits is not None and {"bits": layer_bits}
+                break
+        if decided is False:
+            choice.quantization[name] = False
+            continue
+        layer = {**common, **(decided if isinstance(decided, dict) else {})}
+        if layer != common:
+            choice.quantization[name] = layer
+        choice.layers[name] = layer
+    choice.skipped.sort()
+    return choice
+
+
+def _recipe(model: nn.Module, types: NumberTypes):
+    from mlx_lm.convert import mixed_quant_predicate_builder
+
+    try:
+        return mixed_quant_predicate_builder(types.recipe, model, types.group_size)
+    except ValueError as error:
+        raise UserError(f"{types.recipe} does not fit this model: {error}") from error
+
+
+def apply(
+    name: str, x: mx.array, model: nn.Module, types: NumberTypes, choice: Choice
+) -> list[tuple[str, mx.array]]:
+    """The lazy arrays that a tensor becomes: itself, cast, or its quantized parts."""
+    x = cast(name, x, model, types.dtype)
+    layer = name.removesuffix(".weight")
+    if layer == name or layer not in choice.layers:
+        return [(name, x)]
+    parameters = choice.layers[layer]
+    parts = mx.quantize(x, group_size=parameters["group_size"], bits=parameters["bits"])
+    names = (f"{layer}.{part}" for part in ("weight", "scales", "biases"))
+    return list(zip(names, parts, strict=True))
+
+
+def cast(name: str, x: mx.array, model: nn.Module, dtype: str | None) -> mx.array:
+    """x in another floating type. A_log and dt_bias stay float32, as what mlx-lm says."""
+    may = getattr(model, "cast_predicate", None)
+    stays = name.endswith(_STAY_FLOAT32) or (may is not None and not may(name))
+    if dtype is None or stays or not mx.issubdtype(x.dtype, mx.floating):
+        return x
+    return x.astype(DTYPES[dtype])

@@ -26,8 +26,11 @@ COMMANDS = {
     "memory": ("memory", "app"),
     "train": ("train", "train"),
     "eval": ("train", "evaluate"),
+    "study": ("study", "study"),
     "bench": ("bench", "app"),
     "convert": ("convert", "convert"),
+    "export": ("convert", "export"),
+    "models": ("models", "app"),
     "doctor": ("doctor", "doctor"),
 }
 

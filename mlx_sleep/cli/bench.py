@@ -46,16 +46,23 @@ def kernels(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
     json: Json = False,
     plot: PlotFile = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the rows as Markdown, with date and device."),
+    ] = None,
 ):
-    """Count what the Metal kernels ask of a GPU. Needs a C++ compiler and no GPU.
+    """Count what the Metal kernels ask of a GPU (with a C++ compiler); on a Mac, time them there.
 
-    `ratio_to_least` is the device bytes over the least possible: 1 is the best there is.
+    `ratio_to_least` is the device bytes over the least possible: 1 is the best there is. On a Mac
+    `ratio` is the time of what a kernel is compared to over its own: above 1, ours is faster.
 
-    Example: mlx-sleep bench kernels --tokens 256
+    Example: mlx-sleep bench kernels --report REPORT.md
     """
     from ..bench import kernels
 
-    _run("bench kernels", kernels, kernels.rows(tokens), json, plot)
+    measured = _run("bench kernels", kernels, kernels.rows(tokens), json, plot)
+    if report:
+        kernels.report(measured, report)
 
 
 @app.command()
@@ -99,14 +106,52 @@ def sleep(
     _run("bench sleep", sleep, sleep.rows(loaded, many, repeats=repeats), json, plot)
 
 
+@app.command()
+def train(
+    passes: Passes = "1,2,4",
+    json: Json = False,
+    plot: PlotFile = None,
+    repeats: Repeats = 5,
+):
+    """Time a training step through N passes against the same in PyTorch. Needs the torch extra.
+
+    `ratio` is PyTorch's time over ours: above 1, ours is faster.
+
+    Example: mlx-sleep bench train
+    """
+    from ..bench import train
+
+    many = numbers("--passes", passes)
+    _run("bench train", train, train.rows(many, repeats), json, plot)
+
+
+@app.command()
+def convert(
+    gigabytes: Annotated[float, typer.Option(min=0.01, help="Size of the checkpoint.")] = 4.0,
+    shard_gigabytes: Annotated[float, typer.Option(min=0.001, help="Size of its files.")] = 1.0,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where it is written, with room for two copies.")
+    ] = None,
+    json: Json = False,
+):
+    """Convert a checkpoint of random numbers: peak memory against its largest file.
+
+    Example: mlx-sleep bench convert --gigabytes 8
+    """
+    from ..bench import convert
+
+    rows = convert.rows(gigabytes, shard_gigabytes, folder)
+    _run("bench convert", convert, rows, json, None)
+
+
 def _load(model: str | None):
     from ..models.load import EMBEDDED, load_model
 
     return load_model(EMBEDDED if model is None else model)[0]
 
 
-def _run(command: str, bench, rows, json: bool, plot: Path | None):
-    """Measure, with a count of the rows on a terminal, and show the result."""
+def _run(command: str, bench, rows, json: bool, plot: Path | None) -> list[dict]:
+    """Measure, with a count of the rows on a terminal, show the result and return it."""
     from ..bench import Plot, emit
 
     picture = Plot(plot) if plot else None
@@ -122,3 +167,4 @@ def _run(command: str, bench, rows, json: bool, plot: Path | None):
     if picture:
         bench.plot(measured, picture.axes)
         picture.save()
+    return measured

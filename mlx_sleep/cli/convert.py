@@ -1,19 +1,47 @@
-"""`mlx-sleep convert`: a model folder in another number type, or with other sleep settings."""
+"""`mlx-sleep convert` and `export`: checkpoints of PyTorch to model folders, and back."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
+from .common import count
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..convert.pipeline import Report
+
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="The model folder to read.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a weights file beside its config.json, a .gguf, a wheel with one, "
+            "or the id of a model on Hugging Face."
+        ),
+    ],
     dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize weights.")] = False,
-    q_bits: Annotated[int, typer.Option(help="Bits a quantized weight: 4 or 8.")] = 4,
-    q_group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64.")] = 64,
+    q_bits: Annotated[int, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    q_group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
+    ] = 64,
+    quant_predicate: Annotated[
+        str | None,
+        typer.Option(help="A mixture of bits: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6."),
+    ] = None,
+    q_layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=BITS for layers whose name has the pattern (a regular expression); "
+            "BITS may be none. May be repeated; the first that fits counts."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float16, bfloat16 or float32, for weights that are not quantized."),
@@ -24,27 +52,146 @@ def convert(
         str | None,
         typer.Option(help="What a sleep leaves of the KV cache: hard (nothing) or sliding."),
     ] = None,
+    loop_range: Annotated[
+        str | None, typer.Option(help="LO,HI: the blocks that a sleep loops over, HI not included.")
+    ] = None,
+    insert: Annotated[
+        int | None, typer.Option(min=1, help="Add so many silent sleep layers, evenly spaced.")
+    ] = None,
+    insert_kind: Annotated[str, typer.Option(help="Their kind: jet or gated_deltanet.")] = "jet",
+    insert_before: Annotated[
+        str | None, typer.Option(help="The blocks to insert them before, with commas.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the result with the source, with PyTorch where it is.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Say what became of each tensor.")
+    ] = False,
 ):
-    """Copy a model folder: quantized, in another number type, or with other sleep settings.
+    """Make a model folder of a checkpoint: of PyTorch, of llama.cpp, or of another model folder.
 
-    Fast weights are float32 in every copy. Checkpoints of other families come later.
+    What became of each tensor stands in convert.json in the new folder. Fast weights are float32
+    whatever the weights are.
 
-    Example: mlx-sleep convert my-model my-model-4bit -q --q-bits 4
+    Example: mlx-sleep convert my-checkpoint my-model -q --q-bits 4
     """
-    from ..convert.quantize import convert as run
+    from ..convert.mapping import TensorError
+    from ..convert.pipeline import convert as run
+    from ..convert.quantize import NumberTypes
 
-    sleep = {"passes": passes, "window": window, "eviction": eviction}
-    skipped = run(
-        source,
-        dest,
-        bits=q_bits if quantize else None,
+    types = NumberTypes(
+        bits=q_bits if quantize and quant_predicate is None else None,
         group_size=q_group_size,
+        recipe=quant_predicate,
+        layers=tuple(map(_layer_choice, q_layer or ())),
         dtype=dtype,
-        sleep={name: value for name, value in sleep.items() if value is not None},
     )
-    typer.echo(f"wrote {dest}")
-    if skipped:
+    sleep = {"passes": passes, "window": window, "eviction": eviction}
+    if loop_range is not None:
+        sleep["loop_range"] = _whole("--loop-range", loop_range, "7,21")
+    inserted = None
+    if insert is not None or insert_before is not None:
+        inserted = {"kind": insert_kind, "count": insert or 1}
+        if insert_before is not None:
+            inserted["before"] = _whole("--insert-before", insert_before, "2,6,10")
+    try:
+        with _progress("converting") as on_bytes:
+            report = run(
+                source,
+                dest,
+                types,
+                sleep={name: value for name, value in sleep.items() if value is not None},
+                insert=inserted,
+                on_bytes=on_bytes,
+            )
+    except TensorError as error:
+        for line in error.details:
+            print(line, file=sys.stderr)
+        raise
+    _describe(report, dest, q_group_size, verbose)
+    if verify:
+        _verify(source, dest)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="The model folder to read.")],
+    dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+):
+    """Write a model folder as a PyTorch checkpoint: safetensors with PyTorch's names.
+
+    Example: mlx-sleep export my-model my-checkpoint
+    """
+    from ..convert.export import export as run
+
+    with _progress("exporting") as on_bytes:
+        names = run(source, dest, on_bytes=on_bytes)
+    typer.echo(f"wrote {dest}: {count(len(names), 'tensor')}")
+
+
+@contextlib.contextmanager
+def _progress(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _describe(report: Report, dest: Path, group_size: int, verbose: bool):
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    if verbose:
+        for row in report.tensors:
+            shape = "x".join(map(str, row["shape"]))
+            came = " + ".join(row["from"]) or "nothing"
+            typer.echo(f"{row['name']} {row['dtype']} {shape}: {row['how']}, from {came}")
+    for name, why in report.dropped.items():
+        typer.echo(f"left out: {name} ({why})")
+    typer.echo(f"wrote {dest}: {report.architecture}, {count(len(report.tensors), 'tensor')}")
+    if report.skipped:
         typer.echo(
-            f"not quantized, groups of {q_group_size} do not divide their inputs: "
-            + ", ".join(skipped)
+            f"not quantized, groups of {group_size} do not divide their inputs: "
+            + ", ".join(report.skipped)
         )
+
+
+def _verify(source: str, dest: Path):
+    from ..convert.verify import TOKENS, verify
+
+    found = verify(source, dest)
+    typer.echo(
+        f"verified: {count(found.same_bytes, 'tensor')} with the source's bytes, "
+        f"{found.rewritten:,} cast or computed, all as they were written"
+    )
+    if found.reference is None:
+        typer.echo(f"no logits were compared: {found.why}")
+    else:
+        typer.echo(
+            f"against {found.reference}, {TOKENS} tokens: largest logit difference "
+            f"{found.max_logit_error:.1e}, greedy tokens agree at {found.greedy_agreement:.1%}"
+        )
+
+
+def _layer_choice(text: str) -> tuple[str, int | None]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not (bits == "none" or bits.isdigit()):
+        raise UserError(
+            f"--q-layer takes PATTERN=BITS, as in lm_head=8 or v_proj=none, not {text!r}"
+        )
+    return pattern, None if bits == "none" else int(bits)
+
+
+def _whole(option: str, text: str, example: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{option} takes whole numbers with commas, as in {example}; not {text!r}"
+        ) from None

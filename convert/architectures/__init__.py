@@ -1,0 +1,40 @@
+"""The architectures that the converter reads: one module each, found by what it exports.
+
+A module here exports ARCHITECTURE, or ARCHITECTURES for a family that shares its mapping.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from ...errors import UserError
+from .base import Architecture
+
+
+@functools.cache
+def architectures() -> tuple[Architecture, ...]:
+    """All of them, in the order of their modules' names."""
+    found: list[Architecture] = []
+    for module in sorted(info.name for info in pkgutil.iter_modules(__path__)):
+        if module == "base":
+            continue
+        exported = importlib.import_module(f"{__name__}.{module}")
+        found += getattr(exported, "ARCHITECTURES", None) or (exported.ARCHITECTURE,)
+    return tuple(found)
+
+
+def for_source(model_type: Any) -> Architecture:
+    """The architecture that reads PyTorch checkpoints of this model_type. UserError for none."""
+    for architecture in architectures():
+        if model_type in architecture.sources:
+            return architecture
+    known = ", ".join(sorted({name for a in architectures() for name in a.sources}))
+    raise UserError(f"cannot convert model_type {model_type!r}; mlx-sleep can convert: {known}")
+
+
+def for_ours(model_type: Any) -> Architecture | None:
+    """The architecture of a folder of ours; None where the converter doesn't know it."""
+    return next((a for a in architectures() if a.model_type == model_type), None)

@@ -1,0 +1,139 @@
+"""The tokenizer inside a GGUF file, as files that the ecosystem reads.
+
+Two kinds are known: byte-level BPE ("gpt2"), written as tokenizer.json, and sentencepiece
+("llama"), written as tokenizer.model. The chat template comes along in tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..models.folder import write_json
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> how text is cut before BPE: a regular expression, or words with each digit
+# alone (True) or not (False), as GPT-2 cuts them.
+_CUTS: dict[str, str | bool] = {
+    "gpt-2": False,
+    "gpt2": False,
+    "llama-bpe": _WORDS % "{1,3}",
+    "llama3": _WORDS % "{1,3}",
+    "qwen2": _WORDS % "",
+    "refact": True,
+    "smollm": True,
+    "starcoder": True,
+}
+
+
+def write(metadata: dict, folder: Path, file: Path) -> None:
+    """Write the tokenizer's files of a GGUF's metadata (plain Python values) into `folder`."""
+    values = {
+        name.removeprefix("tokenizer.ggml."): value
+        for name, value in metadata.items()
+        if name.startswith("tokenizer.ggml.")
+    }
+    if "tokens" not in values:
+        raise UserError(f"{file} holds no tokenizer; get it anew")
+    kind = values.get("model")
+    if kind == "gpt2":
+        _write_bpe(values, folder / "tokenizer.json", file)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif kind == "llama":
+        _write_sentencepiece(values, folder / "tokenizer.model")
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_prefix_space": values.get("add_space_prefix", True),
+            "legacy": False,
+        }
+    else:
+        raise UserError(f"{file} has a tokenizer of kind {kind!r}; only gpt2 and llama can be read")
+    tokens = values["tokens"]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (token := values.get(f"{key}_token_id")) is not None:
+            config[f"{name}_token"] = tokens[token]
+    config["add_bos_token"] = values.get("add_bos_token", kind == "llama")
+    config["add_eos_token"] = values.get("add_eos_token", False)
+    config["clean_up_tokenization_spaces"] = False
+    if template := metadata.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_bpe(values: dict, out: Path, file: Path) -> None:
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
+
+    name = values.get("pre", "gpt-2")
+    if name not in _CUTS:
+        known = ", ".join(_CUTS)
+        raise UserError(f"{file} cuts text into words by {name!r}; known ways: {known}")
+    tokens, types = values["tokens"], values.get("token_type") or [_NORMAL] * len(values["tokens"])
+    if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
+        raise UserError(f"{file} has a damaged tokenizer; get it anew")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in values.get("merges", [])]
+    ignore = name in ("llama-bpe", "llama3")  # whole words of the vocabulary need no merges
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore))
+    except Exception as error:  # the library raises plain Exceptions
+        raise UserError(f"{file} has a damaged tokenizer: {error}") from error
+    cut = _CUTS[name]
+    if isinstance(cut, str):
+        words = [pre_tokenizers.Split(Regex(cut), "isolated")]
+    else:
+        words = [pre_tokenizers.Digits(individual_digits=True)] if cut else []
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=not isinstance(cut, str)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == _CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif kind == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    if values.get("add_bos_token", False):
+        bos = values["bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]}:0 $A:0",
+            pair=f"{tokens[bos]}:0 $A:0 {tokens[bos]}:1 $B:1",
+            special_tokens=[(tokens[bos], bos)],
+        )
+    tokenizer.save(str(out))
+
+
+def _write_sentencepiece(values: dict, out: Path) -> None:
+    """GGUF keeps sentencepiece's pieces, scores and types as they were."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    types = values.get("token_type") or [_NORMAL] * len(values["tokens"])
+    scores = values.get("scores") or [0.0] * len(values["tokens"])
+    for token, score, kind in zip(values["tokens"], scores, types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    spec = model.trainer_spec
+    spec.model_type, spec.vocab_size = proto.TrainerSpec.BPE, len(values["tokens"])
+    spec.byte_fallback = 6 in types
+    for name, key in (("unk_id", "unknown"), ("bos_id", "bos"), ("eos_id", "eos")):
+        if (token := values.get(f"{key}_token_id")) is not None:
+            setattr(spec, name, token)
+    spec.pad_id = values.get("padding_token_id", -1)
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = values.get("add_space_prefix", True)
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    out.write_bytes(model.SerializeToString())

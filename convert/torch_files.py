@@ -1,0 +1,102 @@
+"""PyTorch's own files (.bin, .pt, .pth): state dicts, read without running what they hold.
+
+torch is an optional extra and imported here alone, when such a file is met.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..models.weights import words
+from .writer import Entry, write_file
+
+# Where trainers put the state dict in a checkpoint that holds more.
+_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
+
+
+def stage(file: Path, folder: Path) -> tuple[Path, list[str]]:
+    """Rewrite a file of PyTorch as safetensors in `folder`: its path, and what was left out.
+
+    MLX reads safetensors lazily and pickles not at all. Tensors are copied one at a time out of
+    the mapped file. UserError for a pickle that would run code, and without torch.
+    """
+    state, notes = find_state_dict(_read(file), file)
+    entries = [_entry(name, x, file) for name, x in state.items()]
+    del state
+    staged = folder / f"{file.name}.safetensors"
+    write_file(staged, entries, "pt")
+    return staged, notes
+
+
+def find_state_dict(value: Any, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """(name -> tensor, notes on what stands beside them) in what a trainer saved."""
+    import torch
+
+    notes: list[str] = []
+    for _ in range(4):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{file} holds a {type(value).__name__}, not a state dict of tensors")
+        tensors = {str(name): x for name, x in value.items() if isinstance(x, torch.Tensor)}
+        nested = [key for key in _KEYS if isinstance(value.get(key), Mapping)]
+        if tensors or not nested:
+            others = [str(name) for name in value if str(name) not in tensors]
+            if not tensors:
+                raise UserError(f"{file} holds no tensors; its entries are: {', '.join(others)}")
+            notes += [f"{file.name}: not a tensor: {name}" for name in others]
+            return tensors, notes
+        notes += [f"{file.name}: beside the weights: {key}" for key in value if key != nested[0]]
+        value = value[nested[0]]
+    raise UserError(f"{file} nests its state dict too deep; save model.state_dict() alone")
+
+
+def _read(file: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{file.name} is a file of PyTorch: pip install 'mlx-sleep[torch]', "
+            "or save the model as safetensors"
+        ) from None
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap" not in str(error):  # files from before PyTorch 1.6 cannot be mapped
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is refused: it is damaged, or a pickle of more than tensors, which could run "
+            "code; save model.state_dict() alone, best as safetensors"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {words(error)}") from error
+    except Exception as error:  # torch raises all kinds for damaged files
+        raise UserError(f"{file} is truncated or damaged: {words(error)[:200]}") from error
+
+
+def _entry(name: str, x: Any, file: Path) -> Entry:
+    import torch
+
+    codes = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+    if x.dtype not in codes or x.layout != torch.strided:
+        kind = str(x.dtype).removeprefix("torch.")
+        raise UserError(f"{file}: {name} is {kind}; convert it to float32 before saving")
+
+    def data() -> memoryview:
+        flat = x.detach().contiguous().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy())
+
+    return Entry(name, codes[x.dtype], list(x.shape), x.numel() * x.element_size(), data)

@@ -1,0 +1,174 @@
+"""The weights of a model folder before they are read: which files, which tensors, are they sound.
+
+MLX reads weights lazily, when an error can no longer be told to anyone, so all that can be known
+from the headers of the files is checked here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import UserError
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I32": 4, "I64": 8, "BOOL": 1}
+_KINDS = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # quantized weights; all else is floating
+_FLOATS = ("F32", "F16", "BF16")
+# Exponent bits: all ones in NaN and infinity.
+_EXPONENT = {
+    mx.float32: (mx.uint32, 0x7F800000),
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+}
+INDEX = "model.safetensors.index.json"
+"""Says which shard holds which tensor."""
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. UserError when it holds anything else."""
+    with reading(file):
+        text = file.read_bytes()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {words(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold one JSON object")
+    return value
+
+
+def weight_files(path: Path, index: str = INDEX) -> list[Path]:
+    """model.safetensors, or the shards that its index names."""
+    single = path / index.removesuffix(".index.json")
+    if single.is_file():
+        return [single]
+    if not (path / index).is_file():
+        raise UserError(f"{path} has neither {single.name} nor {index}")
+    names = read_json(path / index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path / index} has no weight_map")
+    files = []
+    for name in sorted({str(name) for name in names.values()}):
+        if Path(name).name != name:
+            raise UserError(f"{path / index} names {name!r}, which is outside the folder")
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks the weights file {name} that its index names")
+        files.append(path / name)
+    return files
+
+
+def read_headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (dtype, shape) of every tensor in the files, from their headers alone."""
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in tensors:
+                raise UserError(f"{file} repeats the tensor {name} of another weights file")
+            tensors[name] = entry
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (dtype, shape) of the tensors in one file, which has as many bytes as it says."""
+    with reading(file), open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file} is truncated or not a safetensors file")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
+        header.pop("__metadata__", None)
+        tensors, ends = {}, [0]
+        for name, entry in header.items():
+            dtype, shape = entry["dtype"], [int(n) for n in entry["shape"]]
+            start, end = entry["data_offsets"]
+            if dtype not in ITEM_BYTES:
+                known = ", ".join(ITEM_BYTES)
+                raise UserError(f"{file}: {name} has type {dtype}; known types: {known}")
+            if end - start != math.prod(shape) * ITEM_BYTES[dtype] or min(start, *shape, 0) < 0:
+                raise ValueError(name)
+            tensors[name] = dtype, shape
+            ends.append(end)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a damaged header; get it anew") from error
+    if size < 8 + length + max(ends):
+        missing = 8 + length + max(ends) - size
+        raise UserError(f"{file} is truncated: {missing} bytes are missing; get it anew")
+    return tensors
+
+
+def _without_repeats(pairs: list) -> dict:
+    # A dict would keep the last of two tensors of one name, and say nothing.
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+def check_tensors(path: Path, model: nn.Module, tensors) -> None:
+    """UserError unless the tensors are the model's: same names, shapes and kinds."""
+    wanted = dict(tree_flatten(model.parameters()))
+    if missing := [name for name in wanted if name not in tensors]:
+        spare = [name for name in tensors if name not in wanted]
+        close = nearest(missing[0], spare)
+        hint = f"; nearest to {missing[0]} is {close}" if close else ""
+        raise UserError(f"{path} lacks weights: {some(missing)}{hint}")
+    if unexpected := [name for name in tensors if name not in wanted]:
+        raise UserError(f"{path} has weights that its config does not ask for: {some(unexpected)}")
+    wrong = []
+    for name, array in wanted.items():
+        dtype, shape = tensors[name]
+        if shape != list(array.shape):
+            wrong.append(f"{name} is {shape}, not {list(array.shape)}")
+        elif dtype not in _KINDS.get(array.dtype, _FLOATS):
+            wrong.append(f"{name} is of type {dtype}")
+    if wrong:
+        raise UserError(f"the weights in {path} do not fit its config: {some(wrong)}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, if any is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
+def some(items: list[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def not_finite(weights: dict[str, mx.array]) -> list[str]:
+    """The names of arrays that hold a NaN or an infinity."""
+    bad = []
+    for name, x in weights.items():
+        if x.dtype not in _EXPONENT or x.size == 0:
+            continue
+        bits, ones = _EXPONENT[x.dtype]
+        if (mx.view(x, bits) & ones).max().item() == ones:  # 10 times faster than mx.isfinite
+            bad.append(name)
+    return bad
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError about the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {words(error)}") from error
+
+
+def words(error: BaseException) -> str:
+    """An exception's message on one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
