@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ops_reference import arrays, assert_close, assert_gradients, draw, reference
 
+from mlx_sleep.cli import doctor
 from mlx_sleep.errors import UserError
 from mlx_sleep.ops.gated_delta import gated_delta
 from mlx_sleep.ops.paths import VARIABLE, path
@@ -35,6 +36,16 @@ def test_the_variable(monkeypatch, op):
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(UserError, match="metal or array"):
         path(op, 1, 128, 128)
+
+
+def test_doctor_says_where_heads_go_that_no_kernel_takes(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    usual = path("gated_delta", 256, 20, 20)
+    assert doctor.examine()["odd_heads"] == ""
+    monkeypatch.setenv(VARIABLE, "metal")
+    report = doctor.examine()
+    assert report["odd_heads"] == usual
+    assert any(line.endswith(f"others go by {usual}") for line in doctor._lines(report))
 
 
 @pytest.mark.kernels

@@ -92,7 +92,7 @@ def convert(
         sleep["loop_range"] = _whole("--loop-range", loop_range, "7,21")
     inserted = None
     if insert is not None or insert_before is not None:
-        inserted = {"kind": insert_kind, "count": insert or 1}
+        inserted = {"kind": insert_kind, "count": insert}
         if insert_before is not None:
             inserted["before"] = _whole("--insert-before", insert_before, "2,6,10")
     try:

@@ -48,6 +48,7 @@ def examine() -> dict:
         "backend": None,
         "blas": {"status": BLAS.status, "detail": BLAS.detail, "gflops": None, "error": None},
         "ops": {},
+        "odd_heads": "",
         "kernels": _kernels(),
         "model": None,
         "data": _data_folder(),
@@ -69,6 +70,7 @@ def examine() -> dict:
                     f"matrix products are wrong on this CPU (relative error {wrong:.0e})"
                 )
         report["ops"] = _ops()
+        report["odd_heads"] = _odd_heads()
         report["model"] = _embedded_model()
         if report["model"]["problem"]:
             problems.append(report["model"]["problem"])
@@ -105,6 +107,14 @@ def _ops() -> dict[str, dict[str, str]]:
         for op in ("gated_delta", "ssd")
     }
     return ops | {"conv": {"prompt": conv_path(), "token": conv_path()}}
+
+
+def _odd_heads() -> str:
+    """The path of a prompt whose heads our Metal kernels do not support; "" for the usual one."""
+    from ..ops.paths import path
+
+    odd = path("gated_delta", 256, 20, 20)
+    return "" if odd == path("gated_delta", 256, 128, 128) else odd
 
 
 def _kernels() -> list[str]:
@@ -185,6 +195,10 @@ def _lines(report: dict) -> list[str]:
     for op, paths in report["ops"].items():
         rows.append((op, ", ".join(f"{path} for a {what}" for what, path in paths.items())))
     rows.append(("kernels", _kernels_line(report)))
+    if report["odd_heads"]:
+        rows.append(
+            ("", f"take heads of 32 to 256 in steps of 8; others go by {report['odd_heads']}")
+        )
     if model := report["model"]:
         rows.append(("model", _model_line(model)))
     data = report["data"]
