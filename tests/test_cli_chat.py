@@ -466,20 +466,28 @@ def test_an_idle_sleep_that_fails_is_shown_once_and_a_bug_is_raised():
 
 def test_ctrl_c_never_leaves_the_session_to_two_threads():
     session = Broken(None)
-    sleeping, finished = threading.Event(), threading.Event()
+    sleeping, interrupted, finished = (threading.Event() for _ in range(3))
 
     def sleep(on_pass, should_stop):
         sleeping.set()
-        time.sleep(0.5)  # one block of a large model
+        assert interrupted.wait(20)  # one block of a large model
+        time.sleep(0.2)
         finished.set()
         raise SleepCancelled
 
     session.sleep = sleep
     sleeper = IdleSleeper(session, 0.01, lambda text: None, lambda text: None)
     sleeper.start()
-    assert sleeping.wait(5)
+    assert sleeping.wait(20)
     main_thread = threading.main_thread().ident
-    threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+
+    def interrupt():
+        while not sleeper._stopped:  # until the main thread waits
+            time.sleep(0.01)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        interrupted.set()
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         sleeper.stop()
     assert finished.is_set()
