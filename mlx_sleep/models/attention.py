@@ -1,14 +1,56 @@
 """Causal softmax attention over a layer's KV cache, as every architecture here needs it.
 
-It rotates, appends, masks and attends; projections and norms are the architecture's. It doesn't
-know when a model sleeps: what the cache holds is the state that it was given.
+It doesn't know when a model sleeps: what the cache holds is the state that it was given.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .base import LayerState, append_kv
+
+
+class Attention(nn.Module):
+    """Attention with its projections: RoPE over matching halves, grouped KV heads.
+
+    sliding      newest tokens that a token sees, itself included; None for all
+    qkv_bias     whether q, k and v have biases
+    qk_norm_eps  of an RMSNorm over each head of q and k; None for no such norm
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rope_theta: float | None,
+        sliding: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.rope_theta, self.sliding = rope_theta, sliding
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        if qk_norm_eps is not None:
+            self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps)
+            self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps)
+
+    def __call__(self, x, state: LayerState, mask=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
+        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.sliding)
+        return self.o_proj(o), state
 
 
 def attend(

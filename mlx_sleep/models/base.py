@@ -17,6 +17,7 @@ SSM side by side has the entries of both.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,24 @@ class SleepConfig:
             object.__setattr__(self, "loop_range", (lo, hi))
         if self.carry_conv is None:
             object.__setattr__(self, "carry_conv", self.eviction == "sliding")
+
+    def visible(self, own: int | None = None) -> int | None:
+        """Newest tokens that a token sees, itself included: a layer's own limit (None is none),
+        and the window's under a sliding eviction."""
+        limits = [own, self.window if self.eviction == "sliding" else None]
+        return min((n for n in limits if n is not None), default=None)
+
+
+def from_config(cls, config: dict):
+    """An instance of the dataclass cls from the contents of config.json.
+
+    Fields that cls doesn't have are left out. UserError names what is missing.
+    """
+    names = inspect.signature(cls).parameters
+    missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    return cls(**{name: value for name, value in config.items() if name in names})
 
 
 class SleepModel(nn.Module):

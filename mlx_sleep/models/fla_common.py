@@ -7,8 +7,6 @@ and for a single token, over the state of `base`.
 
 from __future__ import annotations
 
-import inspect
-import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,20 +15,8 @@ import mlx.nn as nn
 from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.conv import short_conv
-from .attention import attend
-from .base import LayerState, SleepConfig
-
-
-def from_config(cls, config: dict):
-    """An instance of the dataclass cls from a config.json; fields that it lacks are left out.
-
-    UserError names what is missing.
-    """
-    names = inspect.signature(cls).parameters
-    missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-    if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
-    return cls(**{name: value for name, value in config.items() if name in names})
+from .attention import Attention
+from .base import SleepConfig, SleepModel, from_config
 
 
 @dataclass
@@ -78,34 +64,18 @@ def attention_layers(attn, hidden_size: int, layers: int) -> dict[int, Attention
     return found
 
 
-class Attention(nn.Module):
-    """Causal softmax attention with RoPE over matching halves, and grouped KV heads."""
-
-    def __init__(self, hidden_size: int, spec: AttentionSpec, sleep: SleepConfig):
-        super().__init__()
-        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
-        self.head_dim = hidden_size // spec.num_heads
-        self.rope_theta = spec.rope_theta
-        windows = [spec.window_size, sleep.window if sleep.eviction == "sliding" else None]
-        self.sliding = min((w for w in windows if w is not None), default=None)
-        kv = self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, kv, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, kv, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5)  # whatever the model's norm_eps is
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
-
-    def __call__(self, x, state: LayerState, mask):
-        B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
-        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        if "q_norm" in self:
-            q, k = self.q_norm(q), self.k_norm(k)
-        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.sliding)
-        return self.o_proj(o), state
+def make_attention(hidden_size: int, spec: AttentionSpec, sleep: SleepConfig) -> Attention:
+    """An attention layer as `spec` describes it."""
+    return Attention(
+        hidden_size,
+        spec.num_heads,
+        spec.num_kv_heads,
+        hidden_size // spec.num_heads,
+        rope_theta=spec.rope_theta,
+        sliding=sleep.visible(spec.window_size),
+        qkv_bias=spec.qkv_bias,
+        qk_norm_eps=1e-5 if spec.qk_norm else None,  # whatever the model's norm_eps is
+    )
 
 
 class ShortConv(nn.Module):
@@ -137,20 +107,6 @@ def convolve(x, convs: list[ShortConv], state, mask):
     return silu(y if bias is None else y + bias), state
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) with act "swish" or fla's "powlu"."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self._act = ACTIVATIONS[hidden_act]
-
-    def __call__(self, x):
-        return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
-
-
 def powlu(x, power: float = 3.0):
     """sigmoid(x) x where x <= 0, and sigmoid(x) x^(power / (sqrt(x) + 1)) above."""
     x, dtype = x.astype(mx.float32), x.dtype
@@ -169,14 +125,47 @@ def mlp_width(hidden_size: int, hidden_ratio: int | None, intermediate_size: int
     return 256 * -(-int(hidden_size * (hidden_ratio or 4) * 2 / 3) // 256)
 
 
-def l2_norm(x, eps: float = 1e-6):
-    """x / |x| over the last axis, computed in float32."""
-    x32 = x.astype(mx.float32)
-    return (x32 * mx.rsqrt((x32 * x32).sum(-1, keepdims=True) + eps)).astype(x.dtype)
+class Decoder(nn.Module):
+    """Embedding, blocks, and a final norm under the name `norm`."""
+
+    def __init__(self, args, block, norm: str, sleep: SleepConfig):
+        super().__init__()
+        attends = attention_layers(args.attn, args.hidden_size, args.num_hidden_layers)
+        self.embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [block(args, attends.get(i), sleep) for i in range(args.num_hidden_layers)]
+        self[norm] = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
 
 
-def decay_init(heads: int):
-    """A_log and dt_bias such that a head forgets over 10 to 1000 tokens at first (Mamba-2)."""
-    A = mx.random.uniform(1, 16, (heads,))
-    dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(1e-1), (heads,)))
-    return mx.log(A), dt + mx.log(-mx.expm1(-dt))  # dt_bias = softplus^-1(dt)
+class HybridModel(SleepModel):
+    """A whole model of fla, but for its blocks.
+
+    block(args, AttentionSpec or None, SleepConfig) makes one; decoder and norm are the names that
+    checkpoints give to all but the head, and to the final norm in it.
+    """
+
+    def __init__(self, args, block, decoder: str, norm: str):
+        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
+        self.args = args
+        self._names = decoder, norm
+        self[decoder] = Decoder(args, block, norm, self.sleep)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self[self._names[0]]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules of the blocks, in order."""
+        return self.decoder.layers
+
+    def embed(self, tokens):
+        return self.decoder.embeddings(tokens)
+
+    def block(self, i, h, layer_state, mask=None):
+        return self.decoder.layers[i](h, layer_state, mask)
+
+    def head(self, h):
+        h = self.decoder[self._names[1]](h)
+        return self.lm_head(h) if "lm_head" in self else self.decoder.embeddings.as_linear(h)

@@ -15,22 +15,19 @@ import mlx.nn as nn
 from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.gated_delta import gated_delta
-from ..ops.mixers import gated_delta_net
-from .base import SleepConfig, SleepModel
+from ..ops.mixers import gated_delta_net, l2_norm
+from .base import SleepConfig, from_config
 from .fla_common import (
     ACTIVATIONS,
-    Attention,
     AttentionSpec,
-    GatedMLP,
+    HybridModel,
     ShortConv,
-    attention_layers,
     convolve,
-    decay_init,
-    from_config,
-    l2_norm,
+    make_attention,
     mlp_width,
     taps,
 )
+from .layers import GatedMLP, decay_init
 
 GATES = {"swish": silu, "silu": silu, "sigmoid": mx.sigmoid}
 
@@ -176,14 +173,14 @@ class GatedDeltaNet(nn.Module):
 class Block(nn.Module):
     """h + mixer(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, args: ModelArgs, attention: AttentionSpec | None, sleep: SleepConfig):
+    def __init__(self, args: ModelArgs, spec: AttentionSpec | None, sleep: SleepConfig):
         super().__init__()
         D = args.hidden_size
         self.attn_norm = nn.RMSNorm(D, eps=args.norm_eps)
-        self.attn = Attention(D, attention, sleep) if attention else GatedDeltaNet(args)
+        self.attn = make_attention(D, spec, sleep) if spec else GatedDeltaNet(args)
         self.mlp_norm = nn.RMSNorm(D, eps=args.norm_eps)
         width = mlp_width(D, args.hidden_ratio, args.intermediate_size)
-        self.mlp = GatedMLP(D, width, args.hidden_act)
+        self.mlp = GatedMLP(D, width, ACTIVATIONS[args.hidden_act])
 
     def __call__(self, h, state, mask):
         out, state = self.attn(self.attn_norm(h), state, mask)
@@ -191,37 +188,8 @@ class Block(nn.Module):
         return h + self.mlp(self.mlp_norm(h)), state
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what checkpoints call `model`."""
-
-    def __init__(self, args: ModelArgs, sleep: SleepConfig):
-        super().__init__()
-        attends = attention_layers(args.attn, args.hidden_size, args.num_hidden_layers)
-        self.embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [Block(args, attends.get(i), sleep) for i in range(args.num_hidden_layers)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
-
-
-class Model(SleepModel):
+class Model(HybridModel):
     """The whole model."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
-        self.args = args
-        self.model = Decoder(args, self.sleep)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    @property
-    def layers(self):
-        return self.model.layers
-
-    def embed(self, tokens):
-        return self.model.embeddings(tokens)
-
-    def block(self, i, h, layer_state, mask=None):
-        return self.model.layers[i](h, layer_state, mask)
-
-    def head(self, h):
-        h = self.model.norm(h)
-        return self.lm_head(h) if "lm_head" in self else self.model.embeddings.as_linear(h)
+        super().__init__(args, Block, decoder="model", norm="norm")

@@ -19,16 +19,15 @@ from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.mixers import mamba2
 from ..ops.ssd import mamba2_gates, ssd
-from .base import SleepConfig, SleepModel
+from .base import SleepConfig, from_config
 from .fla_common import (
-    Attention,
     AttentionSpec,
+    HybridModel,
     ShortConv,
-    attention_layers,
     convolve,
-    decay_init,
-    from_config,
+    make_attention,
 )
+from .layers import decay_init
 
 
 @dataclass
@@ -161,12 +160,12 @@ class Mamba2(nn.Module):
 class Block(nn.Module):
     """h + mixer(norm(h))."""
 
-    def __init__(self, args: ModelArgs, attention: AttentionSpec | None, sleep: SleepConfig):
+    def __init__(self, args: ModelArgs, spec: AttentionSpec | None, sleep: SleepConfig):
         super().__init__()
         D = args.hidden_size
         self.residual_in_fp32 = args.residual_in_fp32
         self.norm = nn.RMSNorm(D, eps=args.norm_eps)
-        self.mixer = Attention(D, attention, sleep) if attention else Mamba2(args)
+        self.mixer = make_attention(D, spec, sleep) if spec else Mamba2(args)
 
     def __call__(self, h, state, mask):
         out, state = self.mixer(self.norm(h), state, mask)
@@ -175,37 +174,8 @@ class Block(nn.Module):
         return h + out, state
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what checkpoints call `backbone`."""
-
-    def __init__(self, args: ModelArgs, sleep: SleepConfig):
-        super().__init__()
-        attends = attention_layers(args.attn, args.hidden_size, args.num_hidden_layers)
-        self.embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [Block(args, attends.get(i), sleep) for i in range(args.num_hidden_layers)]
-        self.norm_f = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
-
-
-class Model(SleepModel):
+class Model(HybridModel):
     """The whole model."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
-        self.args = args
-        self.backbone = Decoder(args, self.sleep)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    @property
-    def layers(self):
-        return self.backbone.layers
-
-    def embed(self, tokens):
-        return self.backbone.embeddings(tokens)
-
-    def block(self, i, h, layer_state, mask=None):
-        return self.backbone.layers[i](h, layer_state, mask)
-
-    def head(self, h):
-        h = self.backbone.norm_f(h)
-        return self.lm_head(h) if "lm_head" in self else self.backbone.embeddings.as_linear(h)
+        super().__init__(args, Block, decoder="backbone", norm="norm_f")

@@ -9,7 +9,6 @@ checkpoints.
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass, field
 
@@ -21,9 +20,10 @@ from ..ops.activations import silu
 from ..ops.conv import dynamic_conv
 from ..ops.gated_delta import gated_delta
 from ..ops.mixers import l2_norm
-from .attention import attend
-from .base import SleepConfig, SleepModel
-from .sleep_hybrid import ACTIVATIONS, MLP
+from .attention import Attention
+from .base import SleepConfig, SleepModel, from_config
+from .layers import GatedMLP, decay_init
+from .sleep_hybrid import ACTIVATIONS
 
 LAYER_TYPES = ("jet", "attn", "swa")
 
@@ -54,7 +54,7 @@ class JetArgs:
     @classmethod
     def from_dict(cls, config: dict) -> JetArgs:
         """From efficient_attention_config["jet"]; fields that choose a kernel are ignored."""
-        return cls(**_known(cls, config))
+        return from_config(cls, config)
 
 
 @dataclass
@@ -99,16 +99,7 @@ class ModelArgs:
     @classmethod
     def from_dict(cls, config: dict) -> ModelArgs:
         """From the contents of config.json. UserError names what is missing."""
-        names = inspect.signature(cls).parameters
-        missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)}")
-        return cls(**_known(cls, config))
-
-
-def _known(cls, config: dict) -> dict:
-    names = inspect.signature(cls).parameters
-    return {name: value for name, value in config.items() if name in names}
+        return from_config(cls, config)
 
 
 class KernelGenerator(nn.Module):
@@ -159,10 +150,7 @@ class JetBlock(nn.Module):
         self.b_proj = nn.Linear(D, self.H, bias=False)
         self.a_proj = nn.Linear(D, self.H, bias=False)
         self.g_proj = nn.Linear(D, values, bias=False)
-        # A head forgets over 10 to 1000 tokens at first.
-        dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(1e-1), (self.H,)))
-        self.A_log = mx.log(mx.random.uniform(1, 16, (self.H,)))
-        self.dt_bias = dt + mx.log(-mx.expm1(-dt))  # softplus^-1(dt)
+        self.A_log, self.dt_bias = decay_init(self.H)
         self.dynamic_conv1d = DynamicConv(D, values, jet.conv_size, jet.dconv_generator_reduction)
         self.o_norm = nn.RMSNorm(self.Dv, eps=jet.norm_eps)
         self.o_proj = nn.Linear(values, D, bias=False)
@@ -184,33 +172,6 @@ class JetBlock(nn.Module):
         return self.o_proj(o.reshape(B, T, -1)), {"fast_weights": S, "conv": conv}
 
 
-class Attention(nn.Module):
-    """Causal softmax attention with RoPE and grouped KV heads; window None sees everything."""
-
-    def __init__(self, args: ModelArgs, window: int | None):
-        super().__init__()
-        D, H, Hkv, d = (
-            args.hidden_size,
-            args.num_attention_heads,
-            args.num_key_value_heads,
-            args.head_dim,
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = H, Hkv, d
-        self.rope_theta, self.window = args.rope_theta, window
-        self.q_proj = nn.Linear(D, H * d)
-        self.k_proj = nn.Linear(D, Hkv * d)
-        self.v_proj = nn.Linear(D, Hkv * d)
-        self.o_proj = nn.Linear(H * d, D, bias=False)
-
-    def __call__(self, x, state, mask):
-        B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
-        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.window)
-        return self.o_proj(o), state
-
-
 class Block(nn.Module):
     """h + mixer(norm(h)), then h + mlp(norm(h))."""
 
@@ -219,10 +180,16 @@ class Block(nn.Module):
         if kind == "jet":
             self.self_attn = JetBlock(args.hidden_size, args.jet)
         else:
-            windows = [args.swa_window] if kind == "swa" else []
-            windows += [sleep.window] if sleep.eviction == "sliding" else []
-            self.self_attn = Attention(args, min(windows, default=None))
-        self.mlp = MLP(args)
+            self.self_attn = Attention(
+                args.hidden_size,
+                args.num_attention_heads,
+                args.num_key_value_heads,
+                args.head_dim,
+                rope_theta=args.rope_theta,
+                sliding=sleep.visible(args.swa_window if kind == "swa" else None),
+                qkv_bias=True,
+            )
+        self.mlp = GatedMLP(args.hidden_size, args.intermediate_size, ACTIVATIONS[args.hidden_act])
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 

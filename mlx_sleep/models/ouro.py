@@ -22,7 +22,6 @@ left context) is each loop's own.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -30,8 +29,9 @@ import mlx.nn as nn
 
 from ..errors import UserError
 from ..ops.activations import silu
-from .attention import attend
-from .base import SleepConfig, SleepModel
+from .attention import Attention
+from .base import SleepConfig, SleepModel, from_config
+from .layers import GatedMLP
 
 
 @dataclass
@@ -82,55 +82,7 @@ class ModelArgs:
     @classmethod
     def from_dict(cls, config: dict) -> ModelArgs:
         """From the contents of config.json. UserError names what is missing."""
-        names = inspect.signature(cls).parameters
-        missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)}")
-        return cls(**{name: value for name, value in config.items() if name in names})
-
-
-class Attention(nn.Module):
-    """Causal softmax attention with RoPE."""
-
-    def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
-        super().__init__()
-        D, H, Hkv, d = (
-            args.hidden_size,
-            args.num_attention_heads,
-            args.num_key_value_heads,
-            args.head_dim,
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = H, Hkv, d
-        self.rope_theta = args.rope_theta
-        windows = [sleep.window] if sleep.eviction == "sliding" else []
-        windows += [args.sliding_window] if layer_type == "sliding_attention" else []
-        self.sliding = min(windows, default=None)
-        self.q_proj = nn.Linear(D, H * d, bias=False)
-        self.k_proj = nn.Linear(D, Hkv * d, bias=False)
-        self.v_proj = nn.Linear(D, Hkv * d, bias=False)
-        self.o_proj = nn.Linear(H * d, D, bias=False)
-
-    def __call__(self, x, state, mask):
-        B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
-        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.sliding)
-        return self.o_proj(o), state
-
-
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        D, inner = args.hidden_size, args.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
-
-    def __call__(self, x):
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return from_config(cls, config)
 
 
 class Block(nn.Module):
@@ -138,8 +90,17 @@ class Block(nn.Module):
 
     def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
         super().__init__()
-        self.self_attn = Attention(args, layer_type, sleep)
-        self.mlp = MLP(args)
+        self.self_attn = Attention(
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+            rope_theta=args.rope_theta,
+            sliding=sleep.visible(
+                args.sliding_window if layer_type == "sliding_attention" else None
+            ),
+        )
+        self.mlp = GatedMLP(args.hidden_size, args.intermediate_size, silu)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.input_layernorm_2 = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)

@@ -8,8 +8,6 @@ This file doesn't know how a model sleeps, only which numbers its config gives f
 
 from __future__ import annotations
 
-import inspect
-import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -18,8 +16,9 @@ import mlx.nn as nn
 from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.mixers import gated_delta_net, mamba2
-from .attention import attend
-from .base import SleepConfig, SleepModel
+from .attention import Attention
+from .base import SleepConfig, SleepModel, from_config
+from .layers import GatedMLP, conv_init, decay_init
 
 LAYER_TYPES = ("attention", "gated_deltanet", "mamba2")
 ACTIVATIONS = {"silu": silu, "relu": nn.relu, "gelu": nn.gelu}
@@ -74,44 +73,7 @@ class ModelArgs:
     @classmethod
     def from_dict(cls, config: dict) -> ModelArgs:
         """From the contents of config.json. UserError names what is missing."""
-        names = inspect.signature(cls).parameters
-        missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)}")
-        return cls(**{name: value for name, value in config.items() if name in names})
-
-
-class Attention(nn.Module):
-    """Causal softmax attention with RoPE, grouped KV heads and optional QK norm."""
-
-    def __init__(self, args: ModelArgs, sleep: SleepConfig):
-        super().__init__()
-        D, H, Hkv, d = (
-            args.hidden_size,
-            args.num_attention_heads,
-            args.num_key_value_heads,
-            args.head_dim,
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = H, Hkv, d
-        self.rope_theta = args.rope_theta
-        self.sliding = sleep.window if sleep.eviction == "sliding" else None
-        self.q_proj = nn.Linear(D, H * d, bias=False)
-        self.k_proj = nn.Linear(D, Hkv * d, bias=False)
-        self.v_proj = nn.Linear(D, Hkv * d, bias=False)
-        self.o_proj = nn.Linear(H * d, D, bias=False)
-        if args.qk_norm:
-            self.q_norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
-
-    def __call__(self, x, state, mask):
-        B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
-        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        if "q_norm" in self:
-            q, k = self.q_norm(q), self.k_norm(k)
-        o, state = attend(q, k, v, state, mask, rope_theta=self.rope_theta, sliding=self.sliding)
-        return self.o_proj(o), state
+        return from_config(cls, config)
 
 
 class GatedDeltaNet(nn.Module):
@@ -126,8 +88,8 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_qkv = nn.Linear(D, channels, bias=False)
         self.in_proj_z = nn.Linear(D, self.Hv * self.Dv, bias=False)
         self.in_proj_ba = nn.Linear(D, 2 * self.Hv, bias=False)
-        self.conv_weight = _conv_init(channels, args.linear_conv_kernel_dim)
-        self.A_log, self.dt_bias = _decay_init(self.Hv)
+        self.conv_weight = conv_init(channels, args.linear_conv_kernel_dim)
+        self.A_log, self.dt_bias = decay_init(self.Hv)
         self.norm = nn.RMSNorm(self.Dv, eps=args.rms_norm_eps)
         self.out_proj = nn.Linear(self.Hv * self.Dv, D, bias=False)
 
@@ -160,9 +122,9 @@ class Mamba2(nn.Module):
         self.inner, self.eps = self.H * self.P, args.rms_norm_eps
         channels = self.inner + 2 * self.G * self.N
         self.in_proj = nn.Linear(D, self.inner + channels + self.H, bias=False)
-        self.conv_weight = _conv_init(channels, args.linear_conv_kernel_dim)
+        self.conv_weight = conv_init(channels, args.linear_conv_kernel_dim)
         self.conv_bias = mx.zeros((channels,))
-        self.A_log, self.dt_bias = _decay_init(self.H)
+        self.A_log, self.dt_bias = decay_init(self.H)
         self.D = mx.ones((self.H,))
         self.norm = nn.RMSNorm(self.inner, eps=args.rms_norm_eps)
         self.out_proj = nn.Linear(self.inner, D, bias=False)
@@ -188,33 +150,26 @@ class Mamba2(nn.Module):
         return self.out_proj(o), {"fast_weights": S, "conv": conv}
 
 
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x))"""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        D, inner = args.hidden_size, args.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
-        self._act = ACTIVATIONS[args.hidden_act]
-
-    def __call__(self, x):
-        return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     """h + mixer(norm(h)), then h + mlp(norm(h))."""
 
     def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
         super().__init__()
         if layer_type == "attention":
-            self.mixer = Attention(args, sleep)
+            self.mixer = Attention(
+                args.hidden_size,
+                args.num_attention_heads,
+                args.num_key_value_heads,
+                args.head_dim,
+                rope_theta=args.rope_theta,
+                sliding=sleep.visible(),
+                qk_norm_eps=args.rms_norm_eps if args.qk_norm else None,
+            )
         else:
             self.mixer = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}[layer_type](args)
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.mlp = MLP(args)
+        self.mlp = GatedMLP(args.hidden_size, args.intermediate_size, ACTIVATIONS[args.hidden_act])
 
     def __call__(self, h, state, mask):
         out, state = self.mixer(self.mixer_norm(h), state, mask)
@@ -243,15 +198,3 @@ class Model(SleepModel):
     def head(self, h):
         h = self.norm(h)
         return self.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
-
-
-def _conv_init(channels: int, kernel: int):
-    bound = kernel**-0.5
-    return mx.random.uniform(-bound, bound, (channels, kernel))
-
-
-def _decay_init(heads: int):
-    """A_log and dt_bias such that a head forgets over 10 to 1000 tokens at first (Mamba-2)."""
-    A = mx.random.uniform(1, 16, (heads,))
-    dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(1e-1), (heads,)))
-    return mx.log(A), dt + mx.log(-mx.expm1(-dt))  # dt_bias = softplus^-1(dt)

@@ -112,8 +112,9 @@ def mamba2(
 
 
 def l2_norm(x, eps: float = 1e-6):
-    """x / |x| over the last axis."""
-    return x * mx.rsqrt((x * x).sum(-1, keepdims=True) + eps)
+    """x / |x| over the last axis, computed in float32."""
+    x32 = x.astype(mx.float32)
+    return (x32 * mx.rsqrt((x32 * x32).sum(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def _carried(conv, state, inputs, K, shape):
