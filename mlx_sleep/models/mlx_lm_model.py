@@ -15,6 +15,7 @@ import copy
 import inspect
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,8 +38,13 @@ TESTED = (
     "qwen3_next",
 )
 
+OLD = tuple(map(int, version("mlx-lm").split(".")[:2])) < (0, 32)
+"""Whether this is an mlx-lm before 0.32, as Python 3.10 has it."""
+NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
+"""What such an mlx-lm lacks, or reads otherwise."""
+
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
-_READ_LENGTHS = ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_next")
+_READ_LENGTHS = () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_next")
 _DECODERS = ("model", "backbone", "language_model.model", "transformer")
 _NORMS = ("norm", "norm_f", "final_layernorm", "embedding_norm", "final_norm", "ln_f")
 _MASKS = {"mask", "attn_mask", "mamba_mask"}
@@ -84,6 +90,8 @@ def _classes(config: dict) -> tuple[type[nn.Module], type]:
         raise UserError("the model brings its own code (model_file), which mlx-sleep never runs")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
         raise UserError(f"model_type must be a name, not {model_type!r}")
+    if OLD and model_type in NOT_IN_OLD:
+        raise UserError(f"{model_type} needs mlx-lm 0.32 or newer, and that Python 3.11")
     try:
         return _get_classes(config)
     except (AttributeError, ValueError) as error:
