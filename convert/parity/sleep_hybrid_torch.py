@@ -110,7 +110,7 @@ class GatedDeltaNet(nn.Module):
         qkv, conv = short_conv(self.in_proj_qkv(x), self.conv_weight, state.get("conv"))
         sizes = [self.Hk * self.Dk, self.Hk * self.Dk, self.Hv * self.Dv]
         q, k, v = F.silu(qkv).split(sizes, -1)
-        q, k = (_unit(a.view(B, T, self.Hk, self.Dk)) for a in (q, k))
+        q, k = (unit(a.view(B, T, self.Hk, self.Dk)) for a in (q, k))
         q, k = (a.repeat_interleave(self.Hv // self.Hk, 2) for a in (q, k))
         v = v.view(B, T, self.Hv, self.Dv)
         b, dt = self.in_proj_ba(x).chunk(2, -1)
@@ -250,7 +250,7 @@ class SleepHybrid(nn.Module):
         ]
 
 
-def _unit(x, eps=1e-6):
+def unit(x, eps=1e-6):
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
 
 

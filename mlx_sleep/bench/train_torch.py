@@ -1,91 +1,54 @@
 """The training step of `bench train` in PyTorch: what `mlx_sleep` is compared to.
 
-The hybrid of attention and Gated DeltaNet, Algorithm 1 with hard eviction, and the optimizer, with
-the same arithmetic and the parameters' names of models/sleep_hybrid.py, written for PyTorch: its
-attention, its triangular solver, its convolution. No padding, no sliding window, no Mamba-2. Needs
-the torch extra.
+The model is `convert.parity.sleep_hybrid_torch`, with its loop over tokens and its mask replaced
+by what is fast in PyTorch: chunks and the triangular solver, causal attention. Algorithm 1 with
+hard eviction, and the optimizer. No padding, no sliding window, no Mamba-2. Needs the torch extra.
 """
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..convert.parity import sleep_hybrid_torch as definition
+
 CHUNK = 32  # tokens of one triangular solve
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
-class Attention(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        D, d = args.hidden_size, args.head_dim
-        self.heads, self.kv_heads, self.d = args.num_attention_heads, args.num_key_value_heads, d
-        self.theta = args.rope_theta
-        self.q_proj = nn.Linear(D, self.heads * d, bias=False)
-        self.k_proj = nn.Linear(D, self.kv_heads * d, bias=False)
-        self.v_proj = nn.Linear(D, self.kv_heads * d, bias=False)
-        self.o_proj = nn.Linear(self.heads * d, D, bias=False)
-        self.q_norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
+class Attention(definition.Attention):
+    """For a window on its own, which is all that hard eviction leaves."""
 
-    def forward(self, x, S):
+    def forward(self, x, state, sliding):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.d)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.d)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
-        q, k = self.rotated(q), self.rotated(k)
-        gqa = self.heads != self.kv_heads
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1)), S
-
-    def rotated(self, x):
-        half = self.d // 2
-        at = torch.arange(x.shape[2], dtype=x.dtype, device=x.device)
-        rate = self.theta ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
-        angle = at[:, None] * rate
-        cos, sin = angle.cos(), angle.sin()
-        a, b = x.split(half, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        q = self.q_norm(self.q_proj(x).view(B, T, self.H, -1)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.Hkv, -1)).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.Hkv, -1).transpose(1, 2)
+        q, k = (definition.rope(a, 0, self.theta) for a in (q, k))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.Hkv)
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1)), {}
 
 
-class GatedDeltaNet(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        D = args.hidden_size
-        self.Hk, self.Hv = args.linear_num_key_heads, args.linear_num_value_heads
-        self.Dk, self.Dv = args.linear_key_head_dim, args.linear_value_head_dim
-        channels = 2 * self.Hk * self.Dk + self.Hv * self.Dv
-        self.in_proj_qkv = nn.Linear(D, channels, bias=False)
-        self.in_proj_z = nn.Linear(D, self.Hv * self.Dv, bias=False)
-        self.in_proj_ba = nn.Linear(D, 2 * self.Hv, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(channels, args.linear_conv_kernel_dim))
-        self.A_log = nn.Parameter(torch.empty(self.Hv))
-        self.dt_bias = nn.Parameter(torch.empty(self.Hv))
-        self.norm = nn.RMSNorm(self.Dv, eps=args.rms_norm_eps)
-        self.out_proj = nn.Linear(self.Hv * self.Dv, D, bias=False)
+class GatedDeltaNet(definition.GatedDeltaNet):
+    """By chunks; the convolution begins in each window and pass."""
 
-    def forward(self, x, S):
+    def forward(self, x, state, sliding):
         B, T, _ = x.shape
-        qkv = self.in_proj_qkv(x).transpose(1, 2)
-        K = self.conv_weight.shape[1]
-        qkv = F.conv1d(F.pad(qkv, (K - 1, 0)), self.conv_weight[:, None], groups=qkv.shape[1])
+        qkv, _ = definition.short_conv(self.in_proj_qkv(x), self.conv_weight, None)
         sizes = [self.Hk * self.Dk, self.Hk * self.Dk, self.Hv * self.Dv]
-        q, k, v = F.silu(qkv).transpose(1, 2).split(sizes, dim=-1)
-        q, k = (unit(a.reshape(B, T, self.Hk, self.Dk)) for a in (q, k))
+        q, k, v = F.silu(qkv).split(sizes, dim=-1)
+        q, k = (definition.unit(a.reshape(B, T, self.Hk, self.Dk)) for a in (q, k))
         group = self.Hv // self.Hk
         if group > 1:
             q, k = (a.repeat_interleave(group, dim=2) for a in (q, k))
         beta, a = self.in_proj_ba(x).chunk(2, dim=-1)
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
         v = v.reshape(B, T, self.Hv, self.Dv)
-        o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta.sigmoid(), S)
+        o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta.sigmoid(), state.get("S"))
         z = self.in_proj_z(x).view(B, T, self.Hv, self.Dv)
-        return self.out_proj((self.norm(o) * F.silu(z)).reshape(B, T, -1)), S
-
-
-def unit(x):
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+        return self.out_proj((self.norm(o) * F.silu(z)).reshape(B, T, -1)), {"S": S}
 
 
 def gated_delta(q, k, v, g, beta, S):
@@ -112,48 +75,22 @@ def gated_delta(q, k, v, g, beta, S):
     return torch.cat(outputs, dim=2).transpose(1, 2), S
 
 
-class MLP(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        D, inner = args.hidden_size, args.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
-        self.act = ACTIVATIONS[args.hidden_act]
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    def __init__(self, args, kind):
-        super().__init__()
-        self.mixer = {"attention": Attention, "gated_deltanet": GatedDeltaNet}[kind](args)
-        self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.mlp = MLP(args)
-
-    def forward(self, h, S):
-        out, S = self.mixer(self.mixer_norm(h), S)
-        h = h + out
-        return h + self.mlp(self.mlp_norm(h)), S
-
-
-class Model(nn.Module):
+class Model(definition.SleepHybrid):
     """args: the ModelArgs of sleep_hybrid, with QK norm and tied embeddings."""
 
     def __init__(self, args):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = nn.ModuleList(Block(args, kind) for kind in args.layer_types)
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        config = asdict(args)
+        super().__init__(config)
+        fast = {"attention": Attention, "gated_deltanet": GatedDeltaNet}
+        for layer, kind in zip(self.layers, args.layer_types, strict=True):
+            layer.mixer = fast[kind]({**definition.DEFAULTS, **config})
 
     def loss(self, windows, final, positions, targets, weights, passes: int):
         """Algorithm 1's loss: N passes over each of `windows` [B, T], one over `final` [B, F].
 
         positions, targets [B, K] int64 and weights [B, K] as in `train.Chunk`.
         """
-        state = [None] * len(self.layers)
+        state = self.fresh()
         for tokens in windows:
             h = self.embed_tokens(tokens)
             for _ in range(passes):
@@ -166,7 +103,7 @@ class Model(nn.Module):
 
     def blocks(self, h, state):
         for i, layer in enumerate(self.layers):
-            h, state[i] = layer(h, state[i])
+            h, state[i] = layer(h, state[i], None)
         return h
 
 
@@ -227,7 +164,9 @@ class Step:
     def __init__(self, args, weights: dict, muon_lr: float, adamw_lr: float, clip: float = 1.0):
         """weights: name -> numpy array, those of the MLX model."""
         self.model = Model(args)
-        self.model.load_state_dict({n: torch.from_numpy(x) for n, x in weights.items()})
+        tensors = {n: torch.from_numpy(x) for n, x in weights.items()}
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+        self.model.load_state_dict(tensors)
         named = list(self.model.named_parameters())
         muon = [p for name, p in named if p.ndim == 2 and "proj" in name]
         rest = [p for name, p in named if not (p.ndim == 2 and "proj" in name)]
