@@ -1,10 +1,14 @@
-"""What the kernel tests share: when they can run, and in which order the threads do."""
+"""What the tests share: random numbers; when kernels can run, and in which order the threads do."""
 
 from __future__ import annotations
 
 import mlx_sleep  # before MLX, for its BLAS  # isort: skip
 
+import os
+import secrets
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_sleep.kernels import harness
@@ -23,6 +27,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("kernels"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def rng(request):
+    """Fresh numbers for every test, MLX's too; a failed test says how to draw the same again."""
+    seed = int(os.environ.get("MLX_SLEEP_TEST_SEED") or secrets.randbits(32))
+    request.node.add_report_section("setup", "random numbers", f"MLX_SLEEP_TEST_SEED={seed}")
+    mx.random.seed(seed)
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture(params=(0, -1, 4321), ids=("forward", "backward", "random"))

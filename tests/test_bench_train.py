@@ -36,14 +36,18 @@ CONFIG = {
 
 
 def chunks_of(rng):
-    """Windows of 45 tokens: more than one chunk of the twin's solver, and not a multiple."""
-    windows = [Chunk(mx.array(rng.integers(0, 23, (3, T)))) for T in (45, 7)]
-    weights = rng.integers(0, 2, (3, 9)) * rng.random((3, 9))
+    """Windows of 45 tokens: more than one chunk of the twin's solver, and not a multiple.
+
+    There are labels enough for gradients of full rank: Muon makes every singular value one, and
+    with it whatever rounding left where there should be nothing.
+    """
+    windows = [Chunk(mx.array(rng.integers(0, 23, (6, T)))) for T in (45, 7)]
+    weights = rng.integers(0, 2, (6, 29)) * rng.random((6, 29))
     weights[:, 0] = 0
-    return [*windows, labelled(rng.integers(0, 23, (3, 9)), None, weights)]
+    return [*windows, labelled(rng.integers(0, 23, (6, 29)), None, weights)]
 
 
-def test_the_twin_takes_the_same_steps(tmp_path):
+def test_the_twin_takes_the_same_steps(tmp_path, rng):
     """Three steps: loss, gradients, clip, Muon and AdamW all show in the losses that follow."""
     pytest.importorskip("torch")
     from mlx_sleep.bench.train_torch import Step, tensors
@@ -53,24 +57,23 @@ def test_the_twin_takes_the_same_steps(tmp_path):
         (n, x + 0.1 * mx.random.normal(x.shape)) for n, x in tree_flatten(model.parameters())
     ]
     model.load_weights(weights)
-    rng = np.random.default_rng()
     plan = [chunks_of(rng) for _ in range(3)]
-    step = Step(model.args, {n: np.array(x) for n, x in weights}, 0.02, 0.01)
+    step = Step(model.args, {n: np.array(x) for n, x in weights}, 0.004, 0.002)
     theirs = [step(tensors(chunks), 3) for chunks in plan]
     ours = []
     trainer = Trainer(
         model, tmp_path, {}, 3, lambda i: (plan[i], 3), warmup=0, cooldown=1e-9,
-        muon_lr=0.02, adamw_lr=0.01,
+        muon_lr=0.004, adamw_lr=0.002,
     )  # fmt: skip
     trainer.run(lambda row: ours.append(row["loss"]))
     np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-5)
     np.testing.assert_allclose(ours, theirs, rtol=2e-3)
     after = {n: x.detach().numpy() for n, x in step.model.named_parameters()}
-    for name, x in tree_flatten(model.parameters()):
-        np.testing.assert_allclose(np.array(x), after[name], atol=5e-3, err_msg=name)
-    # The steps themselves are far larger than that.
-    moved = [np.abs(after[n] - np.array(x)).max() for n, x in weights]
-    assert np.median(moved) > 0.02
+    before, ours = dict(weights), dict(tree_flatten(model.parameters()))
+    apart = {
+        n: np.linalg.norm(ours[n] - x) / np.linalg.norm(before[n] - x) for n, x in after.items()
+    }
+    assert max(apart.values()) <= 0.2, apart
 
 
 def test_rows_and_their_ratio():

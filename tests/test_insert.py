@@ -62,14 +62,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    mx.random.seed(seed)
-    return np.random.default_rng(seed)
-
-
 def tokens(rng, *shape):
     return mx.array(rng.integers(0, 61, shape))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
-import numpy as np
 import pytest
 from kernel_checks import draw_conv, draw_gated_delta_mixer, draw_ssd_mixer
 from ops_reference import NAMES, arrays, draw
@@ -15,11 +14,6 @@ from mlx_sleep.ops.paths import VARIABLE
 
 assert mlx_sleep  # imported for its effect
 SHAPE = {"T": 3, "Dk": 32, "Dv": 40}
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
 
 
 def fails(what, run, *args, **more):

@@ -23,11 +23,6 @@ from mlx_sleep.ops.paths import VARIABLE
 assert mlx_sleep  # imported for its effect
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def gated_delta_token(rng):
     *inputs, eps, state, Hk = draw_gated_delta_mixer(rng, B=1, Hk=1, Hv=2, Dk=32, Dv=32, K=4)
     token = [x[:, None] for x in inputs[:3]]

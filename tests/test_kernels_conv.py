@@ -18,11 +18,6 @@ assert mlx_sleep  # imported for its effect
 pytestmark = pytest.mark.kernels
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 SHAPES = ({}, {"T": 1}, {"T": 2, "C": 70}, {"T": 32, "K": 2}, {"T": 67, "B": 3, "C": 3})
 
 

@@ -26,11 +26,6 @@ C = 16  # tokens a chunk where Dk <= 128
 SMALL = {"Dk": 32, "Dv": 32}
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 WIDE = {
     "jet, bfloat16": (96, 256, mx.bfloat16),
     "wide keys, float16": (256, 64, mx.float16),
@@ -58,7 +53,9 @@ def test_prefill_of_other_heads(rng, what):
 def test_one_key_over_and_over(rng, beta):
     inputs = draw(rng, T=3 * C, g=-1e-3, beta=beta, **SMALL)
     inputs[1][:] = inputs[1][:, :1]
-    assert_close(kernels.prefill(*arrays(inputs)), reference(RULE, *inputs), 1e-5)
+    # At beta = 2 every step is a reflection: no rounding ever fades.
+    tolerance = 2e-6 if beta <= 1 else 5e-5
+    assert_close(kernels.prefill(*arrays(inputs)), reference(RULE, *inputs), tolerance)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="only the harness counts")

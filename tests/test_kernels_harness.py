@@ -18,11 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.fixture(scope="module")
 def mlx_lm():
     """mlx-lm's model files, loaded as if Metal were here, with the harness in Metal's place."""

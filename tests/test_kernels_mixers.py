@@ -50,11 +50,6 @@ def ssd_case(rng):
 CASES = {"gated_delta": gated_delta_case, "ssd": ssd_case}
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def names(launches):
     return [launch.name for launch in launches]
 

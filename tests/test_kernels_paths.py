@@ -18,11 +18,6 @@ assert mlx_sleep  # imported for its effect
 OPS = {"gated_delta": gated_delta, "ssd": ssd}
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_the_variable(monkeypatch, op):
     monkeypatch.setenv(VARIABLE, "array")

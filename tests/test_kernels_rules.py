@@ -28,11 +28,6 @@ C = 16  # tokens a chunk where Dk <= 128
 SMALL = {"Dk": 32, "Dv": 32}
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.fixture(params=RULES.values(), ids=str)
 def rule(request):
     return request.param

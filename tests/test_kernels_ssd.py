@@ -28,11 +28,6 @@ C = 16  # tokens a chunk where Dk <= 128
 SMALL = {"Dk": 32, "Dv": 32}
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 WIDE = {
     "bfloat16": (128, 64, mx.bfloat16),
     "wide keys, float16": (256, 64, mx.float16),

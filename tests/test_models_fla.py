@@ -61,14 +61,6 @@ def randomize(model):
     model.load_weights([(n, fresh(n, x)) for n, x in tree_flatten(model.parameters())])
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    mx.random.seed(seed)
-    return np.random.default_rng(seed)
-
-
 def tokens(rng, *shape):
     return mx.array(rng.integers(0, 61, shape))
 

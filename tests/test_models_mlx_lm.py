@@ -145,14 +145,6 @@ OTHERS = {  # of the usual structure, not in TESTED
 }
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    mx.random.seed(seed)
-    return np.random.default_rng(seed)
-
-
 def make(name: str, sleep: dict | None = None, **fields) -> Model:
     if OLD and name in NOT_IN_OLD:
         pytest.skip(f"this mlx-lm has no {name} of the kind")

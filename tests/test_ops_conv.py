@@ -68,8 +68,7 @@ def test_any_shape_state_and_padding(op, B, T, C, K, seed, carried, padded):
 
 
 @each_op
-def test_padding_may_hold_anything(op):
-    rng = np.random.default_rng()
+def test_padding_may_hold_anything(op, rng):
     x, weight, state = draw(rng, op, B=1, T=6)
     spoiled = x.copy()
     spoiled[:, 4:] = np.nan
@@ -81,8 +80,7 @@ def test_padding_may_hold_anything(op):
 
 
 @each_op
-def test_in_parts_to_the_bit(op):
-    rng = np.random.default_rng()
+def test_in_parts_to_the_bit(op, rng):
     x, weight, state = (array(a) for a in draw(rng, op, T=13, C=7))
     y, final = op(x, weight, state)
     for sizes in ([1] * 13, [2, 1, 7, 3], [12, 1]):
@@ -97,8 +95,7 @@ def test_in_parts_to_the_bit(op):
 
 
 @each_op
-def test_against_mlx(op):
-    rng = np.random.default_rng()
+def test_against_mlx(op, rng):
     x, weight, state = (array(a) for a in draw(rng, short_conv, T=40, C=16))
     theirs = mx.conv1d(mx.concatenate([state, x], axis=1), weight[..., None], groups=16)
     # The same taps at every token make the dynamic convolution a static one.
@@ -109,9 +106,8 @@ def test_against_mlx(op):
 @each_op
 @pytest.mark.parametrize("padded", (False, True))
 @pytest.mark.parametrize(("T", "K"), ((1, 4), (2, 4), (9, 4), (6, 2), (5, 1)))
-def test_gradients(op, T, K, padded):
+def test_gradients(op, T, K, padded, rng):
     """The map is linear in each argument, so central differences of float64 loops are exact."""
-    rng = np.random.default_rng()
     inputs = draw(rng, op, B=2, T=T, C=3, K=K)
     lengths = (T, T // 2) if padded else (T, T)
     mask = np.arange(T) < np.array(lengths)[:, None]
@@ -150,8 +146,8 @@ def gradients(op, inputs, mask=None):
 
 
 @each_op
-def test_checkpointed_and_compiled_gradients_of_a_padded_batch(op):
-    inputs = [array(a) for a in draw(np.random.default_rng(), op)]
+def test_checkpointed_and_compiled_gradients_of_a_padded_batch(op, rng):
+    inputs = [array(a) for a in draw(rng, op)]
     mask = mx.array(np.arange(9) < np.array([[9], [2]]))
     expected = gradients(op, inputs, mask)
     checkpointed = gradients(mx.checkpoint(op), inputs, mask)
@@ -161,8 +157,8 @@ def test_checkpointed_and_compiled_gradients_of_a_padded_batch(op):
             assert mx.allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_dynamic_gradients_are_those_of_the_definition():
-    inputs = [array(a) for a in draw(np.random.default_rng(), dynamic_conv, B=3, T=11)]
+def test_dynamic_gradients_are_those_of_the_definition(rng):
+    inputs = [array(a) for a in draw(rng, dynamic_conv, B=3, T=11)]
     mask = mx.array(np.arange(11) < np.array([[11], [3], [0]]))
     expected = gradients(dynamic_conv_naive, inputs, mask)
     for x, y in zip(gradients(dynamic_conv, inputs, mask), expected, strict=True):
@@ -170,9 +166,9 @@ def test_dynamic_gradients_are_those_of_the_definition():
 
 
 @each_op
-def test_strided_inputs(op):
+def test_strided_inputs(op, rng):
     """The dynamic form reads its inputs through strides of its own."""
-    x, weight, _ = (array(a) for a in draw(np.random.default_rng(), op, B=2, T=9, C=6))
+    x, weight, _ = (array(a) for a in draw(rng, op, B=2, T=9, C=6))
     y, after = op(x, weight)
     turned = mx.contiguous(x.transpose(0, 2, 1)).transpose(0, 2, 1)
     every_other = mx.contiguous(mx.repeat(x, 2, axis=2))[..., ::2]
@@ -182,30 +178,30 @@ def test_strided_inputs(op):
 
 
 @each_op
-def test_no_tokens(op):
-    x, weight, state = (array(a) for a in draw(np.random.default_rng(), op))
+def test_no_tokens(op, rng):
+    x, weight, state = (array(a) for a in draw(rng, op))
     taps = weight if op is short_conv else weight[:, :0]
     y, after = op(x[:, :0], taps, state)
     assert y.shape == (2, 0, 5) and mx.array_equal(after, state)
 
 
 @each_op
-def test_dtype_follows_the_input(op):
-    x, weight, state = (array(a) for a in draw(np.random.default_rng(), op))
+def test_dtype_follows_the_input(op, rng):
+    x, weight, state = (array(a) for a in draw(rng, op))
     y, after = op(x.astype(mx.bfloat16), weight, state)
     assert y.dtype == mx.bfloat16 and after.dtype == mx.bfloat16
 
 
-def test_dynamic_weights_of_another_shape_are_not_broadcast():
-    x, weight, state = (array(a) for a in draw(np.random.default_rng(), dynamic_conv))
+def test_dynamic_weights_of_another_shape_are_not_broadcast(rng):
+    x, weight, state = (array(a) for a in draw(rng, dynamic_conv))
     for wrong in (weight[:1], weight[:, :1], weight[:, :, :1], weight[0, 0]):
         with pytest.raises(ValueError, match="needs weights"):
             dynamic_conv(x, wrong, state)
 
 
 @pytest.mark.kernels
-def test_the_dynamic_form_takes_the_kernel_when_told(monkeypatch):
-    inputs = [array(a) for a in draw(np.random.default_rng(), dynamic_conv, T=7)]
+def test_the_dynamic_form_takes_the_kernel_when_told(monkeypatch, rng):
+    inputs = [array(a) for a in draw(rng, dynamic_conv, T=7)]
     mask = mx.array(np.arange(7) < np.array([[7], [3]]))
     expected = [np.array(a) for a in gradients(dynamic_conv, inputs, mask)]
     monkeypatch.setenv(VARIABLE, "metal")

@@ -30,11 +30,6 @@ assert mlx_sleep  # imported for its effect
 RULE = "gated_delta"
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.mark.parametrize("beta", (0.5, 1.0, 2.0))
 def test_one_key_over_and_over(rng, beta):
     """The system that the chunk form solves is at its worst when all keys are the same."""

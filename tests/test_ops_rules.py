@@ -35,11 +35,6 @@ def cases(lengths):
     return pytest.mark.parametrize(("rule", "form", "T"), found, ids=str)
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.fixture(params=RULES.values(), ids=str)
 def rule(request):
     return request.param
@@ -170,7 +165,9 @@ def test_extreme_gates(rng, rule, gate, beta):
     if g is None:
         g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -rng.exponential(0.05, (2, T, 4)))
     inputs = draw(rng, T=T, g=g, beta=beta)
-    assert_close(rule.chunk(*arrays(inputs)), reference(rule.name, *inputs), 3e-6)
+    # At beta = 2 every write is a reflection, and rounding does not fade.
+    tolerance = 1e-5 if beta == 2 else 3e-6
+    assert_close(rule.chunk(*arrays(inputs)), reference(rule.name, *inputs), tolerance)
     to = weights(rng, inputs)
     got, expected = (gradients(form, inputs, to) for form in (rule.chunk, rule.naive))
     for x, y in zip(got, expected, strict=True):

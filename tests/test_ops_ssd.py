@@ -14,11 +14,6 @@ from mlx_sleep.ops.ssd import mamba2_gates, ssd, ssd_chunk, ssd_naive, ssd_step
 assert mlx_sleep  # imported for its effect
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def test_decay_matrix(rng):
     g = -rng.exponential(3.0, (3, 9))
     total = np.array(

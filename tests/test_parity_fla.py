@@ -17,13 +17,6 @@ from mlx_sleep.convert.pipeline import convert  # noqa: E402
 from mlx_sleep.models.load import load_model  # noqa: E402
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    return np.random.default_rng(seed)
-
-
 @pytest.mark.parametrize("name", fla.CONFIGS)
 def test_parity(rng, name):
     pair = fla.build(name, rng)

@@ -39,14 +39,14 @@ def pairs():
 
 @pytest.mark.parametrize("variant", (0, 1), ids=("tied", "wide"))
 @pytest.mark.parametrize("case", CASES)
-def test_logits(pairs, case, variant):
-    for error, agreement in jet_nemotron.compare(case, *pairs[variant], np.random.default_rng()):
+def test_logits(pairs, case, variant, rng):
+    for error, agreement in jet_nemotron.compare(case, *pairs[variant], rng):
         assert error <= LIMIT and agreement >= 0.95
 
 
 @pytest.mark.parametrize("case", ("prefill", "steps"))
-def test_attention_layers_are_those_of_qwen2(pairs, case):
-    found = jet_nemotron.compare(case, *jet_nemotron.qwen_pair(), np.random.default_rng())
+def test_attention_layers_are_those_of_qwen2(pairs, case, rng):
+    found = jet_nemotron.compare(case, *jet_nemotron.qwen_pair(), rng)
     assert max(error for error, _ in found) <= LIMIT
 
 
@@ -61,9 +61,9 @@ def slept(ours, theirs, passes, rng):
 
 
 @pytest.mark.parametrize("passes", (1, 2, 3))
-def test_fast_weights_after_a_sleep(pairs, passes):
+def test_fast_weights_after_a_sleep(pairs, passes, rng):
     for ours, theirs in pairs:
-        for mine, other in zip(*slept(ours, theirs, passes, np.random.default_rng()), strict=True):
+        for mine, other in zip(*slept(ours, theirs, passes, rng), strict=True):
             assert ("fast_weights" in mine) == ("S" in other)
             assert ("conv" in mine) == ("conv" in other) and ("keys" in mine) == ("k" in other)
             if "S" in other:
@@ -73,11 +73,11 @@ def test_fast_weights_after_a_sleep(pairs, passes):
                 assert mine["length"] == other["k"].shape[2] and mine["offset"] == other["seen"]
 
 
-def test_the_comparison_sees_a_mistake_in_algorithm_1(pairs, monkeypatch):
+def test_the_comparison_sees_a_mistake_in_algorithm_1(pairs, monkeypatch, rng):
     ours, theirs = pairs[0]
 
     def error(case="sleep_2"):
-        return max(e for e, _ in jet_nemotron.compare(case, ours, theirs, np.random.default_rng()))
+        return max(e for e, _ in jet_nemotron.compare(case, ours, theirs, rng))
 
     assert error() <= LIMIT
     right = theirs.sleep

@@ -24,11 +24,9 @@ HYBRIDS = [name for name in mlx_lm.CONFIGS if name not in ("llama", "qwen2", "qw
 
 
 @pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
+def rng(rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    return rng
 
 
 @pytest.mark.parametrize("architecture", mlx_lm.CONFIGS)

@@ -24,14 +24,6 @@ HARD = {"window": parity.WINDOW}
 SLIDING = {"window": parity.WINDOW, "eviction": "sliding"}
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    mx.random.seed(seed)
-    return np.random.default_rng(seed)
-
-
 def make(sleep=HARD, layers=parity.SLEEP_LAYERS, **changes):
     config = {**ARCHITECTURE.config(parity.config(sleep_layers=layers, **changes)), "sleep": sleep}
     model = Model(ModelArgs.from_dict(config))

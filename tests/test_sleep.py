@@ -50,20 +50,13 @@ def fast_weights(state):
     return {i: np.array(s["fast_weights"]) for i, s in enumerate(state) if "fast_weights" in s}
 
 
-def assert_same_S(state, reference, rtol=2e-5):
+def assert_same_S(state, reference, rtol=1e-4):
+    # Deliberate mistakes are off by sixty times that or more, rounding by a fifth at most.
     ours = fast_weights(state)
     assert ours
     for i, S in ours.items():
         scale = np.abs(reference[i]["S"]).max()
         assert np.abs(S[0] - reference[i]["S"]).max() < rtol * scale
-
-
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy % 2**32
-    print("seed", seed)  # shown when a test fails
-    mx.random.seed(seed)
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -165,7 +158,7 @@ def test_sliding_against_the_reference(rng, passes, carry_conv):
         assert_same_S(state, expected)
     x = tokens(rng, 5)
     logits, _ = model(mx.array(x[None]), state)
-    np.testing.assert_allclose(logits[0], ref.forward(x, expected)[0], atol=1e-4)
+    np.testing.assert_allclose(logits[0], ref.forward(x, expected)[0], atol=5e-4)
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
