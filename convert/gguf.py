@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UserError
-from ..models.weights import words
+from ..files import words
 from . import gguf_tokenizer
 
 _LAYER = {

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..errors import UserError
-from ..models.weights import nearest, some, words
+from ..files import words
+from ..models.weights import nearest, some
 from .architectures.base import Architecture, Weights
 
 # What wrappers put in front of a name or between its parts: DataParallel, torch.compile, FSDP,

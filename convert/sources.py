@@ -16,8 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UserError
+from ..files import reading, words
 from ..models.load import read_config
-from ..models.weights import read_headers, reading, weight_files, words
+from ..models.weights import read_headers, weight_files
 from . import gguf, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..models.weights import words
+from ..files import words
 from .writer import Entry, write_file
 
 # Where trainers put the state dict in a checkpoint that holds more.

@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError
+from ..files import read_json, words
 from ..models.load import load_model
-from ..models.weights import read_json, weight_files, words
+from ..models.weights import weight_files
 from .pipeline import REPORT
 from .sources import Source, open_source
 

@@ -1,6 +1,6 @@
 """Files that survive crashes: a lock that goes with its process, atomic replacement, fsync.
 
-Knows nothing of what the files hold. What is made here, its owner alone can read.
+What is made here, its owner alone can read. What cannot be read is said in one line.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,3 +152,31 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError about the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {words(error)}") from error
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. UserError when it holds anything else."""
+    with reading(file):
+        text = file.read_bytes()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {words(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold one JSON object")
+    return value
+
+
+def words(error: BaseException) -> str:
+    """An exception's message on one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .weights import words
+from ..files import words
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -22,17 +22,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from ..files import read_json, reading, words
 from .folder import copy_tokenizer, new_folder, write_json
-from .weights import (
-    check_tensors,
-    not_finite,
-    read_headers,
-    read_json,
-    reading,
-    some,
-    weight_files,
-    words,
-)
+from .weights import check_tensors, not_finite, read_headers, some, weight_files
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """The folder of the model that comes with the package."""

@@ -6,12 +6,11 @@ from the headers of the files is checked here.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from ..files import read_json, reading
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I32": 4, "I64": 8, "BOOL": 1}
 _KINDS = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # quantized weights; all else is floating
@@ -31,19 +31,6 @@ _EXPONENT = {
 }
 INDEX = "model.safetensors.index.json"
 """Says which shard holds which tensor."""
-
-
-def read_json(file: Path) -> dict:
-    """The JSON object in a file. UserError when it holds anything else."""
-    with reading(file):
-        text = file.read_bytes()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {words(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must hold one JSON object")
-    return value
 
 
 def weight_files(path: Path, index: str = INDEX) -> list[Path]:
@@ -157,18 +144,3 @@ def not_finite(weights: dict[str, mx.array]) -> list[str]:
         if (mx.view(x, bits) & ones).max().item() == ones:  # 10 times faster than mx.isfinite
             bad.append(name)
     return bad
-
-
-@contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError about the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {words(error)}") from error
-
-
-def words(error: BaseException) -> str:
-    """An exception's message on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__

@@ -18,12 +18,12 @@ as cost what N passes would), `stages`. This file makes no model and no data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import read_json
 from ..tasks.synthetic import whole
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -71,7 +71,7 @@ def read_plan(task: str, size: str) -> dict:
     if not own and size not in sizes(task):
         raise UserError(f"unknown size {size!r}; one of {', '.join(sizes(task))}, or a .json file")
     path = Path(size) if own else CONFIGS / f"{task}_{size}.json"
-    plan = _read(path)
+    plan = read_json(path)
     for key, kind in _KEYS.items():
         if not isinstance(plan.get(key), kind):
             raise UserError(f"{path} lacks {key!r}, or it is no {kind.__name__}")
@@ -90,7 +90,7 @@ def read_model(name: str) -> dict:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json")))
         raise UserError(f"unknown model {name!r}; known: {known}")
-    return _read(path)
+    return read_json(path)
 
 
 def make_runs(
@@ -179,15 +179,3 @@ def _matched(steps: int, model: dict, task) -> int:
     slept, answered = task.windows * task.window, task.final_tokens
     cost = (model["flops_of_passes"] * slept + answered) / (slept + answered)
     return round(steps * cost)
-
-
-def _read(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold one JSON object")
-    return value

@@ -11,7 +11,6 @@ are the task's own (`tasks.memory.Level`). Nothing here knows a terminal.
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from ..files import read_json
 from ..models.sleep_hybrid import Model, ModelArgs
 from ..train import Chunk, Trainer, labelled
 from .memory import Level, MemoryTask
@@ -32,17 +32,10 @@ TASKS = ("memory",)
 def read_recipe(name: str) -> dict:
     """A recipe by its path, or by the name of one inside the package."""
     path = Path(name) if Path(name).suffix == ".json" else RECIPES / f"{name}.json"
-    try:
-        recipe = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.json")))
-        raise UserError(f"no recipe {name!r}; give a .json file or one of: {known}") from None
-    except OSError as e:
-        raise UserError(f"cannot read the recipe {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path} must hold one JSON object")
+        raise UserError(f"no recipe {name!r}; give a .json file or one of: {known}")
+    recipe = read_json(path)
     for key in ("task", "batch", "model", "optimizer", "stages"):
         if key not in recipe:
             raise UserError(f"{path} lacks {key!r}")
