@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -21,7 +22,6 @@ from mlx_sleep.convert import downloads
 from mlx_sleep.convert.architectures import architectures, for_ours
 from mlx_sleep.convert.export import export
 from mlx_sleep.convert.mapping import TensorError
-from mlx_sleep.convert.parity import sleep_hybrid
 from mlx_sleep.convert.pipeline import REPORT, convert
 from mlx_sleep.convert.quantize import NumberTypes
 from mlx_sleep.convert.verify import verify
@@ -604,13 +604,12 @@ def test_models_parity_without_torch(monkeypatch):
 def test_models_parity_rows(monkeypatch):
     from mlx_sleep.convert import parity
 
-    def cases():
-        yield parity.Case("sleep_hybrid", "somebody's", "prefill", 1e-6, 1.0)
-        yield parity.Case("ouro", "somebody's", "prefill", 2e-6, 1.0)
+    def run(architecture):
+        yield parity.Case(architecture, "somebody's", "prefill", 2e-6, 1.0)
 
+    module = SimpleNamespace(ARCHITECTURES=("sleep_hybrid", "ouro"), run=run)
     monkeypatch.setattr(parity, "find_spec", lambda name: name)
-    monkeypatch.setattr(parity, "modules", lambda: ["sleep_hybrid"])
-    monkeypatch.setattr(sleep_hybrid, "run", cases)
+    monkeypatch.setattr(parity, "_modules", lambda: [module])
     result = json.loads(run_models("parity", "ouro", "--json").stdout)
     assert result["command"] == "models parity" and result["device"]
     assert result["rows"] == [
@@ -622,6 +621,9 @@ def test_models_parity_rows(monkeypatch):
             "greedy_agreement": 1.0,
         }
     ]
+    unknown = run_models("parity", "uoro").exception
+    assert isinstance(unknown, UserError)
+    assert str(unknown) == "no comparison of 'uoro'; there are: sleep_hybrid, ouro"
 
 
 @pytest.mark.parametrize("offline", [True, False])

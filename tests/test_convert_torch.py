@@ -145,7 +145,7 @@ def test_truncated_files(tmp_path, source, state, kept):
 
 @pytest.fixture(scope="module")
 def cases():
-    return {case.case: case for case in sleep_hybrid.run()}
+    return {case.case: case for case in sleep_hybrid.run("sleep_hybrid")}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,17 +1,18 @@
 """Our models against PyTorch's, on the same weights: what `mlx-sleep models parity` shows.
 
-A module of this package with a function `run() -> Iterator[Case]` compares one or more
-architectures; modules that end in _torch hold PyTorch models for it. Torch is imported when a
+A module of this package compares the architectures in its ARCHITECTURES, each by `run(architecture)
+-> Iterator[Case]`; modules that end in _torch hold PyTorch models for it. Torch is imported when a
 comparison runs.
 """
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 from ...errors import UserError
 
@@ -37,22 +38,23 @@ class Case:
 CASES = ("prefill", "steps", "padded", "sleep_1", "sleep_2", "sleep_3", "evicted")
 
 
-def modules() -> list[str]:
-    """The modules that compare."""
-    names = (info.name for info in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if not name.endswith("_torch"))
+def _modules() -> list[ModuleType]:
+    names = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    return [import_module(f"{__name__}.{name}") for name in names if not name.endswith("_torch")]
 
 
 def run(architectures: list[str] | None = None) -> Iterator[Case]:
-    """All cases, or those of some architectures. UserError without torch."""
+    """All cases, or those of some architectures. UserError without torch, or for an unknown one."""
     for extra in ("torch", "transformers"):
         if find_spec(extra) is None:
             raise UserError(f"parity needs {extra}; pip install 'mlx-sleep[torch]'")
+    known = {name: module for module in _modules() for name in module.ARCHITECTURES}
+    if unknown := [name for name in architectures or () if name not in known]:
+        raise UserError(f"no comparison of {unknown[0]!r}; there are: {', '.join(known)}")
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it tells of each fast kernel that it does without
     logging.disable_progress_bar()
-    for name in modules():
-        for case in importlib.import_module(f"{__name__}.{name}").run():
-            if not architectures or case.architecture in architectures:
-                yield case
+    for name, module in known.items():
+        if not architectures or name in architectures:
+            yield from module.run(name)

@@ -15,6 +15,7 @@ from ...sleep import consolidate
 from ..architectures.jet_nemotron import ARCHITECTURE
 from . import CASES, Case
 
+ARCHITECTURES = (ARCHITECTURE.model_type,)
 REFERENCE = "PyTorch model from the published code's facts, recurrence of transformers"
 QWEN = "transformers Qwen2, for attention layers only"
 
@@ -79,7 +80,7 @@ VARIANTS = (
 LENGTH = 37  # of the longest inputs: more than one chunk of the recurrence, and no multiple of one
 
 
-def run() -> Iterator[Case]:
+def run(architecture: str) -> Iterator[Case]:
     """All cases; each is the worst of both VARIANTS. Random weights and tokens, new each time."""
     pairs = [pair(config, sleep) for config, sleep in VARIANTS]
     rng = np.random.default_rng()
@@ -93,7 +94,7 @@ def run() -> Iterator[Case]:
 
 def _worst(reference, case, found) -> Case:
     errors, agreements = zip(*found, strict=True)
-    return Case("jet_nemotron", reference, case, max(errors), min(agreements))
+    return Case(ARCHITECTURE.model_type, reference, case, max(errors), min(agreements))
 
 
 def pair(config: dict, sleep: dict):

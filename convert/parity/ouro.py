@@ -21,6 +21,7 @@ from ...sleep import consolidate
 from ..architectures.ouro import ARCHITECTURE
 from . import CASES, Case
 
+ARCHITECTURES = ("ouro", "ouro + sleep layers")
 REFERENCE = "PyTorch model written after the makers' code and arXiv 2605.26099, in float64"
 EARLY = 0.6  # an early_exit_threshold at which tokens stop at every loop
 WINDOW = 9
@@ -73,13 +74,15 @@ def config(**changes) -> dict:
     }
 
 
-def run() -> Iterator[Case]:
-    """`ouro` as published, and `ouro + sleep layers` with hard and with sliding eviction."""
+def run(architecture: str) -> Iterator[Case]:
+    """`ouro` as published, or `ouro + sleep layers`, with hard and with sliding eviction."""
     hard, sliding = {"window": WINDOW}, {"window": WINDOW, "eviction": "sliding"}
-    alone = [(config(), hard), (config(early_exit_threshold=EARLY), sliding)]
-    yield from compare("ouro", alone, ("prefill", "steps", "padded", "evicted"))
-    sleeping = config(sleep_layers=SLEEP_LAYERS)
-    yield from compare("ouro + sleep layers", [(sleeping, hard), (sleeping, sliding)], CASES)
+    if architecture == "ouro":
+        alone = [(config(), hard), (config(early_exit_threshold=EARLY), sliding)]
+        yield from compare(architecture, alone, ("prefill", "steps", "padded", "evicted"))
+    else:
+        sleeping = config(sleep_layers=SLEEP_LAYERS)
+        yield from compare(architecture, [(sleeping, hard), (sleeping, sliding)], CASES)
 
 
 def compare(architecture: str, variants: list[tuple[dict, dict]], cases) -> Iterator[Case]:

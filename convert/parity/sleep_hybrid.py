@@ -19,6 +19,7 @@ from ...sleep import passes_over
 from ..pipeline import convert
 from . import CASES, Case
 
+ARCHITECTURES = ("sleep_hybrid",)
 REFERENCE = "this project's PyTorch definition, in float64"
 WINDOW = 9
 
@@ -57,12 +58,12 @@ CONFIGS = (
 """One KV head, Dk unlike Dv, several value heads a key head, odd sizes, tied and untied."""
 
 
-def run() -> Iterator[Case]:
+def run(architecture: str) -> Iterator[Case]:
     """The worst of CONFIGS in each case."""
     found = [compare(config, seed) for seed, config in enumerate(CONFIGS)]
     for case in CASES:
         errors, agreements = zip(*(each[case] for each in found), strict=True)
-        yield Case("sleep_hybrid", REFERENCE, case, max(errors), min(agreements))
+        yield Case(architecture, REFERENCE, case, max(errors), min(agreements))
 
 
 def pair(config: dict, seed: int, folder: Path):
