@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import typer
 from mlx.utils import tree_flatten
+from typer.testing import CliRunner
 
+from mlx_sleep.cli import convert as convert_command
 from mlx_sleep.convert.architectures import for_source
 from mlx_sleep.models.load import build
 
@@ -98,3 +101,10 @@ def write(folder: Path, config: dict, weights: dict[str, mx.array]) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     return folder
+
+
+def run_command(*arguments: str):
+    """`mlx-sleep convert` in this process."""
+    app = typer.Typer()
+    app.command()(convert_command.convert)
+    return CliRunner().invoke(app, list(arguments))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import mlx_sleep  # before MLX, for its BLAS  # isort: skip
 
+import io
 import os
 import secrets
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sleep.cli import main
 from mlx_sleep.kernels import harness
 
 assert mlx_sleep  # imported for its effect
@@ -43,3 +46,29 @@ def order(request):
     """The order in which threads run. Has no effect on a GPU."""
     with harness.launches(request.param):
         yield request.param
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "argv", ["mlx-sleep", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that must fail with one line on standard error, and gives that line."""
+
+    def refused(*arguments, stdin: bytes = b""):
+        code, _, error = run(*arguments, stdin=stdin)
+        assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return refused

