@@ -20,13 +20,8 @@ from mlx_sleep.models.load import build, load_model, save
 
 
 @pytest.fixture
-def weights():
-    return random_weights(CONFIG)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, weights) -> Path:
-    return write(tmp_path / "checkpoint", CONFIG, weights)
+def checkpoint(tmp_path) -> Path:
+    return write(tmp_path / "checkpoint", CONFIG, random_weights(CONFIG))
 
 
 @pytest.fixture
