@@ -70,17 +70,20 @@ def _passes(found, axes, _difficulty, _examples):
     costs in another way."""
     groups = pooled(found["rows"], ("model", "difficulty", "passes"), found["test"])
     for i, difficulty in enumerate(_difficulties(found["rows"])):
-        for model, words, style in (
-            ("hybrid", "", {"marker": "o"}),
-            ("random_passes", ", N drawn", {"marker": "o", "linestyle": "--", "alpha": 0.6}),
-            ("hybrid_flops", ", FLOPs of N = 4", {"marker": "s", "linestyle": ""}),
-            ("looped", ", 4 times as deep", {"marker": "^", "linestyle": ""}),
+        # Those of N = 1 stand beside one another, not on top.
+        for model, words, aside, style in (
+            ("hybrid", "", 0, {"marker": "o"}),
+            ("random_passes", ", N drawn", 0, {"linestyle": "--", "alpha": 0.6}),
+            ("hybrid_flops", ", FLOPs of N = 4", -0.1, {"marker": "s", "linestyle": ""}),
+            ("looped", ", 4 times as deep", 0.1, {"marker": "^", "linestyle": ""}),
         ):
             line = [r for r in groups if r["model"] == model and r["difficulty"] == difficulty]
             if line:
                 line.sort(key=lambda row: row["passes"])
                 label = f"{WHAT[found['task']]} = {difficulty}{words}"
-                _line(axes, [r["passes"] for r in line], line, label, color=f"C{i}", **style)
+                _line(
+                    axes, [r["passes"] + aside for r in line], line, label, color=f"C{i}", **style
+                )
     axes.set_xlabel("passes N")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -89,12 +92,15 @@ def _tokens(found, axes, difficulty, _examples):
     """Accuracy on the valid set against training tokens, a line for each N; means over seeds."""
     rows = [r for r in found["curve"] if r["difficulty"] == difficulty and r["model"] == "hybrid"]
     means = pooled(rows, ("passes", "tokens"), 1)
-    for i, passes in enumerate(sorted({row["passes"] for row in means})):
+    for passes in sorted({row["passes"] for row in means}):
+        color = (
+            f"C{passes - 1}"  # an N has its colour in every panel, also where others are missing
+        )
         line = sorted((r for r in means if r["passes"] == passes), key=lambda row: row["tokens"])
         x = [row["tokens"] / 1e6 for row in line]
-        axes.plot(x, [row["accuracy"] for row in line], color=f"C{i}", label=f"N = {passes}")
+        axes.plot(x, [row["accuracy"] for row in line], color=color, label=f"N = {passes}")
         low, high = ([f(row["seeds"]) for row in line] for f in (min, max))
-        axes.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
+        axes.fill_between(x, low, high, color=color, alpha=0.15)
     axes.set_title(f"{WHAT[found['task']]} = {difficulty}", fontsize="medium")
     axes.set_xlabel("million training tokens")
 
