@@ -1,10 +1,11 @@
 """Training through sleep, beside the same model and step in PyTorch (`mlx-sleep bench train`).
 
 On the study's `tiny` configuration of rule110: whole steps, optimizer and all, on one batch that
-both have ready. What bounds it, from CPU times on one core of an AMD EPYC at N = 2 with four blocks: the
-optimizer is a twentieth of a step and the forward pass two fifths; a Gated DeltaNet block takes two
-and a half times as long as an attention block, and its MLP a tenth of it. So it is the small
-batched products of the gated delta rule and the elementwise work around them, not the projections.
+both have ready. What bounds it, from CPU times on one core of an AMD EPYC at N = 2 with four
+blocks: the optimizer is a twentieth of a step and the forward pass two fifths; a Gated DeltaNet
+block takes two and a half times as long as an attention block, and its MLP a tenth of it. So it is
+the small batched products of the gated delta rule and the elementwise work around them, not the
+projections.
 """
 
 from __future__ import annotations
