@@ -8,11 +8,13 @@ comparison runs.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+
+import numpy as np
 
 from ...errors import UserError
 
@@ -36,6 +38,20 @@ class Case:
 
 
 CASES = ("prefill", "steps", "padded", "sleep_1", "sleep_2", "sleep_3", "evicted")
+
+
+def worst(
+    architecture: str, compared: Iterable[tuple[str, str, np.ndarray, np.ndarray]]
+) -> Iterator[Case]:
+    """One Case for each (reference, case) of (reference, case, our logits, theirs): the worst."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for reference, case, ours, theirs in compared:
+        agreement = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+        found.setdefault((reference, case), []).append((np.abs(ours - theirs).max(), agreement))
+    for key, figures in found.items():
+        errors, agreements = zip(*figures, strict=True)
+        # Not max(), which may let a NaN go.
+        yield Case(architecture, *key, float(np.max(errors)), float(min(agreements)))
 
 
 def _modules() -> list[ModuleType]:

@@ -15,9 +15,10 @@ import numpy as np
 
 from ...models.load import get_model_classes
 from ...sleep import consolidate
+from ..architectures.base import Architecture
 from ..architectures.fla_gated_deltanet import ARCHITECTURE as GATED_DELTANET
 from ..architectures.fla_mamba2 import ARCHITECTURE as MAMBA2
-from . import Case
+from . import Case, worst
 
 ARCHITECTURES = (GATED_DELTANET.model_type, MAMBA2.model_type)
 WINDOW = 12
@@ -151,22 +152,16 @@ class Compared:
 def run(architecture: str) -> Iterator[Case]:
     """One row a case and reference: the worst of the configs above."""
     rng = np.random.default_rng(7)
-    worst: dict[tuple, list[float]] = {}
-    for name in CONFIGS:
-        if _architecture(name) != architecture:
-            continue
-        pair = build(name, rng)
-        for c in compare(pair, rng):
-            error = float(np.abs(c.ours - c.theirs).max())
-            agree = float((c.ours.argmax(-1) == c.theirs.argmax(-1)).mean())
-            row = worst.setdefault((pair.reference, c.case), [0.0, 1.0])
-            row[:] = max(row[0], error), min(row[1], agree)
-    for key, figures in worst.items():
-        yield Case(architecture, *key, *figures)
+    names = [n for n, (c, _) in CONFIGS.items() if _architecture(c).model_type == architecture]
+    pairs = (build(name, rng) for name in names)
+    return worst(
+        architecture,
+        ((pair.reference, c.case, c.ours, c.theirs) for pair in pairs for c in compare(pair, rng)),
+    )
 
 
-def _architecture(name: str) -> str:
-    return (GATED_DELTANET if "delta" in name else MAMBA2).model_type
+def _architecture(config: dict) -> Architecture:
+    return GATED_DELTANET if config["model_type"] == "gated_deltanet" else MAMBA2
 
 
 def build(name: str, rng: np.random.Generator) -> Pair:
@@ -184,7 +179,7 @@ def build(name: str, rng: np.random.Generator) -> Pair:
     randomize(net, rng)
     tensors = {name: x.detach().numpy() for name, x in net.state_dict().items()}
     return Pair(
-        architecture=_architecture(name),
+        architecture=_architecture(config).model_type,
         reference=TRANSFORMERS if from_transformers else FLA,
         theirs=theirs,
         ours=converted(config, sleep, tensors),
@@ -193,7 +188,7 @@ def build(name: str, rng: np.random.Generator) -> Pair:
 
 def converted(config: dict, sleep: dict, tensors: dict[str, np.ndarray]):
     """Our model of a checkpoint: the architecture's mapping, and every tensor accounted for."""
-    architecture = GATED_DELTANET if config["model_type"] == "gated_deltanet" else MAMBA2
+    architecture = _architecture(config)
     model_class, args_class = get_model_classes(architecture.model_type)
     ours = architecture.config(config)
     model = model_class(args_class.from_dict({**ours, "sleep": sleep}))

@@ -86,15 +86,15 @@ def run(architecture: str) -> Iterator[Case]:
     rng = np.random.default_rng()
     for case in CASES:
         found = [error for ours, theirs in pairs for error in compare(case, ours, theirs, rng)]
-        yield _worst(REFERENCE, case, found)
+        yield _worst(architecture, REFERENCE, case, found)
     ours, theirs = qwen_pair()
     for case in ("prefill", "steps"):
-        yield _worst(QWEN, case, compare(case, ours, theirs, rng))
+        yield _worst(architecture, QWEN, case, compare(case, ours, theirs, rng))
 
 
-def _worst(reference, case, found) -> Case:
+def _worst(architecture, reference, case, found) -> Case:
     errors, agreements = zip(*found, strict=True)
-    return Case(ARCHITECTURE.model_type, reference, case, max(errors), min(agreements))
+    return Case(architecture, reference, case, max(errors), min(agreements))
 
 
 def pair(config: dict, sleep: dict):

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...models.load import load_model
 from .. import pipeline
-from . import Case
+from . import Case, worst
 from .fla import WINDOW, Compared, Pair, compare, randomize
 
 _BASE = {
@@ -162,14 +162,8 @@ _AWAKE = 3  # the cases of an architecture that has nothing to sleep into
 
 def run(architecture: str) -> Iterator[Case]:
     """One row a case: the worst of the architecture's configs above."""
-    worst: dict[tuple[str, str], list[float]] = {}
-    for pair, c in compared(architecture, np.random.default_rng(11)):
-        error = float(np.abs(c.ours - c.theirs).max())
-        agree = float((c.ours.argmax(-1) == c.theirs.argmax(-1)).mean())
-        row = worst.setdefault((pair.reference, c.case), [0.0, 1.0])
-        row[:] = max(row[0], error), min(row[1], agree)
-    for key, figures in worst.items():
-        yield Case(architecture, *key, *figures)
+    found = compared(architecture, np.random.default_rng(11))
+    return worst(architecture, ((pair.reference, c.case, c.ours, c.theirs) for pair, c in found))
 
 
 def compared(architecture: str, rng: np.random.Generator) -> Iterator[tuple[Pair, Compared]]:

@@ -19,7 +19,7 @@ from ...models.base import evict
 from ...models.ouro import Model, ModelArgs
 from ...sleep import consolidate
 from ..architectures.ouro import ARCHITECTURE
-from . import CASES, Case
+from . import CASES, Case, worst
 
 ARCHITECTURES = ("ouro", "ouro + sleep layers")
 REFERENCE = "PyTorch model written after the makers' code and arXiv 2605.26099, in float64"
@@ -88,11 +88,10 @@ def run(architecture: str) -> Iterator[Case]:
 def compare(architecture: str, variants: list[tuple[dict, dict]], cases) -> Iterator[Case]:
     """Each case once, the worst of all variants: (their config, how ours sleeps)."""
     pairs = [Pair(*variant) for variant in variants]
-    for name in cases:
-        results = [pair.case(name) for pair in pairs]
-        error = max(np.abs(a - b).max() for a, b in results)
-        agree = min((a.argmax(-1) == b.argmax(-1)).mean() for a, b in results)
-        yield Case(architecture, REFERENCE, name, float(error), float(agree))
+    return worst(
+        architecture,
+        ((REFERENCE, name, *pair.case(name)) for name in cases for pair in pairs),
+    )
 
 
 class Pair:

@@ -93,9 +93,8 @@ def _tokens(found, axes, difficulty, _examples):
     rows = [r for r in found["curve"] if r["difficulty"] == difficulty and r["model"] == "hybrid"]
     means = pooled(rows, ("passes", "tokens"), 1)
     for passes in sorted({row["passes"] for row in means}):
-        color = (
-            f"C{passes - 1}"  # an N has its colour in every panel, also where others are missing
-        )
+        # An N has its colour in every panel, also where other N are missing.
+        color = f"C{passes - 1}"
         line = sorted((r for r in means if r["passes"] == passes), key=lambda row: row["tokens"])
         x = [row["tokens"] / 1e6 for row in line]
         axes.plot(x, [row["accuracy"] for row in line], color=color, label=f"N = {passes}")
