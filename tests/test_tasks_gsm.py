@@ -47,7 +47,7 @@ def read(text):
     return told
 
 
-def solve(told, name):
+def solve(told, name, largest=99):
     """(value, operations) of a quantity: each operation counted once."""
     needed, values = set(), {}
 
@@ -57,7 +57,7 @@ def solve(told, name):
             if others:
                 needed.add(name)
             values[name] = rule(*map(value, others))
-            assert 0 <= values[name] <= 99
+            assert 0 <= values[name] <= largest
         return values[name]
 
     return value(name), len(needed)
@@ -88,9 +88,29 @@ def test_answers_are_those_of_the_text(tokenizer, question):
     assert largest > 8  # other quantities than those that are needed
 
 
-def test_digits_stand_apart(task):
+@pytest.mark.parametrize("largest", [9, 20])
+def test_a_small_world(largest):
+    names = (4, 6)
+    tokenizer = make_tokenizer(300, names, phrases=True)
+    task = Gsm(tokenizer, (40, 64), 3, 32, largest=largest, names=names)
+    values, asked_for = set(), set()
+    for ops in (1, 2, 3):
+        for index in range(100):
+            context, _, answer = task.problem("test", index, ops)
+            asked, told = parts(task.decode(context))
+            told = read(told)
+            assert solve(told, asked, largest) == (answer, ops)
+            values.add(answer)
+            asked_for |= told.keys()
+    assert len(asked_for) == 24 and values >= set(range(10))
+
+
+@pytest.mark.parametrize("phrases", [False, True])
+def test_digits_stand_apart(phrases):
+    task = Gsm(make_tokenizer(phrases=phrases), (110, 180), 4, 60)
     pieces = [task.decode([i]) for i in range(task.vocab_size)]
     assert all(len(re.findall(r"\d", piece)) < 2 for piece in pieces)
+    assert ("There are" in pieces) == phrases
 
 
 def test_a_batch_has_the_problems_in_its_windows(task):
@@ -139,6 +159,9 @@ def test_retention_tells_the_problem_in_the_first_window(tokenizer):
         ({"window": 300}, "larger than the context, 180"),
         ({"tokens": (20, 60), "ops": 4}, "does not fit 60"),
         ({"question": "middle"}, 'must be "first" or "last"'),
+        ({"largest": 0}, "largest quantity must be"),
+        ({"names": (1, 5)}, "5 names are too few for 2 operations"),
+        ({"names": (2, 99)}, "24 places, not 99"),
     ],
 )
 def test_bad_numbers(tokenizer, arguments, message):

@@ -30,9 +30,11 @@ def make_task(settings: dict, tokenizer: Path | None = None):
 
     world = {**settings["world"]}
     if settings["task"] == "gsm":
-        vocab_size = world.pop("vocab_size", None)
+        options = {key: world[key] for key in ("vocab_size", "names") if key in world}
+        options |= {"phrases": world.pop("phrases", False)}
+        world.pop("vocab_size", None)
         if tokenizer is None or not tokenizer.exists():
-            data = _make_tokenizer(vocab_size)
+            data = _make_tokenizer(options)
             if tokenizer is not None:
                 replace_file(tokenizer, data)
         else:
@@ -45,13 +47,13 @@ def make_task(settings: dict, tokenizer: Path | None = None):
         raise UserError(f"the plan's world does not fit {settings['task']}: {error}") from None
 
 
-def _make_tokenizer(vocab_size: int | None) -> bytes:
+def _make_tokenizer(options: dict) -> bytes:
     from ..tasks.gsm import make_tokenizer
 
     try:
-        return make_tokenizer() if vocab_size is None else make_tokenizer(vocab_size)
+        return make_tokenizer(**options)
     except (RuntimeError, OSError) as error:  # sentencepiece's, for a size it can't make
-        raise UserError(f"no tokenizer of {vocab_size} pieces: {error}") from None
+        raise UserError(f"no tokenizer of {options['vocab_size']} pieces: {error}") from None
 
 
 def finished(folder: Path, settings: dict) -> dict | None:

@@ -22,7 +22,6 @@ from ..errors import UserError
 from .synthetic import Batch, check_split, whole
 
 PAD, END = "<pad>", "<end>"
-LARGEST = 99  # no quantity is larger, or below 0
 
 ANIMALS = (
     "owls foxes bears wolves hares otters badgers deer moose lynxes herons cranes swans geese "
@@ -50,6 +49,8 @@ class Gsm:
     tokenizer  a serialized sentencepiece model (`make_tokenizer`)
     window     tokens between two sleeps
     question   "first" or "last": before or behind the context
+    largest    no quantity is larger, or below 0
+    names      how many animals and places there are: their product is the number of quantities
     A row is one question: it is right when all digits and END are. UserError for numbers out of
     range, and for contexts too short for a problem.
     """
@@ -63,6 +64,8 @@ class Gsm:
         ops: int = 8,
         window: int = 2000,
         question: str = "first",
+        largest: int = 99,
+        names: Sequence[int] = (len(ANIMALS), len(PLACES)),
         seed: int = 0,
     ):
         from sentencepiece import SentencePieceProcessor
@@ -77,6 +80,10 @@ class Gsm:
         if question not in ("first", "last"):
             raise UserError(f'question must be "first" or "last", not {question!r}')
         self.question, self.seed = question, seed
+        self.largest = whole("the largest quantity", largest, 1)
+        self.names = name_list(*names)
+        if len(self.names) < 3 * ops:
+            raise UserError(f"{len(self.names)} names are too few for {ops} operations of 3")
         self.windows = -(-self.most // window)
         sp = SentencePieceProcessor(model_proto=tokenizer)
         self.decode, self.vocab_size = sp.decode, sp.vocab_size()
@@ -86,9 +93,10 @@ class Gsm:
             lambda text: tuple(sp.encode(text))
         )
         self._lead = list(self._encode("Answer:"))
-        self.final_tokens = len(self._lead) + len(self._number(LARGEST)) + 1
+        longest = max(len(self._number(n)) for n in range(largest + 1))
+        self.final_tokens = len(self._lead) + longest + 1
         if question == "last":
-            self.final_tokens += max(len(self._question(a, p)) for a in ANIMALS for p in PLACES)
+            self.final_tokens += max(len(self._question(name)) for name in self.names)
         for index in range(8):  # the longest problems must fit
             self.problem("valid", index, self.ops)
 
@@ -128,10 +136,11 @@ class Gsm:
     def _problem(self, split: str, index: int, ops: int | None, further: int):
         text = repr(("gsm", self.seed, split, index, ops, further)).encode()
         draw = Random(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
-        names = [(a, p) for a in ANIMALS for p in PLACES]
+        names = list(self.names)
         draw.shuffle(names)
-        told, (animal, place), answer = graph(draw, ops or draw.randint(1, self.ops), names)
-        asked = self._question(animal, place)
+        ops = ops or draw.randint(1, self.ops)
+        told, name, answer = graph(draw, ops, names, self.largest)
+        asked = self._question(name)
         sentences = [self._sentence(parts) for parts in told]
         first = asked if self.question == "first" else []
         least = len(first) + sum(map(len, sentences))
@@ -173,9 +182,9 @@ class Gsm:
                 name = names.pop()
                 if values and draw.random() < 0.6:
                     other = draw.choice(list(values))
-                    parts, values[name] = _extend(draw, name, other, values[other])
+                    parts, values[name] = _extend(draw, name, other, values[other], self.largest)
                 else:
-                    values[name] = draw.randint(1, 9)
+                    values[name] = draw.randint(1, min(9, self.largest))
                     parts = _leaf(name, values[name])
             sentence = self._sentence(parts)
             room -= len(sentence)
@@ -190,7 +199,7 @@ class Gsm:
             if isinstance(part, int):
                 ids += self._number(part)
             elif isinstance(part, tuple):
-                ids += self._encode(part[0]) + self._encode("in") + self._encode(part[1])
+                ids += self._encode(" in ".join(part))
             else:
                 ids += self._encode(part)
         return ids
@@ -198,11 +207,19 @@ class Gsm:
     def _number(self, value: int) -> list[int]:
         return list(self._encode(str(value)))
 
-    def _question(self, animal: str, place: str) -> list[int]:
-        return self._sentence(("How many", (animal, place), "?"))
+    def _question(self, name: tuple) -> list[int]:
+        return self._sentence(("How many", name, "?"))
 
 
-def graph(draw: Random, ops: int, names: list) -> tuple[list, tuple, int]:
+def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tuple[str, str]]:
+    """The names (animal, place) of a task with so many of each. UserError for more than known."""
+    for what, count, known in (("animals", animals, ANIMALS), ("places", places, PLACES)):
+        if whole(what, count, 1) > len(known):
+            raise UserError(f"there are {len(known)} {what}, not {count}")
+    return [(a, p) for a in ANIMALS[:animals] for p in PLACES[:places]]
+
+
+def graph(draw: Random, ops: int, names: list, largest: int = 99) -> tuple[list, tuple, int]:
     """(sentences as parts, the quantity asked for, its value) of a problem of `ops` operations.
 
     Every operation is needed: a result goes into a later one, and the last is the answer. Names
@@ -212,7 +229,7 @@ def graph(draw: Random, ops: int, names: list) -> tuple[list, tuple, int]:
     told, open_ends = [], []  # open_ends: (name, value) of results that nothing has used
 
     def leaf():
-        name, value = names.pop(), draw.randint(1, 9)
+        name, value = names.pop(), draw.randint(1, min(9, largest))
         told.append(_leaf(name, value))
         return name, value
 
@@ -233,9 +250,9 @@ def graph(draw: Random, ops: int, names: list) -> tuple[list, tuple, int]:
             b = leaf() if draw.random() < 0.5 else None
         name = names.pop()
         if b is None:
-            parts, value = _extend(draw, name, *a)
+            parts, value = _extend(draw, name, *a, largest)
         else:
-            parts, value = _combine(draw, name, a, b)
+            parts, value = _combine(draw, name, a, b, largest)
         told.append(parts)
         open_ends.append((name, value))
     (name, value) = open_ends.pop()
@@ -251,44 +268,51 @@ def _neutral(draw: Random) -> tuple:
     return tuple(part for part in (before.strip(), draw.choice(PLACES), after.strip()) if part)
 
 
-def _extend(draw: Random, name: tuple, other: tuple, value: int) -> tuple[tuple, int]:
-    """An operation on one quantity and a number."""
-    by, times = draw.randint(1, 9), draw.randint(2, 3)
+def _extend(draw: Random, name: tuple, other: tuple, value: int, largest: int):
+    """(sentence, value) of an operation on one quantity and a number."""
+    # So that what is added, or what is taken away, is never too much.
+    by = draw.randint(1, min(9, max(value, largest - value)))
+    times = draw.randint(2, 3)
     choices = []
-    if value + by <= LARGEST:
+    if value + by <= largest:
         choices.append((("There are", by, "more", name, "than", other, "."), value + by))
     if value - by >= 0:
         choices.append((("There are", by, "fewer", name, "than", other, "."), value - by))
-    if value * times <= LARGEST:
+    if value * times <= largest:
         text = ("There are", times, "times as many", name, "as", other, ".")
         choices.append((text, value * times))
     return draw.choice(choices)
 
 
-def _combine(draw: Random, name: tuple, a: tuple, b: tuple) -> tuple[tuple, int]:
-    """An operation on two quantities, each (name, value)."""
+def _combine(draw: Random, name: tuple, a: tuple, b: tuple, largest: int):
+    """(sentence, value) of an operation on two quantities, each (name, value)."""
     (first, x), (second, y) = (a, b) if a[1] >= b[1] else (b, a)
-    if x + y <= LARGEST and draw.random() < 0.6:
+    if x + y <= largest and draw.random() < 0.6:
         (one, _), (two, _) = draw.sample([a, b], 2)
         return ("There are as many", name, "as", one, "and", two, "together."), x + y
     return ("There are as many", name, "as", first, "without the number of", second, "."), x - y
 
 
-def make_tokenizer(vocab_size: int = 400) -> bytes:
+def make_tokenizer(
+    vocab_size: int = 400,
+    names: Sequence[int] = (len(ANIMALS), len(PLACES)),
+    phrases: bool = False,
+) -> bytes:
     """A serialized sentencepiece BPE model of the task's words, digits kept apart.
 
-    The same sentencepiece makes the same model; a study keeps it in its folder all the same.
+    phrases: a piece may be several words, as "There are". The same sentencepiece makes the same
+    model; a study keeps it in its folder all the same.
     """
     import sentencepiece
 
     draw = Random(11)
-    lines = [str(number) for number in range(LARGEST + 1)] * 10
+    lines = [str(number) for number in range(100)] * 10
+    known = name_list(*names)
     for _ in range(1000):
-        names = [(draw.choice(ANIMALS), draw.choice(PLACES)) for _ in range(40)]
-        told, asked, _ = graph(draw, draw.randint(1, 8), names)
+        told, asked, _ = graph(draw, draw.randint(1, 8), draw.choices(known, k=40))
         for parts in (*told, _neutral(draw), ("How many", asked, "?", "Answer:")):
             for part in parts:
-                lines += [f"{part[0]} in", part[1]] if isinstance(part, tuple) else [str(part)]
+                lines.append(" in ".join(part) if isinstance(part, tuple) else str(part))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -296,6 +320,7 @@ def make_tokenizer(vocab_size: int = 400) -> bytes:
         model_type="bpe",
         vocab_size=vocab_size,
         split_digits=True,
+        split_by_whitespace=not phrases,
         normalization_rule_name="identity",
         character_coverage=1.0,
         unk_id=0,
