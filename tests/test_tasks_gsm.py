@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_text(tokenizer, question):
     largest = 0
     for ops in (1, 2, 3, 4):
         for index in range(25):
-            context, final, answer = task.problem("test", index, ops)
+            context, final, _, [answer] = task.problem("test", index, ops)
             text, last = task.decode(context), task.decode(final)
             assert ("How many" in text) == (question == "first")
             asked, told = parts(text if question == "first" else f"{last} {text}")
@@ -96,13 +96,38 @@ def test_a_small_world(largest):
     values, asked_for = set(), set()
     for ops in (1, 2, 3):
         for index in range(100):
-            context, _, answer = task.problem("test", index, ops)
+            context, _, _, [answer] = task.problem("test", index, ops)
             asked, told = parts(task.decode(context))
             told = read(told)
             assert solve(told, asked, largest) == (answer, ops)
             values.add(answer)
             asked_for |= told.keys()
     assert len(asked_for) == 24 and values >= set(range(10))
+
+
+@pytest.mark.parametrize("question", ["first", "last"])
+def test_several_questions(tokenizer, question):
+    task = Gsm(tokenizer, (110, 180), 3, 60, question, questions=4)
+    asked_ops, places = set(), set()
+    for index in range(50):
+        context, final, labels, answers = task.problem("train", index)
+        text, last = task.decode(context), task.decode(final)
+        assert len(context) <= 180 and len(final) <= task.final_tokens
+        names = re.findall(rf"How many {NAME} \?", text if question == "first" else last)
+        assert len(set(names)) == len(names) == len(answers) > 1
+        told = read(re.sub(rf"How many {NAME} \?", "", text))
+        solved = [solve(told, name) for name in names]
+        assert [value for value, _ in solved] == answers
+        asked_ops |= {ops for _, ops in solved}
+        for which, answer in enumerate(answers):  # every one has a label in training
+            ids = [i for i, label in zip(final, labels, strict=True) if label == which]
+            assert task.decode(ids[:-1]) == str(answer) and ids[-1] == task.end
+        # In a test only the problem's own has one.
+        _, final, labels, answers = task.problem("test", index, 3)
+        assert set(labels) == {-1, 0}
+        places.add(task.decode(final[: labels.index(0)]).count("Answer:"))
+    assert asked_ops == {0, 1, 2, 3} and len(places) > 1
+    assert task.batch("test", range(9), 3).question.max() == 0
 
 
 @pytest.mark.parametrize("phrases", [False, True])
@@ -118,7 +143,7 @@ def test_a_batch_has_the_problems_in_its_windows(task):
     assert batch.context.shape == (3, task.windows, task.window)
     assert not batch.mask.all() and batch.final_mask.any(axis=1).all()
     for row, index in enumerate([5, 0, 9]):
-        context, final, answer = task.problem("train", index, 3)
+        context, final, _, [answer] = task.problem("train", index, 3)
         assert batch.context[row][batch.mask[row]].tolist() == context
         flat = batch.mask[row].reshape(-1)
         assert flat[: len(context)].all()  # padding on the right, in the last windows only
@@ -132,7 +157,7 @@ def test_an_example_depends_on_seed_split_and_index_alone(task, tokenizer):
     assert task.problem("train", 3) != task.problem("test", 3)
     assert Gsm(tokenizer, (110, 180), 4, 60, seed=1).problem("test", 3) != task.problem("test", 3)
     assert make_tokenizer() == tokenizer
-    answers = [task.problem("train", i)[2] for i in range(300)]
+    answers = [task.problem("train", i).answers[0] for i in range(300)]
     assert max(np.bincount(answers)) < 40  # no answer is right by itself
 
 
@@ -162,6 +187,7 @@ def test_retention_tells_the_problem_in_the_first_window(tokenizer):
         ({"largest": 0}, "largest quantity must be"),
         ({"names": (1, 5)}, "5 names are too few for 2 operations"),
         ({"names": (2, 99)}, "24 places, not 99"),
+        ({"questions": 0}, "questions must be"),
     ],
 )
 def test_bad_numbers(tokenizer, arguments, message):

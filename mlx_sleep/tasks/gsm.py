@@ -15,6 +15,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,22 @@ FILLER = (
 )
 
 
+class Quantity(NamedTuple):
+    """A number, and the names of the operations' results that it hangs on, its own among them."""
+
+    value: int
+    needs: frozenset = frozenset()
+
+
+class Problem(NamedTuple):
+    """context, final: ids; question: for every id of final, of which answer it is, else -1."""
+
+    context: list[int]
+    final: list[int]
+    question: list[int]
+    answers: list[int]
+
+
 class Gsm:
     """Problems of 1 to `ops` operations in contexts of tokens[0] to tokens[1] tokens.
 
@@ -51,8 +68,10 @@ class Gsm:
     question   "first" or "last": before or behind the context
     largest    no quantity is larger, or below 0
     names      how many animals and places there are: their product is the number of quantities
-    A row is one question: it is right when all digits and END are. UserError for numbers out of
-    range, and for contexts too short for a problem.
+    questions  asked of each context: the problem's, and others that take 0 to `ops` operations.
+               A test is of the problem's alone; the others are there, and have no label.
+    An answer is right when all digits and END are. UserError for numbers out of range, and for
+    contexts too short for a problem.
     """
 
     trained_apart = False
@@ -66,6 +85,7 @@ class Gsm:
         question: str = "first",
         largest: int = 99,
         names: Sequence[int] = (len(ANIMALS), len(PLACES)),
+        questions: int = 1,
         seed: int = 0,
     ):
         from sentencepiece import SentencePieceProcessor
@@ -84,6 +104,7 @@ class Gsm:
         self.names = name_list(*names)
         if len(self.names) < 3 * ops:
             raise UserError(f"{len(self.names)} names are too few for {ops} operations of 3")
+        self.questions = whole("questions", questions, 1)
         self.windows = -(-self.most // window)
         sp = SentencePieceProcessor(model_proto=tokenizer)
         self.decode, self.vocab_size = sp.decode, sp.vocab_size()
@@ -94,9 +115,10 @@ class Gsm:
         )
         self._lead = list(self._encode("Answer:"))
         longest = max(len(self._number(n)) for n in range(largest + 1))
-        self.final_tokens = len(self._lead) + longest + 1
+        self._asking = max(len(self._question(name)) for name in self.names)
+        self.final_tokens = questions * (len(self._lead) + longest + 1)
         if question == "last":
-            self.final_tokens += max(len(self._question(name)) for name in self.names)
+            self.final_tokens += questions * self._asking
         for index in range(8):  # the longest problems must fit
             self.problem("valid", index, self.ops)
 
@@ -104,8 +126,8 @@ class Gsm:
         if difficulty is not None and whole("ops", difficulty, 1) > self.ops:
             raise UserError(f"{difficulty} operations are more than the {self.ops} of this task")
 
-    def problem(self, split: str, index: int, ops: int | None = None):
-        """(context ids, final ids, answer): None draws 1 to `ops` operations."""
+    def problem(self, split: str, index: int, ops: int | None = None) -> Problem:
+        """One example; None draws 1 to `ops` operations, and every question has a label."""
         return self._problem(split, index, ops, 0)
 
     def batch(self, split: str, indices: Sequence[int], difficulty: int | None = None) -> Batch:
@@ -126,24 +148,23 @@ class Gsm:
         final_mask = np.zeros(final.shape, bool)
         question = np.full(final.shape, -1, np.int32)
         for row, index in enumerate(indices):
-            told, asked, answer = self._problem(split, int(index), difficulty, further)
+            told, asked, labels, _ = self._problem(split, int(index), difficulty, further)
             context[row, : len(told)], mask[row, : len(told)] = told, True
             final[row, : len(asked)], final_mask[row, : len(asked)] = asked, True
-            question[row, len(asked) - len(str(answer)) - 1 : len(asked)] = 0
+            question[row, : len(asked)] = labels
         shape = (B, windows, self.window)
         return Batch(context.reshape(shape), mask.reshape(shape), final, final_mask, question)
 
-    def _problem(self, split: str, index: int, ops: int | None, further: int):
+    def _problem(self, split: str, index: int, ops: int | None, further: int) -> Problem:
         text = repr(("gsm", self.seed, split, index, ops, further)).encode()
         draw = Random(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
         names = list(self.names)
         draw.shuffle(names)
-        ops = ops or draw.randint(1, self.ops)
-        told, name, answer = graph(draw, ops, names, self.largest)
-        asked = self._question(name)
+        told, quantities, name = graph(draw, ops or draw.randint(1, self.ops), names, self.largest)
         sentences = [self._sentence(parts) for parts in told]
-        first = asked if self.question == "first" else []
-        least = len(first) + sum(map(len, sentences))
+        least = sum(map(len, sentences))
+        if self.question == "first":
+            least += self.questions * self._asking
         # With further windows, all of the problem stands in the first one.
         room = self.window if further else self.most
         if least > room:
@@ -152,17 +173,39 @@ class Gsm:
                 "lower ops"
             )
         length = room if further else max(least, draw.randint(self.least, self.most))
-        sentences += self._filler(draw, names, length - least)
+        sentences += self._filler(draw, names, length - least, quantities)
         draw.shuffle(sentences)
-        context = first + [i for sentence in sentences for i in sentence]
+        asked = self._asked(draw, quantities, name)
+        context = [i for name in asked for i in self._question(name)]
+        if self.question == "last":
+            context = []
+        context += [i for sentence in sentences for i in sentence]
         for w in range(1, 1 + further):
             context += self._filling(draw, w * self.window - len(context))
-            more = self._filler(draw, names, self.window)
+            more = self._filler(draw, names, self.window, {})
             context += [i for sentence in more for i in sentence]
         if further:
             context += self._filling(draw, (1 + further) * self.window - len(context))
-        lead = self._lead if self.question == "first" else asked + self._lead
-        return context, lead + self._number(answer) + [self.end], answer
+        final, labels = [], []
+        for which, other in enumerate(asked):
+            lead = (self._question(other) if self.question == "last" else []) + self._lead
+            answer = [*self._number(quantities[other].value), self.end]
+            final += lead + answer
+            if ops is not None:  # a test
+                which = 0 if other == name else -1
+            labels += [-1] * len(lead) + [which] * len(answer)
+        return Problem(context, final, labels, [quantities[other].value for other in asked])
+
+    def _asked(self, draw: Random, quantities: dict, name: tuple) -> list[tuple]:
+        """The names that are asked for, that of the problem among them, in random order."""
+        if self.questions == 1:
+            return [name]
+        others = [
+            other for other, q in quantities.items() if other != name and len(q.needs) <= self.ops
+        ]
+        asked = [name, *draw.sample(others, min(self.questions - 1, len(others)))]
+        draw.shuffle(asked)
+        return asked
 
     def _filling(self, draw: Random, count: int) -> list[int]:
         """Exactly `count` tokens: neutral sentences, the last one cut."""
@@ -171,26 +214,32 @@ class Gsm:
             ids += self._sentence(_neutral(draw))
         return ids[:count]
 
-    def _filler(self, draw: Random, names: list, room: int) -> list[list[int]]:
-        """Sentences of other quantities, and of none, in at most `room` tokens."""
+    def _filler(self, draw: Random, names: list, room: int, quantities: dict) -> list[list[int]]:
+        """Sentences of other quantities, and of none, in at most `room` tokens.
+
+        The quantities are put into the dict, but none of them hangs on what was there before.
+        """
         sentences: list[list[int]] = []
-        values: dict = {}
+        own: dict = {}
         while True:
+            name = quantity = None
             if draw.random() < 0.3 or not names:
                 parts = _neutral(draw)
             else:
                 name = names.pop()
-                if values and draw.random() < 0.6:
-                    other = draw.choice(list(values))
-                    parts, values[name] = _extend(draw, name, other, values[other], self.largest)
+                if own and draw.random() < 0.6:
+                    other = draw.choice(list(own))
+                    parts, quantity = _extend(draw, name, other, own[other], self.largest)
                 else:
-                    values[name] = draw.randint(1, min(9, self.largest))
-                    parts = _leaf(name, values[name])
+                    parts, quantity = _leaf(draw, name, self.largest)
             sentence = self._sentence(parts)
             room -= len(sentence)
             if room < 0:
+                quantities.update(own)
                 return sentences
             sentences.append(sentence)
+            if name:
+                own[name] = quantity
 
     def _sentence(self, parts: Sequence) -> list[int]:
         """The ids of pieces of text, numbers and names (animal, place)."""
@@ -219,19 +268,22 @@ def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tu
     return [(a, p) for a in ANIMALS[:animals] for p in PLACES[:places]]
 
 
-def graph(draw: Random, ops: int, names: list, largest: int = 99) -> tuple[list, tuple, int]:
-    """(sentences as parts, the quantity asked for, its value) of a problem of `ops` operations.
+def graph(draw: Random, ops: int, names: list, largest: int = 99) -> tuple[list, dict, tuple]:
+    """(sentences as parts, name -> Quantity, the name asked for) of a problem of `ops` operations.
 
     Every operation is needed: a result goes into a later one, and the last is the answer. Names
     are popped from `names`. An operation begins a branch of its own, goes on from the result of
     one, or merges two, as long as enough operations are left to merge them all.
     """
-    told, open_ends = [], []  # open_ends: (name, value) of results that nothing has used
+    told: list = []
+    quantities: dict = {}
+    open_ends: list = []  # names of results that nothing has used
 
     def leaf():
-        name, value = names.pop(), draw.randint(1, min(9, largest))
-        told.append(_leaf(name, value))
-        return name, value
+        name = names.pop()
+        parts, quantities[name] = _leaf(draw, name, largest)
+        told.append(parts)
+        return name
 
     for left in range(ops - 1, -1, -1):  # operations after this one
         kinds = []
@@ -250,17 +302,12 @@ def graph(draw: Random, ops: int, names: list, largest: int = 99) -> tuple[list,
             b = leaf() if draw.random() < 0.5 else None
         name = names.pop()
         if b is None:
-            parts, value = _extend(draw, name, *a, largest)
+            parts, quantities[name] = _extend(draw, name, a, quantities[a], largest)
         else:
-            parts, value = _combine(draw, name, a, b, largest)
+            parts, quantities[name] = _combine(draw, name, a, b, quantities, largest)
         told.append(parts)
-        open_ends.append((name, value))
-    (name, value) = open_ends.pop()
-    return told, name, value
-
-
-def _leaf(name: tuple, value: int) -> tuple:
-    return ("There are", value, name, ".")
+        open_ends.append(name)
+    return told, quantities, open_ends.pop()
 
 
 def _neutral(draw: Random) -> tuple:
@@ -268,8 +315,17 @@ def _neutral(draw: Random) -> tuple:
     return tuple(part for part in (before.strip(), draw.choice(PLACES), after.strip()) if part)
 
 
-def _extend(draw: Random, name: tuple, other: tuple, value: int, largest: int):
-    """(sentence, value) of an operation on one quantity and a number."""
+def _leaf(draw: Random, name: tuple, largest: int) -> tuple[tuple, Quantity]:
+    """The sentence that tells a number outright, and the quantity."""
+    value = draw.randint(1, min(9, largest))
+    return ("There are", value, name, "."), Quantity(value)
+
+
+def _extend(
+    draw: Random, name: tuple, other: tuple, quantity: Quantity, largest: int
+) -> tuple[tuple, Quantity]:
+    """An operation on one quantity and a number."""
+    value = quantity.value
     # So that what is added, or what is taken away, is never too much.
     by = draw.randint(1, min(9, max(value, largest - value)))
     times = draw.randint(2, 3)
@@ -281,16 +337,23 @@ def _extend(draw: Random, name: tuple, other: tuple, value: int, largest: int):
     if value * times <= largest:
         text = ("There are", times, "times as many", name, "as", other, ".")
         choices.append((text, value * times))
-    return draw.choice(choices)
+    parts, value = draw.choice(choices)
+    return parts, Quantity(value, quantity.needs | {name})
 
 
-def _combine(draw: Random, name: tuple, a: tuple, b: tuple, largest: int):
-    """(sentence, value) of an operation on two quantities, each (name, value)."""
-    (first, x), (second, y) = (a, b) if a[1] >= b[1] else (b, a)
+def _combine(
+    draw: Random, name: tuple, a: tuple, b: tuple, quantities: dict, largest: int
+) -> tuple[tuple, Quantity]:
+    """An operation on the quantities called a and b."""
+    first, second = sorted((a, b), key=lambda other: -quantities[other].value)
+    (x, some), (y, more) = quantities[first], quantities[second]
+    needs = some | more | {name}
     if x + y <= largest and draw.random() < 0.6:
-        (one, _), (two, _) = draw.sample([a, b], 2)
-        return ("There are as many", name, "as", one, "and", two, "together."), x + y
-    return ("There are as many", name, "as", first, "without the number of", second, "."), x - y
+        one, two = draw.sample([a, b], 2)
+        text = ("There are as many", name, "as", one, "and", two, "together.")
+        return text, Quantity(x + y, needs)
+    text = ("There are as many", name, "as", first, "without the number of", second, ".")
+    return text, Quantity(x - y, needs)
 
 
 def make_tokenizer(
@@ -309,7 +372,7 @@ def make_tokenizer(
     lines = [str(number) for number in range(100)] * 10
     known = name_list(*names)
     for _ in range(1000):
-        told, asked, _ = graph(draw, draw.randint(1, 8), draw.choices(known, k=40))
+        told, _, asked = graph(draw, draw.randint(1, 8), draw.choices(known, k=40))
         for parts in (*told, _neutral(draw), ("How many", asked, "?", "Answer:")):
             for part in parts:
                 lines.append(" in ".join(part) if isinstance(part, tuple) else str(part))
