@@ -194,6 +194,12 @@ def test_a_looped_model_is_a_deep_one_with_the_same_weights():
         assert a[0] == b[0] and np.allclose(a[1], b[1], atol=1e-5)
 
 
+def test_the_ceiling_has_as_many_blocks_as_four_passes_run():
+    full = model_of("transformer_full-d2-n1-s3")
+    assert full.args.layer_types == ["attention"] * 4 * PLAN["model"]["blocks"]
+    assert "fast_weights" not in full(mx.array([[1, 2]]))[1][0]
+
+
 def test_skipped_blocks_pass_h_through():
     settings = settings_of("sliding_warmup-d2-n2-s0")
     first, warm_up, last = models.stages_of(settings)

@@ -49,7 +49,8 @@ def keeps_context(settings: dict, stage: dict) -> bool:
 def config_of(settings: dict, stage: dict, task) -> dict:
     """The contents of config.json for a run's model in one stage."""
     sizes = {key: value for key, value in settings["model"].items() if key != "blocks"}
-    pattern, blocks = settings["variant"]["layers"], settings["model"]["blocks"]
+    pattern = settings["variant"]["layers"]
+    blocks = settings["model"]["blocks"] * settings["variant"].get("deeper", 1)
     if blocks % len(pattern):
         raise UserError(f"{blocks} blocks are no multiple of the pattern {', '.join(pattern)}")
     window = task.window

@@ -11,9 +11,10 @@
      "runs": [{"model": "hybrid", "passes": [1, 2], "difficulties": [4], "seeds": [0, 1]}]}
 
 A model (configs/models/NAME.json) has a pattern of layers, repeated over the blocks, and what sets
-it apart: `context` "evicted" or "kept" (never slept over), `loops` (how often the blocks are run
-in every forward pass), `train_passes` (N drawn for each step), `flops_of_passes` (as many steps
-as cost what N passes would), `stages`. This file makes no model and no data.
+it apart: `context` "evicted" or "kept" (never slept over), `deeper` (so many times the blocks),
+`loops` (how often the blocks are run in every forward pass), `train_passes` (N drawn for each
+step), `flops_of_passes` (as many steps as cost what N passes would), `stages`. This file makes no
+model and no data.
 """
 
 from __future__ import annotations
