@@ -67,7 +67,8 @@ class Gsm:
     window     tokens between two sleeps
     question   "first" or "last": before or behind the context
     largest    no quantity is larger, or below 0
-    names      how many animals and places there are: their product is the number of quantities
+    names      how many animals and places there are: the number of quantities is their product;
+               with 0 places it is the first, "owls" instead of "owls in Alder Valley"
     questions  asked of each context: the problem's, and others that take 0 to `ops` operations.
                A test is of the problem's alone; the others are there, and have no label.
     An answer is right when all digits and END are. UserError for numbers out of range, and for
@@ -189,7 +190,10 @@ class Gsm:
         final, labels = [], []
         for which, other in enumerate(asked):
             lead = (self._question(other) if self.question == "last" else []) + self._lead
-            answer = [*self._number(quantities[other].value), self.end]
+            number = self._number(quantities[other].value)
+            digits = len(str(quantities[other].value))
+            # A piece before the digits that every number has is no part of the answer.
+            lead, answer = lead + number[:-digits], [*number[-digits:], self.end]
             final += lead + answer
             if ops is not None:  # a test
                 which = 0 if other == name else -1
@@ -260,11 +264,19 @@ class Gsm:
         return self._sentence(("How many", name, "?"))
 
 
-def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tuple[str, str]]:
-    """The names (animal, place) of a task with so many of each. UserError for more than known."""
-    for what, count, known in (("animals", animals, ANIMALS), ("places", places, PLACES)):
-        if whole(what, count, 1) > len(known):
+def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tuple[str, ...]]:
+    """The names (animal, place) of a task with so many of each, or (animal,) with 0 places.
+
+    UserError for more than there are.
+    """
+    for what, count, least, known in (
+        ("animals", animals, 1, ANIMALS),
+        ("places", places, 0, PLACES),
+    ):
+        if whole(what, count, least) > len(known):
             raise UserError(f"there are {len(known)} {what}, not {count}")
+    if not places:
+        return [(a,) for a in ANIMALS[:animals]]
     return [(a, p) for a in ANIMALS[:animals] for p in PLACES[:places]]
 
 
