@@ -117,9 +117,8 @@ class Gsm:
         self._lead = list(self._encode("Answer:"))
         longest = max(len(self._number(n)) for n in range(largest + 1))
         self._asking = max(len(self._question(name)) for name in self.names)
-        self.final_tokens = questions * (len(self._lead) + longest + 1)
-        if question == "last":
-            self.final_tokens += questions * self._asking
+        cue = len(self._lead) if question == "first" else self._asking
+        self.final_tokens = questions * (cue + longest + 1)
         for index in range(8):  # the longest problems must fit
             self.problem("valid", index, self.ops)
 
@@ -189,7 +188,7 @@ class Gsm:
             context += self._filling(draw, (1 + further) * self.window - len(context))
         final, labels = [], []
         for which, other in enumerate(asked):
-            lead = (self._question(other) if self.question == "last" else []) + self._lead
+            lead = self._lead if self.question == "first" else self._question(other)
             number = self._number(quantities[other].value)
             digits = len(str(quantities[other].value))
             # A piece before the digits that every number has is no part of the answer.
