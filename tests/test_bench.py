@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_sleep import bench
-from mlx_sleep.bench import ops, sleep, wake
+from mlx_sleep.bench import data, ops, sleep, wake
 from mlx_sleep.cli.bench import app
 from mlx_sleep.errors import UserError
 from mlx_sleep.models.load import save
@@ -136,6 +136,17 @@ def test_sleep_rows(model):
         assert row["seconds"] > 0 and row["ratio_to_prefill"] > 0 and row["cancel_ms"] >= 0
 
 
+def test_data_rows():
+    rows = list(data.rows(1, ["depo"]))
+    assert [row["size"] for row in rows] == ["paper", "small", "tiny"]
+    paper = rows[0]
+    assert paper["tokens"] == paper["batch"] * (300 + 60)
+    assert paper["ms"] > 0
+    assert paper["tokens_per_second"] == pytest.approx(
+        1000 * paper["tokens"] / paper["ms"], rel=1e-3
+    )
+
+
 def test_cancel_ms_is_at_most_a_block(model, wall, monkeypatch):
     """With blocks of 20 ms, a request waits for one block and not for the whole sleep."""
     block = Model.block
@@ -190,6 +201,7 @@ def test_plot(model, tmp_path):
         (ops, ops.rows(1, [(1, 8, 2, 4, 4)])),
         (wake, wake.rows(model, (1,), (8, 16), 1)),
         (sleep, sleep.rows(model, (1, 2), repeats=1)),
+        (data, data.rows(1, ["depo"])),
     ):
         picture = bench.Plot(tmp_path / "plot.png")
         module.plot(list(rows), picture.axes)

@@ -126,6 +126,17 @@ def train(
 
 
 @app.command()
+def data(json: Json = False, plot: PlotFile = None, repeats: Repeats = 5):
+    """Time the making of a training batch, for every plan of `mlx-sleep study`.
+
+    Example: mlx-sleep bench data
+    """
+    from ..bench import data
+
+    _run("bench data", data, data.rows(repeats), json, plot)
+
+
+@app.command()
 def convert(
     gigabytes: Annotated[float, typer.Option(min=0.01, help="Size of the checkpoint.")] = 4.0,
     shard_gigabytes: Annotated[float, typer.Option(min=0.001, help="Size of its files.")] = 1.0,

@@ -114,10 +114,9 @@ class Gsm:
         self._encode: Callable[[str], tuple[int, ...]] = lru_cache(None)(
             lambda text: tuple(sp.encode(text))
         )
-        self._lead = list(self._encode("Answer:"))
         longest = max(len(self._number(n)) for n in range(largest + 1))
         self._asking = max(len(self._question(name)) for name in self.names)
-        cue = len(self._lead) if question == "first" else self._asking
+        cue = max(len(self._cue(name)) for name in self.names)
         self.final_tokens = questions * (cue + longest + 1)
         for index in range(8):  # the longest problems must fit
             self.problem("valid", index, self.ops)
@@ -188,7 +187,7 @@ class Gsm:
             context += self._filling(draw, (1 + further) * self.window - len(context))
         final, labels = [], []
         for which, other in enumerate(asked):
-            lead = self._lead if self.question == "first" else self._question(other)
+            lead = self._cue(other)
             number = self._number(quantities[other].value)
             digits = len(str(quantities[other].value))
             # A piece before the digits that every number has is no part of the answer.
@@ -261,6 +260,12 @@ class Gsm:
 
     def _question(self, name: tuple) -> list[int]:
         return self._sentence(("How many", name, "?"))
+
+    def _cue(self, name: tuple) -> list[int]:
+        """What stands before an answer: the question, or of what it is the number."""
+        if self.question == "last":
+            return self._question(name)
+        return self._sentence(("Answer:",) if self.questions == 1 else (name, "?"))
 
 
 def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tuple[str, ...]]:
