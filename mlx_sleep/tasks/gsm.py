@@ -188,10 +188,7 @@ class Gsm:
         final, labels = [], []
         for which, other in enumerate(asked):
             lead = self._cue(other)
-            number = self._number(quantities[other].value)
-            digits = len(str(quantities[other].value))
-            # A piece before the digits that every number has is no part of the answer.
-            lead, answer = lead + number[:-digits], [*number[-digits:], self.end]
+            answer = [*self._number(quantities[other].value), self.end]
             final += lead + answer
             if ops is not None:  # a test
                 which = 0 if other == name else -1
@@ -408,6 +405,8 @@ def make_tokenizer(
         bos_id=-1,
         eos_id=-1,
         control_symbols=[END],
+        # Without these a number would begin with a piece that is a space and nothing else.
+        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{digit}" for digit in range(10)],
         num_threads=1,
         minloglevel=2,
     )
