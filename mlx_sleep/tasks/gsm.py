@@ -162,9 +162,10 @@ class Gsm:
         told, quantities, name = graph(draw, ops or draw.randint(1, self.ops), names, self.largest)
         sentences = [self._sentence(parts) for parts in told]
         least = sum(map(len, sentences))
+        # With further windows, all of the problem stands in the first one, and is asked for alone.
+        count = 1 if further else self.questions
         if self.question == "first":
-            least += self.questions * self._asking
-        # With further windows, all of the problem stands in the first one.
+            least += count * self._asking
         room = self.window if further else self.most
         if least > room:
             raise UserError(
@@ -174,7 +175,7 @@ class Gsm:
         length = room if further else max(least, draw.randint(self.least, self.most))
         sentences += self._filler(draw, names, length - least, quantities)
         draw.shuffle(sentences)
-        asked = self._asked(draw, quantities, name)
+        asked = self._asked(draw, quantities, name, count)
         context = [i for name in asked for i in self._question(name)]
         if self.question == "last":
             context = []
@@ -195,14 +196,14 @@ class Gsm:
             labels += [-1] * len(lead) + [which] * len(answer)
         return Problem(context, final, labels, [quantities[other].value for other in asked])
 
-    def _asked(self, draw: Random, quantities: dict, name: tuple) -> list[tuple]:
+    def _asked(self, draw: Random, quantities: dict, name: tuple, count: int) -> list[tuple]:
         """The names that are asked for, that of the problem among them, in random order."""
-        if self.questions == 1:
+        if count == 1:
             return [name]
         others = [
             other for other, q in quantities.items() if other != name and len(q.needs) <= self.ops
         ]
-        asked = [name, *draw.sample(others, min(self.questions - 1, len(others)))]
+        asked = [name, *draw.sample(others, min(count - 1, len(others)))]
         draw.shuffle(asked)
         return asked
 
