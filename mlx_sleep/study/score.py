@@ -80,7 +80,7 @@ def examine(
 ) -> dict:
     """{"accuracy", "low", "high"} over the first n examples of a split; a 95% Wilson interval.
 
-    The questions of one example are not independent, so the interval counts examples.
+    It counts examples: should one have several questions, they are not independent.
     """
     share = 0.0
     for indices in _groups(n):

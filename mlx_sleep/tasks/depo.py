@@ -23,7 +23,8 @@ class Depo:
 
     A name is `name_tokens` tokens of an alphabet of `alphabet`; an edge is two names, a query
     k, start, ANSWER, answer. window: tokens between two sleeps. Each query is a question of its
-    own. The paper's size: 300 tokens of edges (75 nodes, names of two tokens), 60 of queries.
+    own; a test has one, for the answer of an earlier one can help, or be the same. The paper's
+    size: 300 tokens of edges (75 nodes, names of two tokens), 60 of queries.
     """
 
     trained_apart = False
@@ -119,7 +120,8 @@ class Depo:
 
     def _queries(self, cycle, size, key, indices, difficulty):
         """(final [B, F] int32, question [B, F] int32)"""
-        B, Q, n = len(cycle), self.queries, self.name_tokens
+        B, n = len(cycle), self.name_tokens
+        Q = self.queries if difficulty is None else 1
         size = size[:, None]
         start = (draws((*key, "start"), indices, Q) % size.astype(np.uint64)).astype(np.int64)
         if difficulty is None:

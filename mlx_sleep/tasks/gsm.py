@@ -70,7 +70,7 @@ class Gsm:
     names      how many animals and places there are: the number of quantities is their product;
                with 0 places it is the first, "owls" instead of "owls in Alder Valley"
     questions  asked of each context: the problem's, and others that take 0 to `ops` operations.
-               A test is of the problem's alone; the others are there, and have no label.
+               A test has the problem's alone to answer, for one answer helps with another.
     An answer is right when all digits and END are. UserError for numbers out of range, and for
     contexts too short for a problem.
     """
@@ -126,7 +126,7 @@ class Gsm:
             raise UserError(f"{difficulty} operations are more than the {self.ops} of this task")
 
     def problem(self, split: str, index: int, ops: int | None = None) -> Problem:
-        """One example; None draws 1 to `ops` operations, and every question has a label."""
+        """One example; None draws 1 to `ops` operations, and all questions are to be answered."""
         return self._problem(split, index, ops, 0)
 
     def batch(self, split: str, indices: Sequence[int], difficulty: int | None = None) -> Batch:
@@ -176,9 +176,9 @@ class Gsm:
         sentences += self._filler(draw, names, length - least, quantities)
         draw.shuffle(sentences)
         asked = self._asked(draw, quantities, name, count)
-        context = [i for name in asked for i in self._question(name)]
-        if self.question == "last":
-            context = []
+        context = []
+        if self.question == "first":
+            context += [i for other in asked for i in self._question(other)]
         context += [i for sentence in sentences for i in sentence]
         for w in range(1, 1 + further):
             context += self._filling(draw, w * self.window - len(context))
@@ -186,13 +186,13 @@ class Gsm:
             context += [i for sentence in more for i in sentence]
         if further:
             context += self._filling(draw, (1 + further) * self.window - len(context))
+        if ops is not None:  # a test
+            asked = [name]
         final, labels = [], []
         for which, other in enumerate(asked):
             lead = self._cue(other)
             answer = [*self._number(quantities[other].value), self.end]
             final += lead + answer
-            if ops is not None:  # a test
-                which = 0 if other == name else -1
             labels += [-1] * len(lead) + [which] * len(answer)
         return Problem(context, final, labels, [quantities[other].value for other in asked])
 
