@@ -76,9 +76,10 @@ def test_questions_and_labels():
         assert row == [-1] * (task.query_tokens - 2) + [q, q]
 
 
-def test_a_difficulty_is_the_hops_of_every_query():
+def test_a_test_asks_one_question_of_the_difficulty():
     task = Depo(**TASKS["one token a name"])
     batch = task.batch("test", range(8), 3)
+    assert batch.final.shape == batch.question.shape == (8, task.query_tokens)
     assert {k for f in batch.final.tolist() for k, _, _ in queries_of(task, f)} == {3}
     # The same cycles for every k, so that only the question changes.
     np.testing.assert_array_equal(batch.context, task.batch("test", range(8), 1).context)
