@@ -169,6 +169,14 @@ def test_other_bad_input(tmp_path):
         plan.make_runs(PLAN, TASK, models=["looped"], passes=[2])
     with pytest.raises(UserError, match="does not fit rule110: .*wdith"):
         run.make_task({**PLAN, "world": {"wdith": 5}})
+    gsm = plan.read_plan("gsm", "tiny")
+    for world, message in (
+        ({"names": 5}, "does not fit gsm"),
+        ({"tokens": [5]}, "does not fit gsm"),
+        ({"vocab_size": 10}, "no tokenizer with"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.make_task({**gsm, "world": {**gsm["world"], **world}})
     with pytest.raises(UserError, match="no multiple of the pattern"):
         settings = settings_of("hybrid-d2-n1-s0", model={**PLAN["model"], "blocks": 3})
         models.build(settings, {}, TASK)

@@ -29,31 +29,31 @@ def make_task(settings: dict, tokenizer: Path | None = None):
     from ..tasks.rule110 import Rule110
 
     world = {**settings["world"]}
-    if settings["task"] == "gsm":
-        options = {key: world[key] for key in ("vocab_size", "names") if key in world}
-        options |= {"phrases": world.pop("phrases", False)}
-        world.pop("vocab_size", None)
-        if tokenizer is None or not tokenizer.exists():
-            data = _make_tokenizer(options)
-            if tokenizer is not None:
-                replace_file(tokenizer, data)
-        else:
-            data = tokenizer.read_bytes()
-        world["tokenizer"] = data
-    kind = {"rule110": Rule110, "depo": Depo, "gsm": Gsm}[settings["task"]]
     try:
+        if settings["task"] == "gsm":
+            world["tokenizer"] = _tokenizer(world, tokenizer)
+        kind = {"rule110": Rule110, "depo": Depo, "gsm": Gsm}[settings["task"]]
         return kind(**world)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"the plan's world does not fit {settings['task']}: {error}") from None
 
 
-def _make_tokenizer(options: dict) -> bytes:
+def _tokenizer(world: dict, path: Path | None) -> bytes:
+    """What the file has, or else a new tokenizer, put there; its own options leave the world."""
     from ..tasks.gsm import make_tokenizer
 
+    options = {key: world.pop(key) for key in ("vocab_size", "phrases") if key in world}
+    if path is not None and path.exists():
+        return path.read_bytes()
+    if "names" in world:
+        options["names"] = world["names"]
     try:
-        return make_tokenizer(**options)
+        data = make_tokenizer(**options)
     except (RuntimeError, OSError) as error:  # sentencepiece's, for a size it can't make
-        raise UserError(f"no tokenizer of {options['vocab_size']} pieces: {error}") from None
+        raise UserError(f"no tokenizer with {options}: {error}") from None
+    if path is not None:
+        replace_file(path, data)
+    return data
 
 
 def finished(folder: Path, settings: dict) -> dict | None:
