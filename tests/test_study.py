@@ -280,7 +280,7 @@ def test_keeping_the_context_is_one_window_without_gaps():
     batch = task.batch("test", range(4), 2)
     (chunk,) = score.chunks_of(batch, kept=True)
     for row in range(4):
-        context, final, answer = task.problem("test", row, 2)
+        context, final, _, [answer] = task.problem("test", row, 2)
         n = len(context) + len(final)
         assert chunk.tokens[row, :n].tolist() == context + final
         assert chunk.mask[row].tolist() == [True] * n + [False] * (chunk.mask.shape[1] - n)
