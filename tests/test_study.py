@@ -55,6 +55,7 @@ PLAN = {
         {"model": "looped", "difficulties": [2]},
         {"model": "transformer", "difficulties": [2], "seeds": [3]},
         {"model": "transformer_full", "difficulties": [2], "seeds": [3]},
+        {"model": "transformer_deep", "difficulties": [2], "steps": 2},
     ],
 }
 TASK = Rule110(5, 2)
@@ -100,8 +101,9 @@ def test_the_plans_in_the_package(task):
             for r in hybrids:
                 seeds.setdefault((r.passes, r.difficulty), set()).add(r.seed)
             assert all(len(s) >= 3 for s in seeds.values())
-        for kind in ("hybrid_flops", "transformer", "transformer_full"):
-            assert any(r.model == kind for r in runs)
+        known = {r.model for r in runs}
+        assert {"hybrid_flops", "transformer"} <= known
+        assert known & {"transformer_full", "transformer_deep"}
 
 
 def test_the_papers_sizes():
@@ -202,8 +204,8 @@ def test_a_looped_model_is_a_deep_one_with_the_same_weights():
         assert a[0] == b[0] and np.allclose(a[1], b[1], atol=1e-5)
 
 
-def test_the_ceiling_has_as_many_blocks_as_four_passes_run():
-    full = model_of("transformer_full-d2-n1-s3")
+def test_a_deeper_model_has_as_many_blocks_as_four_passes_run():
+    full = model_of("transformer_deep-d2-n1-s0")
     assert full.args.layer_types == ["attention"] * 4 * PLAN["model"]["blocks"]
     assert "fast_weights" not in full(mx.array([[1, 2]]))[1][0]
 
