@@ -7,10 +7,8 @@ the bottleneck: `mlx-sleep bench train` prints the other one. It is NumPy and Py
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ..study.plan import TASKS, read_plan, sizes
 from ..study.run import make_task
@@ -28,8 +26,7 @@ def rows(repeats: int = 5, tasks: Sequence[str] = TASKS) -> Iterator[dict]:
     for name in tasks:
         for size in sizes(name):
             plan = read_plan(name, size)
-            with tempfile.TemporaryDirectory() as folder:
-                task = make_task(plan, Path(folder) / "tokenizer.model")
+            task = make_task(plan)
             difficulty = max(plan["difficulties"]) if task.trained_apart else None
             times = []
             for i in range(1 + repeats):  # the first one fills caches
