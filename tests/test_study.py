@@ -554,6 +554,15 @@ def test_figures(study, tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
 
 
+def test_a_curve_joins_seeds_by_examination():
+    # Padding makes the numbers of tokens differ from seed to seed.
+    rows = [
+        {"seed": seed, "tokens": tokens, "accuracy": accuracy}
+        for seed, tokens, accuracy in ((0, 21, 0.5), (0, 10, 0.1), (1, 11, 0.3), (1, 20, 0.7))
+    ]
+    assert figures._curve(rows) == ([(10, 11), (21, 20)], [(0.1, 0.3), (0.5, 0.7)])
+
+
 def test_bad_options():
     for options, message in ((["--jobs", "0"], "--jobs"), (["--passes", "9"], "passes 9")):
         with pytest.raises(UserError, match=message):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import UserError
 from ..files import explained
 from .table import pooled
@@ -91,17 +93,30 @@ def _passes(found, axes, _difficulty, _examples):
 def _tokens(found, axes, difficulty, _examples):
     """Accuracy on the valid set against training tokens, a line for each N; means over seeds."""
     rows = [r for r in found["curve"] if r["difficulty"] == difficulty and r["model"] == "hybrid"]
-    means = pooled(rows, ("passes", "tokens"), 1)
-    for passes in sorted({row["passes"] for row in means}):
+    for passes in sorted({row["passes"] for row in rows}):
         # An N has its colour in every panel, also where other N are missing.
         color = f"C{passes - 1}"
-        line = sorted((r for r in means if r["passes"] == passes), key=lambda row: row["tokens"])
-        x = [row["tokens"] / 1e6 for row in line]
-        axes.plot(x, [row["accuracy"] for row in line], color=color, label=f"N = {passes}")
-        low, high = ([f(row["seeds"]) for row in line] for f in (min, max))
+        tokens, accuracies = _curve([row for row in rows if row["passes"] == passes])
+        x = [np.mean(one) / 1e6 for one in tokens]
+        y = [np.mean(one) for one in accuracies]
+        axes.plot(x, y, color=color, label=f"N = {passes}")
+        low, high = ([f(one) for one in accuracies] for f in (min, max))
         axes.fill_between(x, low, high, color=color, alpha=0.15)
     axes.set_title(f"{WHAT[found['task']]} = {difficulty}", fontsize="medium")
     axes.set_xlabel("million training tokens")
+
+
+def _curve(rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """(tokens, accuracies) of all seeds for each examination, as far as every seed has it.
+
+    Seeds are examined after the same steps; where contexts are padded, those have not the same
+    number of tokens.
+    """
+    seeds: dict = {}
+    for row in sorted(rows, key=lambda row: row["tokens"]):
+        seeds.setdefault(row["seed"], []).append(row)
+    times = list(zip(*seeds.values(), strict=False))
+    return tuple([tuple(r[key] for r in rows) for rows in times] for key in ("tokens", "accuracy"))
 
 
 def _retention(found, axes, _difficulty, examples):
