@@ -6,12 +6,13 @@ the bottleneck: `mlx-sleep bench train` prints the other one. It is NumPy and Py
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 
 from ..study.plan import TASKS, read_plan, sizes
 from ..study.run import make_task
+from . import clock, interleave
 
 
 def rows(repeats: int = 5, tasks: Sequence[str] = TASKS) -> Iterator[dict]:
@@ -27,15 +28,9 @@ def rows(repeats: int = 5, tasks: Sequence[str] = TASKS) -> Iterator[dict]:
         for size in sizes(name):
             plan = read_plan(name, size)
             task = make_task(plan)
-            difficulty = max(plan["difficulties"]) if task.trained_apart else None
-            times = []
-            for i in range(1 + repeats):  # the first one fills caches
-                indices = range(i * plan["batch"], (i + 1) * plan["batch"])
-                start = time.perf_counter()
-                batch = task.batch("train", indices, difficulty)
-                times.append(time.perf_counter() - start)
-            seconds = statistics.median(times[1:])
-            tokens = batch.context.size + batch.final.size
+            (times,) = interleave([clock(next, _batches(task, plan))], repeats)
+            seconds = statistics.median(times)
+            tokens = plan["batch"] * (task.windows * task.window + task.final_tokens)
             yield {
                 "task": name,
                 "size": size,
@@ -44,6 +39,13 @@ def rows(repeats: int = 5, tasks: Sequence[str] = TASKS) -> Iterator[dict]:
                 "ms": 1000 * seconds,
                 "tokens_per_second": round(tokens / seconds),
             }
+
+
+def _batches(task, plan: dict) -> Iterator:
+    """Training batches, one after the other."""
+    difficulty = max(plan["difficulties"]) if task.trained_apart else None
+    for start in itertools.count(0, plan["batch"]):
+        yield task.batch("train", range(start, start + plan["batch"]), difficulty)
 
 
 def plot(rows: list[dict], axes) -> None:
