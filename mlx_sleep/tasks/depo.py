@@ -66,7 +66,10 @@ class Depo:
             raise UserError(f"{difficulty} hops are more than the {self.hops} of this task")
 
     def batch(self, split: str, indices: Sequence[int], difficulty: int | None = None) -> Batch:
-        """The examples `indices`; None mixes 1 to `hops` hops, evenly, query by query."""
+        """The examples `indices`; None mixes 1 to `hops` hops, evenly, query by query.
+
+        With a difficulty it is a test, of one query an example.
+        """
         check_split(split)
         self.check(difficulty)
         key = ("depo", self.seed, split)

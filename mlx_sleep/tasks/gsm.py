@@ -23,6 +23,7 @@ from ..errors import UserError
 from .synthetic import Batch, check_split, whole
 
 PAD, END = "<pad>", "<end>"
+LARGEST = 99  # no quantity is larger, where a plan doesn't say otherwise
 
 ANIMALS = (
     "owls foxes bears wolves hares otters badgers deer moose lynxes herons cranes swans geese "
@@ -42,6 +43,7 @@ FILLER = (
     "The path through {} is closed in winter.",
     "Painters come to {} for its light.",
 )
+ALL_NAMES = (len(ANIMALS), len(PLACES))
 
 
 class Quantity(NamedTuple):
@@ -84,8 +86,8 @@ class Gsm:
         ops: int = 8,
         window: int = 2000,
         question: str = "first",
-        largest: int = 99,
-        names: Sequence[int] = (len(ANIMALS), len(PLACES)),
+        largest: int = LARGEST,
+        names: Sequence[int] = ALL_NAMES,
         questions: int = 1,
         seed: int = 0,
     ):
@@ -114,10 +116,9 @@ class Gsm:
         self._encode: Callable[[str], tuple[int, ...]] = lru_cache(None)(
             lambda text: tuple(sp.encode(text))
         )
-        longest = max(len(self._number(n)) for n in range(largest + 1))
         self._asking = max(len(self._question(name)) for name in self.names)
         cue = max(len(self._cue(name)) for name in self.names)
-        self.final_tokens = questions * (cue + longest + 1)
+        self.final_tokens = questions * (cue + len(self._number(largest)) + 1)
         for index in range(8):  # the longest problems must fit
             self.problem("valid", index, self.ops)
 
@@ -130,7 +131,10 @@ class Gsm:
         return self._problem(split, index, ops, 0)
 
     def batch(self, split: str, indices: Sequence[int], difficulty: int | None = None) -> Batch:
-        """The examples `indices`; None mixes 1 to `ops` operations, evenly."""
+        """The examples `indices`; None mixes 1 to `ops` operations, evenly.
+
+        With a difficulty it is a test, of one question an example.
+        """
         return self._batch(split, indices, difficulty, self.windows, 0)
 
     def retention(self, split: str, indices: Sequence[int], difficulty: int, further: int) -> Batch:
@@ -173,7 +177,9 @@ class Gsm:
                 "lower ops"
             )
         length = room if further else max(least, draw.randint(self.least, self.most))
-        sentences += self._filler(draw, names, length - least, quantities)
+        filler, others = self._filler(draw, names, length - least)
+        sentences += filler
+        quantities |= others
         draw.shuffle(sentences)
         asked = self._asked(draw, quantities, name, count)
         context = []
@@ -182,7 +188,7 @@ class Gsm:
         context += [i for sentence in sentences for i in sentence]
         for w in range(1, 1 + further):
             context += self._filling(draw, w * self.window - len(context))
-            more = self._filler(draw, names, self.window, {})
+            more, _ = self._filler(draw, names, self.window)
             context += [i for sentence in more for i in sentence]
         if further:
             context += self._filling(draw, (1 + further) * self.window - len(context))
@@ -198,8 +204,6 @@ class Gsm:
 
     def _asked(self, draw: Random, quantities: dict, name: tuple, count: int) -> list[tuple]:
         """The names that are asked for, that of the problem among them, in random order."""
-        if count == 1:
-            return [name]
         others = [
             other for other, q in quantities.items() if other != name and len(q.needs) <= self.ops
         ]
@@ -214,32 +218,28 @@ class Gsm:
             ids += self._sentence(_neutral(draw))
         return ids[:count]
 
-    def _filler(self, draw: Random, names: list, room: int, quantities: dict) -> list[list[int]]:
-        """Sentences of other quantities, and of none, in at most `room` tokens.
-
-        The quantities are put into the dict, but none of them hangs on what was there before.
-        """
+    def _filler(self, draw: Random, names: list, room: int) -> tuple[list[list[int]], dict]:
+        """(sentences of other quantities, and of none, in at most `room` tokens; the quantities)"""
         sentences: list[list[int]] = []
-        own: dict = {}
+        quantities: dict = {}
         while True:
             name = quantity = None
             if draw.random() < 0.3 or not names:
                 parts = _neutral(draw)
             else:
                 name = names.pop()
-                if own and draw.random() < 0.6:
-                    other = draw.choice(list(own))
-                    parts, quantity = _extend(draw, name, other, own[other], self.largest)
+                if quantities and draw.random() < 0.6:
+                    other = draw.choice(list(quantities))
+                    parts, quantity = _extend(draw, name, other, quantities, self.largest)
                 else:
                     parts, quantity = _leaf(draw, name, self.largest)
             sentence = self._sentence(parts)
             room -= len(sentence)
             if room < 0:
-                quantities.update(own)
-                return sentences
+                return sentences, quantities
             sentences.append(sentence)
             if name:
-                own[name] = quantity
+                quantities[name] = quantity
 
     def _sentence(self, parts: Sequence) -> list[int]:
         """The ids of pieces of text, numbers and names (animal, place)."""
@@ -266,7 +266,7 @@ class Gsm:
         return self._sentence(("Answer:",) if self.questions == 1 else (name, "?"))
 
 
-def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tuple[str, ...]]:
+def name_list(animals: int, places: int) -> list[tuple[str, ...]]:
     """The names (animal, place) of a task with so many of each, or (animal,) with 0 places.
 
     UserError for more than there are.
@@ -282,7 +282,7 @@ def name_list(animals: int = len(ANIMALS), places: int = len(PLACES)) -> list[tu
     return [(a, p) for a in ANIMALS[:animals] for p in PLACES[:places]]
 
 
-def graph(draw: Random, ops: int, names: list, largest: int = 99) -> tuple[list, dict, tuple]:
+def graph(draw: Random, ops: int, names: list, largest: int = LARGEST) -> tuple[list, dict, tuple]:
     """(sentences as parts, name -> Quantity, the name asked for) of a problem of `ops` operations.
 
     Every operation is needed: a result goes into a later one, and the last is the answer. Names
@@ -316,7 +316,7 @@ def graph(draw: Random, ops: int, names: list, largest: int = 99) -> tuple[list,
             b = leaf() if draw.random() < 0.5 else None
         name = names.pop()
         if b is None:
-            parts, quantities[name] = _extend(draw, name, a, quantities[a], largest)
+            parts, quantities[name] = _extend(draw, name, a, quantities, largest)
         else:
             parts, quantities[name] = _combine(draw, name, a, b, quantities, largest)
         told.append(parts)
@@ -336,10 +336,10 @@ def _leaf(draw: Random, name: tuple, largest: int) -> tuple[tuple, Quantity]:
 
 
 def _extend(
-    draw: Random, name: tuple, other: tuple, quantity: Quantity, largest: int
+    draw: Random, name: tuple, other: tuple, quantities: dict, largest: int
 ) -> tuple[tuple, Quantity]:
-    """An operation on one quantity and a number."""
-    value = quantity.value
+    """An operation on the quantity called other and a number."""
+    value, needs = quantities[other]
     # So that what is added, or what is taken away, is never too much.
     by = draw.randint(1, min(9, max(value, largest - value)))
     times = draw.randint(2, 3)
@@ -352,7 +352,7 @@ def _extend(
         text = ("There are", times, "times as many", name, "as", other, ".")
         choices.append((text, value * times))
     parts, value = draw.choice(choices)
-    return parts, Quantity(value, quantity.needs | {name})
+    return parts, Quantity(value, needs | {name})
 
 
 def _combine(
@@ -372,7 +372,7 @@ def _combine(
 
 def make_tokenizer(
     vocab_size: int = 400,
-    names: Sequence[int] = (len(ANIMALS), len(PLACES)),
+    names: Sequence[int] = ALL_NAMES,
     phrases: bool = False,
 ) -> bytes:
     """A serialized sentencepiece BPE model of the task's words, digits kept apart.
@@ -383,7 +383,7 @@ def make_tokenizer(
     import sentencepiece
 
     draw = Random(11)
-    lines = [str(number) for number in range(100)] * 10
+    lines = [str(number) for number in range(LARGEST + 1)] * 10
     known = name_list(*names)
     for _ in range(1000):
         told, _, asked = graph(draw, draw.randint(1, 8), draw.choices(known, k=40))
