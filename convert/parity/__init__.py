@@ -49,9 +49,16 @@ def worst(
         agreement = (ours.argmax(-1) == theirs.argmax(-1)).mean()
         found.setdefault((reference, case), []).append((np.abs(ours - theirs).max(), agreement))
     for key, figures in found.items():
-        errors, agreements = zip(*figures, strict=True)
-        # Not max(), which may let a NaN go.
-        yield Case(architecture, *key, float(np.max(errors)), float(min(agreements)))
+        yield worst_of(architecture, *key, figures)
+
+
+def worst_of(
+    architecture: str, reference: str, case: str, figures: Iterable[tuple[float, float]]
+) -> Case:
+    """The Case of some (error, agreement)."""
+    errors, agreements = zip(*figures, strict=True)
+    # Not max(), which may let a NaN go.
+    return Case(architecture, reference, case, float(np.max(errors)), float(min(agreements)))
 
 
 def _modules() -> list[ModuleType]:

@@ -13,7 +13,7 @@ import numpy as np
 from ...models.jet_nemotron import Model, ModelArgs
 from ...sleep import consolidate
 from ..architectures.jet_nemotron import ARCHITECTURE
-from . import CASES, Case
+from . import CASES, Case, worst_of
 
 ARCHITECTURES = (ARCHITECTURE.model_type,)
 REFERENCE = "PyTorch model from the published code's facts, recurrence of transformers"
@@ -86,15 +86,10 @@ def run(architecture: str) -> Iterator[Case]:
     rng = np.random.default_rng()
     for case in CASES:
         found = [error for ours, theirs in pairs for error in compare(case, ours, theirs, rng)]
-        yield _worst(architecture, REFERENCE, case, found)
+        yield worst_of(architecture, REFERENCE, case, found)
     ours, theirs = qwen_pair()
     for case in ("prefill", "steps"):
-        yield _worst(architecture, QWEN, case, compare(case, ours, theirs, rng))
-
-
-def _worst(architecture, reference, case, found) -> Case:
-    errors, agreements = zip(*found, strict=True)
-    return Case(architecture, reference, case, max(errors), min(agreements))
+        yield worst_of(architecture, QWEN, case, compare(case, ours, theirs, rng))
 
 
 def pair(config: dict, sleep: dict):
