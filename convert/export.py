@@ -7,10 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import UserError
 from ..models.folder import copy_tokenizer, new_folder, write_json
 from ..models.load import read_config
 from ..models.weights import read_headers, weight_files
+from ..utils.errors import UserError
 from .architectures import for_ours
 from .architectures.base import Weights
 from .writer import SHARD_BYTES, entry, write_shards

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import UserError
-from ..files import words
+from ..utils.errors import UserError
+from ..utils.files import words
 from . import gguf_tokenizer
 
 _LAYER = {

@@ -10,11 +10,11 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from ..errors import UserError
 from ..models import inserted
 from ..models.base import SleepModel
 from ..models.inserted import SleepLayer
 from ..models.jet_nemotron import JetArgs
+from ..utils.errors import UserError
 
 # The decay of S stays float32 whatever the weights are.
 _STAY_FLOAT32 = ("A_log", "dt_bias")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..errors import UserError
-from ..files import words
 from ..models.weights import nearest, some
+from ..utils.errors import UserError
+from ..utils.files import words
 from .architectures.base import Architecture, Weights
 
 # What wrappers put in front of a name or between its parts: DataParallel, torch.compile, FSDP,

@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import UserError
-from ..files import words
 from ..models.base import SleepConfig, SleepModel
 from ..models.folder import copy_tokenizer, new_folder, write_json
 from ..models.load import MODEL_TYPES, build, get_model_classes, seal
+from ..utils.errors import UserError
+from ..utils.files import words
 from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture

@@ -1,4 +1,4 @@
-"""PyTorch models that can run a checkpoint, for `verify`: transformers', or those of `parity`.
+"""PyTorch models that can run a checkpoint, for `verify`: transformers', or those in torch/.
 
 torch and transformers are imported where they are used. Nothing here knows our own models.
 """
@@ -35,33 +35,33 @@ def reference_model(source: Source) -> tuple[str, Run]:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise LookupError(f"its tensors are not named as PyTorch's: {[*missing, *unexpected]}")
-        return f"PyTorch definition of {kind} in mlx_sleep.convert.parity", run
+        return f"PyTorch definition of {kind} in mlx_sleep.convert.torch", run
     return _from_transformers(source.config, state, "the checkpoint")
 
 
 def _sleep_hybrid(config: dict):
-    from .parity.sleep_hybrid_torch import SleepHybrid
+    from .torch.sleep_hybrid import SleepHybrid
 
     model = SleepHybrid(config)
     return model, lambda tokens: model(tokens, model.fresh())[0]
 
 
 def _fla(config: dict):
-    from .parity.fla_torch import Reference
+    from .torch.fla import Reference
 
     model = Reference({"tie_word_embeddings": False, **config}, {"window": 2, "eviction": "hard"})
     return model, lambda tokens: model(tokens, model.fresh())[0]
 
 
 def _jet_nemotron(config: dict):
-    from .parity.jet_nemotron_torch import JetNemotron
+    from .torch.jet_nemotron import JetNemotron
 
     model = JetNemotron({"tie_word_embeddings": False, **config})
     return model, lambda tokens: model(tokens)[0]
 
 
 def _ouro(config: dict):
-    from .parity.ouro_torch import Ouro
+    from .torch.ouro import Ouro
 
     model = Ouro({"tie_word_embeddings": False, **config}, {"window": 2, "eviction": "hard"})
     return model, lambda tokens: model(tokens[0], {})[0][None]

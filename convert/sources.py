@@ -15,10 +15,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import UserError
-from ..files import reading, words
 from ..models.load import read_config
 from ..models.weights import read_headers, weight_files
+from ..utils.errors import UserError
+from ..utils.files import reading, words
 from . import gguf, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")

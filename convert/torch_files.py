@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import words
+from ..utils.errors import UserError
+from ..utils.files import words
 from .writer import Entry, write_file
 
 # Where trainers put the state dict in a checkpoint that holds more.

@@ -11,10 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
-from ..files import read_json, words
 from ..models.load import load_model
 from ..models.weights import weight_files
+from ..utils.errors import UserError
+from ..utils.files import read_json, words
 from .pipeline import REPORT
 from .sources import Source, open_source
 

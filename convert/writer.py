@@ -14,9 +14,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import UserError
 from ..models.folder import write_json
 from ..models.weights import INDEX, not_finite
+from ..utils.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
 """The largest weights file, as in mlx-lm; a larger tensor gets a file of its own."""

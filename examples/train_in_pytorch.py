@@ -11,7 +11,7 @@ all of it.
     mlx-sleep chat --model remembers        # amy blue tom red eva grey, then /sleep, then tom
 
 The model's definition is one file that needs only PyTorch,
-convert/parity/sleep_hybrid_torch.py: copy it to the machine that you train on.
+convert/torch/sleep_hybrid.py: copy it to the machine that you train on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from safetensors.torch import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
-from mlx_sleep.convert.parity.sleep_hybrid_torch import SleepHybrid
+from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid
 
 NAMES = "amy tom eva max ida leo zoe ben".split()
 COLOURS = "blue red grey green white black pink gold".split()

@@ -5,18 +5,23 @@ kernel opens with a line that names its buffers in order:
 
     // kernel NAME(input, ...) -> (output, ...)
 
-followed by the body of the function; MLX writes the signature. Where there is no Metal the body
-runs in the harness, on the CPU, checked and very slowly. This module knows no op.
+followed by the body of the function; MLX writes the signature. This module knows no op.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
 import mlx.core as mx
+
+from ..utils.errors import UserError
+
+without_metal: Callable | None = None
+"""Takes the place of `mx.fast.metal_kernel` where there is no Metal. Tests set it."""
 
 _MARK = re.compile(r"^// kernel (\w+)\(([\w, ]*)\) -> \(([\w, ]*)\)$", re.MULTILINE)
 
@@ -47,6 +52,11 @@ def cut(text: str) -> dict[str, Source]:
     return kernels
 
 
+def runs() -> bool:
+    """Whether something here can run a kernel: Metal, or what tests put in its place."""
+    return mx.metal.is_available() or without_metal is not None
+
+
 @functools.cache
 def kernel(file: str, name: str):
     """A callable with the arguments of a kernel made by `mx.fast.metal_kernel`."""
@@ -54,9 +64,8 @@ def kernel(file: str, name: str):
 
 
 def build(source: Source):
-    """The callable of a Source: Metal's where there is Metal, otherwise the harness's."""
-    if mx.metal.is_available():
-        make = mx.fast.metal_kernel
-    else:
-        from .harness import metal_kernel as make
+    """The callable of a Source. UserError where nothing can run it (`runs`)."""
+    if not runs():
+        raise UserError("the Metal kernels need a Metal GPU, and this machine has none")
+    make = mx.fast.metal_kernel if mx.metal.is_available() else without_metal
     return make(source.name, source.inputs, source.outputs, source.body, source.header)

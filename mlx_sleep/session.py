@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
-from .errors import UserError
+from .chat_template import ChatTokenizer
 from .memory import Memory
 from .models.base import (
     SleepConfig,
@@ -26,7 +26,7 @@ from .models.base import (
     unflatten_state,
 )
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate
-from .tokenizer import ChatTokenizer
+from .utils.errors import UserError
 
 OnPass = Callable[[int, int, float], None]
 ShouldStop = Callable[[], bool]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .errors import UserError
 from .models.base import State, evict, kv_bytes
+from .utils.errors import UserError
 
 NOTHING_TO_SLEEP_INTO = (
     "this model has attention layers only, so there is nothing to sleep into; add sleep layers "

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from mlx_sleep.cli import main
-from mlx_sleep.kernels import harness
+from mlx_sleep.kernels import source
+from tests.metal import harness
 
 assert mlx_sleep  # imported for its effect
+source.without_metal = harness.metal_kernel
 
 
 def pytest_configure(config):

@@ -10,9 +10,9 @@ from mlx_lm import tokenizer_utils
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_sleep.chat_template import ChatTokenizer
 from mlx_sleep.models.load import save
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
-from mlx_sleep.tokenizer import ChatTokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"

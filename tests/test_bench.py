@@ -11,12 +11,13 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from mlx_sleep import bench
-from mlx_sleep.bench import data, ops, sleep, wake
+from mlx_sleep.cli import output
 from mlx_sleep.cli.bench import app
-from mlx_sleep.errors import UserError
+from mlx_sleep.lab import timing
+from mlx_sleep.lab.bench import data, ops, sleep, wake
 from mlx_sleep.models.load import save
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
+from mlx_sleep.utils.errors import UserError
 
 assert mlx_sleep  # imported for its effect
 
@@ -57,7 +58,7 @@ def test_rounds_are_interleaved_and_the_first_is_warm_up():
 
         return seconds
 
-    assert bench.interleave([clock("a"), clock("b")], 2) == [[4.0, 5.0], [3.0, 6.0]]
+    assert timing.interleave([clock("a"), clock("b")], 2) == [[4.0, 5.0], [3.0, 6.0]]
     assert "".join(asked) == "abbaab"  # each round begins with another one
 
 
@@ -66,7 +67,7 @@ def wall(monkeypatch):
     """A wall clock that moves only when a test says so: wall.now is in seconds."""
     fake = SimpleNamespace(now=0.0)
     fake.perf_counter = lambda: fake.now
-    monkeypatch.setattr(bench, "time", fake)
+    monkeypatch.setattr(timing, "time", fake)
     monkeypatch.setattr(sleep, "time", fake)
     return fake
 
@@ -80,12 +81,12 @@ def test_clock_waits_for_the_arrays(wall, monkeypatch):
 
     monkeypatch.setattr(mx, "eval", evaluate)
     x = mx.ones(4)
-    assert bench.clock(lambda x: {"deep": [x]}, x)() == 3
+    assert timing.clock(lambda x: {"deep": [x]}, x)() == 3
     assert evaluated[0]["deep"][0] is x
 
 
 def test_ratio_is_the_median_of_pairs():
-    assert bench.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
+    assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
 
 
 def test_ops_rows_compare_the_same_numbers():
@@ -203,21 +204,21 @@ def test_plot(model, tmp_path):
         (sleep, sleep.rows(model, (1, 2), repeats=1)),
         (data, data.rows(1, ["depo"])),
     ):
-        picture = bench.Plot(tmp_path / "plot.png")
+        picture = output.Plot(tmp_path / "plot.png")
         module.plot(list(rows), picture.axes)
         picture.save()
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "plot.png").unlink()
     with pytest.raises(UserError, match="must end in"):
-        bench.Plot(tmp_path / "plot.txt")
+        output.Plot(tmp_path / "plot.txt")
     with pytest.raises(UserError, match="no folder"):
-        bench.Plot(tmp_path / "none" / "plot.png")
+        output.Plot(tmp_path / "none" / "plot.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        bench.Plot(tmp_path / "folder.png").save()
+        output.Plot(tmp_path / "folder.png").save()
 
 
 def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"mlx-sleep\[plot\]"):
-        bench.Plot(tmp_path / "plot.png")
+        output.Plot(tmp_path / "plot.png")

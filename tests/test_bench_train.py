@@ -11,11 +11,11 @@ import pytest
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
-from mlx_sleep.bench import train
 from mlx_sleep.cli.bench import app
-from mlx_sleep.errors import UserError
+from mlx_sleep.lab.bench import train
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
-from mlx_sleep.train import Chunk, Trainer, labelled
+from mlx_sleep.training.trainer import Chunk, Trainer, labelled
+from mlx_sleep.utils.errors import UserError
 
 assert mlx_sleep  # imported for its effect
 
@@ -50,7 +50,7 @@ def chunks_of(rng):
 def test_the_twin_takes_the_same_steps(tmp_path, rng):
     """Three steps: loss, gradients, clip, Muon and AdamW all show in the losses that follow."""
     pytest.importorskip("torch")
-    from mlx_sleep.bench.train_torch import Step, tensors
+    from mlx_sleep.lab.bench.train_torch import Step, tensors
 
     model = Model(ModelArgs.from_dict(CONFIG))
     weights = [

@@ -12,14 +12,14 @@ import threading
 import time
 
 import pytest
-from fakes import fake_folder, fake_model
-from terminal import ENVIRONMENT, PROGRAM
 
 from mlx_sleep.cli import COMMANDS, common, slash
 from mlx_sleep.cli.terminal import IdleSleeper
-from mlx_sleep.errors import UserError
 from mlx_sleep.memory import show_memory
 from mlx_sleep.sleep import SleepCancelled
+from mlx_sleep.utils.errors import UserError
+from tests.fakes import fake_folder, fake_model
+from tests.terminal import ENVIRONMENT, PROGRAM
 
 
 @pytest.fixture(scope="module")

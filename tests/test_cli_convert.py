@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from checkpoints import CONFIG, random_weights, run_command, write
 from typer.testing import CliRunner
 
 from mlx_sleep.cli import models as models_command
 from mlx_sleep.convert import downloads
 from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.convert.verify import verify
-from mlx_sleep.errors import UserError
 from mlx_sleep.models.load import build, load_model, save
+from mlx_sleep.utils.errors import UserError
+from tests.checkpoints import CONFIG, random_weights, run_command, write
 
 
 @pytest.fixture
@@ -78,40 +77,6 @@ def test_models_list():
     kinds = {row["name"]: row["kind"] for row in rows}
     assert kinds["sleep_hybrid"] == "architecture" and kinds["smollm2"] == "model"
     assert {"fla_gated_deltanet", "fla_mamba2", "jet_nemotron", "ouro", "llama"} <= kinds.keys()
-
-
-def test_models_parity_without_torch(monkeypatch):
-    from mlx_sleep.convert import parity
-
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
-    result = run_models("parity")
-    assert isinstance(result.exception, UserError)
-    assert "parity needs torch; pip install 'mlx-sleep[torch]'" in str(result.exception)
-
-
-def test_models_parity_rows(monkeypatch):
-    from mlx_sleep.convert import parity
-
-    def run(architecture):
-        yield parity.Case(architecture, "somebody's", "prefill", 2e-6, 1.0)
-
-    module = SimpleNamespace(ARCHITECTURES=("sleep_hybrid", "ouro"), run=run)
-    monkeypatch.setattr(parity, "find_spec", lambda name: name)
-    monkeypatch.setattr(parity, "_modules", lambda: [module])
-    result = json.loads(run_models("parity", "ouro", "--json").stdout)
-    assert result["command"] == "models parity" and result["device"]
-    assert result["rows"] == [
-        {
-            "architecture": "ouro",
-            "reference": "somebody's",
-            "case": "prefill",
-            "max_logit_error": 2e-6,
-            "greedy_agreement": 1.0,
-        }
-    ]
-    unknown = run_models("parity", "uoro").exception
-    assert isinstance(unknown, UserError)
-    assert str(unknown) == "no comparison of 'uoro'; there are: sleep_hybrid, ouro"
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -7,10 +7,10 @@ import signal
 import time
 
 import pytest
-from fakes import fake_folder
-from terminal import Terminal
 
 from mlx_sleep.memory import show_memory
+from tests.fakes import fake_folder
+from tests.terminal import Terminal
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import CONFIG, FLA, GRANITE, LLAMA, random_weights, run_command, write
 from mlx.utils import tree_flatten
 
 from mlx_sleep.convert.architectures import architectures, for_ours
@@ -18,8 +17,9 @@ from mlx_sleep.convert.export import export
 from mlx_sleep.convert.mapping import TensorError
 from mlx_sleep.convert.pipeline import REPORT, convert
 from mlx_sleep.convert.quantize import NumberTypes
-from mlx_sleep.errors import UserError
 from mlx_sleep.models.load import build, load_model, save
+from mlx_sleep.utils.errors import UserError
+from tests.checkpoints import CONFIG, FLA, GRANITE, LLAMA, random_weights, run_command, write
 
 TOKENS = mx.array([[5, 31, 7, 7, 22, 3, 19, 30]])
 

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.convert.quantize import NumberTypes
-from mlx_sleep.errors import UserError
 from mlx_sleep.models.load import build, load, load_model
+from mlx_sleep.utils.errors import UserError
 
 HEADS, KV_HEADS, D = 3, 1, 8
 CONFIG = {

@@ -14,14 +14,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import random_weights, write  # noqa: E402
-
-from mlx_sleep.convert.parity import CASES, fla, jet_nemotron, ouro, sleep_hybrid  # noqa: E402
-from mlx_sleep.convert.parity.sleep_hybrid_torch import SleepHybrid  # noqa: E402
 from mlx_sleep.convert.pipeline import convert  # noqa: E402
 from mlx_sleep.convert.quantize import NumberTypes  # noqa: E402
+from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid  # noqa: E402
 from mlx_sleep.convert.verify import verify  # noqa: E402
-from mlx_sleep.errors import UserError  # noqa: E402
+from mlx_sleep.utils.errors import UserError  # noqa: E402
+from tests.checkpoints import random_weights, write  # noqa: E402
+from tests.parity import CASES, fla, jet_nemotron, ouro, sleep_hybrid  # noqa: E402
 
 CONFIG = sleep_hybrid.CONFIGS[0]
 ROOT = Path(__file__).resolve().parent.parent

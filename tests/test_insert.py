@@ -9,18 +9,18 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from fakes import fake_folder, fake_tokenizer
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_sleep.convert.insert import insert_into, new_layers, plan, plan_for
 from mlx_sleep.convert.pipeline import convert
-from mlx_sleep.errors import UserError
 from mlx_sleep.memory import Memory
 from mlx_sleep.models import inserted, mlx_lm_model, ouro, sleep_hybrid
 from mlx_sleep.models.load import load_model
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
-from mlx_sleep.train import Chunk, Trainer, checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.trainer import Chunk, Trainer, checkpointed_block, labelled, sleep_loss
+from mlx_sleep.utils.errors import UserError
+from tests.fakes import fake_folder, fake_tokenizer
 
 SIZES = {
     "vocab_size": 61,

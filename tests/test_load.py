@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep.errors import UserError
 from mlx_sleep.models.load import fingerprint, get_model_classes, load, load_model, save
+from mlx_sleep.utils.errors import UserError
 
 CONFIG = {
     "model_type": "sleep_hybrid",

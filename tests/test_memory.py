@@ -20,11 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep import memory, memory_format
-from mlx_sleep.errors import UserError
 from mlx_sleep.memory import Memory
+from mlx_sleep.memory import format as memory_format
+from mlx_sleep.memory import store as memory
+from mlx_sleep.utils.errors import UserError
 
-ROOT = Path(memory.__file__).parents[1]
+ROOT = Path(memory.__file__).parents[2]
 SLEEP = {"passes": 2, "eviction": "hard", "window": 64}
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 

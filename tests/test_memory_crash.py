@@ -19,11 +19,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sleep import files, memory
-from mlx_sleep.errors import UserError
-from mlx_sleep.memory import Memory
+from mlx_sleep.memory import Memory, lock
+from mlx_sleep.memory import store as memory
+from mlx_sleep.utils import files
+from mlx_sleep.utils.errors import UserError
 
-ROOT = Path(memory.__file__).parents[1]
+ROOT = Path(memory.__file__).parents[2]
 SLEEP = {"passes": 1, "eviction": "hard", "window": 32}
 
 
@@ -120,7 +121,7 @@ class Disk:
 
 def put_under(patch: pytest.MonkeyPatch, system) -> None:
     """Makes `system`, a Disk or os, what the memory and its files call."""
-    for module in (memory, files):
+    for module in (memory, lock, files):
         patch.setattr(module, "os", system)
 
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep.errors import UserError
-from mlx_sleep.tasks import phrases, words
-from mlx_sleep.tasks import tokenizer as task_tokenizer
-from mlx_sleep.tasks.memory import CASES, Level, MemoryTask, correct
-from mlx_sleep.tasks.phrases import KINDS, NEVER_TOLD
+from mlx_sleep.lab.tasks import phrases, words
+from mlx_sleep.lab.tasks import tokenizer as task_tokenizer
+from mlx_sleep.lab.tasks.memory import CASES, Level, MemoryTask, correct
+from mlx_sleep.lab.tasks.phrases import KINDS, NEVER_TOLD
+from mlx_sleep.utils.errors import UserError
 
-EMBEDDED = Path(task_tokenizer.__file__).parent.parent / "embedded"
+EMBEDDED = Path(task_tokenizer.__file__).parents[2] / "embedded"
 SP, SPECIALS = task_tokenizer.load(EMBEDDED)
 USER, ASSISTANT, END, PAD = (SPECIALS[s] for s in ("<|user|>", "<|assistant|>", "<|end|>", "<pad>"))
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep.kernels import harness
 from mlx_sleep.ops.conv import dynamic_conv, dynamic_conv_naive, short_conv
 from mlx_sleep.ops.paths import VARIABLE
+from tests.metal import harness
 
 assert mlx_sleep  # imported for its effect
 

@@ -6,15 +6,6 @@ import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
 import numpy as np
 import pytest
-from ops_reference import (
-    arrays,
-    assert_close,
-    draw,
-    error,
-    gradients,
-    reference,
-    weights,
-)
 
 from mlx_sleep.ops.gated_delta import (
     CHUNK,
@@ -24,6 +15,7 @@ from mlx_sleep.ops.gated_delta import (
     gated_delta_naive,
     unit_lower_inverse,
 )
+from tests.ops_reference import arrays, assert_close, draw, error, gradients, reference, weights
 
 assert mlx_sleep  # imported for its effect
 

@@ -7,11 +7,14 @@ from functools import partial
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
 import numpy as np
-import ops_transformers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_reference import (
+
+from mlx_sleep.ops.paths import VARIABLE
+from mlx_sleep.ops.ssd import mamba2_gates, ssd
+from tests import ops_transformers
+from tests.ops_reference import (
     arrays,
     assert_close,
     assert_gradients,
@@ -21,10 +24,7 @@ from ops_reference import (
     reference,
     weights,
 )
-from rules import RULES, spoil
-
-from mlx_sleep.ops.paths import VARIABLE
-from mlx_sleep.ops.ssd import mamba2_gates, ssd
+from tests.rules import RULES, spoil
 
 assert mlx_sleep  # imported for its effect
 

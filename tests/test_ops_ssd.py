@@ -6,10 +6,10 @@ import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
 import numpy as np
 import pytest
-from ops_reference import arrays, assert_close, draw, error, gradients, reference, weights
 
 from mlx_sleep.ops.chunks import decay_matrix, unstack
 from mlx_sleep.ops.ssd import mamba2_gates, ssd, ssd_chunk, ssd_naive, ssd_step
+from tests.ops_reference import arrays, assert_close, draw, error, gradients, reference, weights
 
 assert mlx_sleep  # imported for its effect
 

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mlx_sleep.convert import parity  # noqa: E402
-from mlx_sleep.convert.parity import fla  # noqa: E402
 from mlx_sleep.convert.pipeline import convert  # noqa: E402
 from mlx_sleep.models.load import load_model  # noqa: E402
+from tests import parity  # noqa: E402
+from tests.parity import fla  # noqa: E402
 
 
 @pytest.mark.parametrize("name", fla.CONFIGS)

@@ -15,13 +15,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sleep.convert.architectures.jet_nemotron import ARCHITECTURE
-from mlx_sleep.convert.parity import CASES, jet_nemotron
 from mlx_sleep.convert.pipeline import convert
-from mlx_sleep.errors import UserError
 from mlx_sleep.models.jet_nemotron import JetArgs, JetBlock, Model, ModelArgs
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.sleep import consolidate, passes_over
-from mlx_sleep.train import checkpointed_block
+from mlx_sleep.training.trainer import checkpointed_block
+from mlx_sleep.utils.errors import UserError
+from tests.parity import CASES, jet_nemotron
 
 assert mlx_sleep  # imported for its effect
 
@@ -144,7 +144,7 @@ SIZES = {
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_full_size(size):
     """Names, shapes and count equal the published ones; nothing is allocated."""
-    folder = resources.files("mlx_sleep.convert.parity") / "configs"
+    folder = resources.files("tests.parity") / "configs"
     published = json.loads((folder / f"jet_nemotron_{size}.json").read_text())
     config = ARCHITECTURE.config(published)
     shapes = {

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import save_file  # noqa: E402
 
-from mlx_sleep.convert.parity import CASES, mlx_lm  # noqa: E402
-from mlx_sleep.convert.parity.mlx_lm_torch import Reference  # noqa: E402
+from mlx_sleep.convert.torch.mlx_lm import Reference  # noqa: E402
+from tests.parity import CASES, mlx_lm  # noqa: E402
 
 AWAKE = ("prefill", "steps", "padded")
 HYBRIDS = [name for name in mlx_lm.CONFIGS if name not in ("llama", "qwen2", "qwen3")]

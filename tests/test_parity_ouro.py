@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 
 from mlx_sleep.convert import insert
 from mlx_sleep.convert.architectures.ouro import ARCHITECTURE
-from mlx_sleep.convert.parity import CASES
-from mlx_sleep.convert.parity import ouro as parity
-from mlx_sleep.errors import UserError
 from mlx_sleep.models import inserted
 from mlx_sleep.models.base import flatten_state, kv_bytes, unflatten_state
 from mlx_sleep.models.ouro import Model, ModelArgs, exit_distribution
 from mlx_sleep.sleep import consolidate
+from mlx_sleep.utils.errors import UserError
+from tests.parity import CASES
+from tests.parity import ouro as parity
 
 HARD = {"window": parity.WINDOW}
 SLIDING = {"window": parity.WINDOW, "eviction": "sliding"}
@@ -102,7 +102,7 @@ def test_gate_and_early_exit(torch):
 )
 def test_published_parameters(size, layers, count):
     """Names, shapes and count of ByteDance/Ouro-1.4B and 2.6B, without weights."""
-    file = files("mlx_sleep.convert") / "parity" / "configs" / f"ouro_{size}.json"
+    file = files("tests.parity") / "configs" / f"ouro_{size}.json"
     config = ARCHITECTURE.config(json.loads(file.read_text()))
     model = Model(ModelArgs.from_dict(config))
     expected = {

@@ -14,10 +14,10 @@ import typer
 from typer.testing import CliRunner
 
 import mlx_sleep
-from mlx_sleep import platform
 from mlx_sleep.cli import doctor as doctor_module
 from mlx_sleep.models import load
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
+from mlx_sleep.utils import platform
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="BLAS is loaded on Linux only")
 

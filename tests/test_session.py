@@ -8,17 +8,17 @@ import threading
 
 import mlx.core as mx
 import pytest
-from fakes import fake_config, fake_model, fake_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_sleep import session as session_module
-from mlx_sleep.errors import UserError
 from mlx_sleep.memory import Memory
 from mlx_sleep.models.base import flatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import SleepCancelled, SleepFailed, consolidate
+from mlx_sleep.utils.errors import UserError
+from tests.fakes import fake_config, fake_model, fake_tokenizer
 
 TOKENIZER = fake_tokenizer()
 MODEL = fake_model()

@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from reference import Reference, weights
 
-from mlx_sleep.errors import UserError
 from mlx_sleep.models.base import evict, flatten_state, kv_bytes, kv_length, unflatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.sleep import SleepCancelled, SleepFailed, consolidate, passes_over
-from mlx_sleep.train import checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.trainer import checkpointed_block, labelled, sleep_loss
+from mlx_sleep.utils.errors import UserError
+from tests.reference import Reference, weights
 
 LAYERS = ("attention", "gated_deltanet", "attention", "mamba2")
 
@@ -291,7 +291,7 @@ def example(rng):
 
 
 def labelled_free(x):
-    from mlx_sleep.train import Chunk
+    from mlx_sleep.training.trainer import Chunk
 
     return Chunk(mx.array(x[None]))
 

@@ -14,14 +14,14 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from mlx_sleep.cli import app
-from mlx_sleep.errors import UserError
-from mlx_sleep.evaluate import wilson
+from mlx_sleep.lab.statistics import wilson
+from mlx_sleep.lab.study import figures, models, plan, run, runner, score, table
+from mlx_sleep.lab.tasks.gsm import Gsm, make_tokenizer
+from mlx_sleep.lab.tasks.rule110 import Rule110
+from mlx_sleep.lab.tasks.synthetic import Batch
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.sleep import consolidate
-from mlx_sleep.study import figures, models, plan, run, runner, score, table
-from mlx_sleep.tasks.gsm import Gsm, make_tokenizer
-from mlx_sleep.tasks.rule110 import Rule110
-from mlx_sleep.tasks.synthetic import Batch
+from mlx_sleep.utils.errors import UserError
 
 assert mlx_sleep  # imported for its effect
 

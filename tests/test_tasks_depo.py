@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_sleep.errors import UserError
-from mlx_sleep.tasks.depo import ANSWER, PAD, Depo
+from mlx_sleep.lab.tasks.depo import ANSWER, PAD, Depo
+from mlx_sleep.utils.errors import UserError
 
 TASKS = {
     "one token a name": dict(nodes=(5, 9), hops=4, queries=3, name_tokens=1, alphabet=20, window=6),

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from mlx_sleep.errors import UserError
-from mlx_sleep.tasks.gsm import Gsm, make_tokenizer
+from mlx_sleep.lab.tasks.gsm import Gsm, make_tokenizer
+from mlx_sleep.utils.errors import UserError
 
 NAME = r"(\w+(?: in [A-Z]\w+ [A-Z]\w+)?)"
 

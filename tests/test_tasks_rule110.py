@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_sleep.errors import UserError
-from mlx_sleep.tasks.rule110 import ASK, Rule110
-from mlx_sleep.tasks.synthetic import draws
+from mlx_sleep.lab.tasks.rule110 import ASK, Rule110
+from mlx_sleep.lab.tasks.synthetic import draws
+from mlx_sleep.utils.errors import UserError
 
 # Wolfram's numbering: the new cell under each neighbourhood, from the bits of 110.
 TABLE = {(i >> 2 & 1, i >> 1 & 1, i & 1): 110 >> i & 1 for i in range(8)}

@@ -13,21 +13,17 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from mlx_sleep import evaluate
 from mlx_sleep.cli.train import train as train_command
-from mlx_sleep.errors import UserError
-from mlx_sleep.evaluate import evaluate_memory, wilson
+from mlx_sleep.lab import evaluate
+from mlx_sleep.lab.evaluate import evaluate_memory
+from mlx_sleep.lab.statistics import wilson
+from mlx_sleep.lab.tasks.memory import CASES, MemoryTask
+from mlx_sleep.lab.tasks.training import make_plan, make_trainer, sentencepiece_encoder
 from mlx_sleep.models.base import SleepConfig
 from mlx_sleep.models.load import EMBEDDED, load_model
-from mlx_sleep.tasks.memory import CASES, MemoryTask
-from mlx_sleep.tasks.recipe import (
-    make_plan,
-    make_trainer,
-    read_recipe,
-    sentencepiece_encoder,
-    total_steps,
-)
-from mlx_sleep.train import Trainer, rate_at
+from mlx_sleep.training.recipe import read_recipe, total_steps
+from mlx_sleep.training.trainer import Trainer, rate_at
+from mlx_sleep.utils.errors import UserError
 
 RECIPE = {
     "task": "memory",

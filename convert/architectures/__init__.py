@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from .base import Architecture
 
 

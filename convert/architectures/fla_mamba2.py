@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from .base import Architecture, Tensor
 from .fla_gated_deltanet import to_ours, to_theirs
 

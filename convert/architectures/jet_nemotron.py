@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from .base import Architecture
 
 _FIELDS = (

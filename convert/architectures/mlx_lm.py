@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import UserError
 from ...models import mlx_lm_model
+from ...utils.errors import UserError
 from .base import Architecture, Weights
 
 _ROTARY = r".*rotary_emb\.inv_freq"

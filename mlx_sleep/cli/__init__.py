@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from .. import __version__
-from ..errors import UserError
+from ..utils.errors import UserError
 
 # name -> module of this package and what it has: a function, or a Typer with commands of its own
 COMMANDS = {

@@ -36,7 +36,7 @@ def ops(json: Json = False, plot: PlotFile = None, repeats: Repeats = 3):
 
     Example: mlx-sleep bench ops --json
     """
-    from ..bench import ops
+    from ..lab.bench import ops
 
     _run("bench ops", ops, ops.rows(repeats), json, plot)
 
@@ -51,14 +51,13 @@ def kernels(
         typer.Option(help="Write the rows as Markdown, with date and device."),
     ] = None,
 ):
-    """Count what the Metal kernels ask of a GPU (with a C++ compiler); on a Mac, time them there.
+    """Time the Metal kernels on a Mac's GPU, against MLX's and mlx-lm's.
 
-    `ratio_to_least` is the device bytes over the least possible: 1 is the best there is. On a Mac
     `ratio` is the time of what a kernel is compared to over its own: above 1, ours is faster.
 
     Example: mlx-sleep bench kernels --report REPORT.md
     """
-    from ..bench import kernels
+    from ..lab.bench import kernels
 
     measured = _run("bench kernels", kernels, kernels.rows(tokens), json, plot)
     if report:
@@ -80,7 +79,7 @@ def wake(
 
     Example: mlx-sleep bench wake --history 512,4096 --plot wake.png
     """
-    from ..bench import wake
+    from ..lab.bench import wake
 
     many, histories = numbers("--passes", passes), numbers("--history", history)
     loaded = _load(model)
@@ -99,7 +98,7 @@ def sleep(
 
     Example: mlx-sleep bench sleep
     """
-    from ..bench import sleep
+    from ..lab.bench import sleep
 
     many = numbers("--passes", passes)
     loaded = _load(model)
@@ -119,7 +118,7 @@ def train(
 
     Example: mlx-sleep bench train
     """
-    from ..bench import train
+    from ..lab.bench import train
 
     many = numbers("--passes", passes)
     _run("bench train", train, train.rows(many, repeats), json, plot)
@@ -131,7 +130,7 @@ def data(json: Json = False, plot: PlotFile = None, repeats: Repeats = 5):
 
     Example: mlx-sleep bench data
     """
-    from ..bench import data
+    from ..lab.bench import data
 
     _run("bench data", data, data.rows(repeats), json, plot)
 
@@ -149,7 +148,7 @@ def convert(
 
     Example: mlx-sleep bench convert --gigabytes 8
     """
-    from ..bench import convert
+    from ..lab.bench import convert
 
     rows = convert.rows(gigabytes, shard_gigabytes, folder)
     _run("bench convert", convert, rows, json, None)
@@ -163,7 +162,7 @@ def _load(model: str | None):
 
 def _run(command: str, bench, rows, json: bool, plot: Path | None) -> list[dict]:
     """Measure, with a count of the rows on a terminal, show the result and return it."""
-    from ..bench import Plot, emit
+    from .output import Plot, emit
 
     picture = Plot(plot) if plot else None
     shown = sys.stderr.isatty()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from . import common, slash
 
 if TYPE_CHECKING:  # it imports MLX

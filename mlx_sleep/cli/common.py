@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .common import count
 
 if TYPE_CHECKING:  # it imports MLX

@@ -16,8 +16,9 @@ from typing import Annotated
 
 import typer
 
-from .. import BLAS, platform
-from ..errors import UserError
+from .. import BLAS
+from ..utils import platform
+from ..utils.errors import UserError
 
 _LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones stay below 1e-5
 
@@ -230,7 +231,7 @@ def _blas_line(blas: dict) -> str:
 def _kernels_line(report: dict) -> str:
     names = ", ".join(report["kernels"])
     if any("metal" in paths.values() for paths in report["ops"].values()):
-        return names + ("" if report["backend"] == "Metal" else ", in the harness, on the CPU")
+        return names
     if report["backend"] == "Metal":
         return names + ", not in use: MLX_SLEEP_KERNELS=metal takes them"
     return names + ", not in use (no Metal)"

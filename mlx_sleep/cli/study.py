@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .common import count, numbers
 
 
@@ -43,13 +43,13 @@ def study(
 
     Example: mlx-sleep study rule110 --size tiny --figures
     """
-    from ..bench import device
-    from ..study import figures as drawing
-    from ..study import runner, table
-    from ..study.latency import latency
-    from ..study.plan import make_runs, read_plan
-    from ..study.run import TOKENIZER, make_task
-    from ..study.score import constant
+    from ..lab.latency import latency
+    from ..lab.study import figures as drawing
+    from ..lab.study import runner, table
+    from ..lab.study.plan import make_runs, read_plan
+    from ..lab.study.run import TOKENIZER, make_task
+    from ..lab.study.score import constant
+    from ..utils.platform import device
 
     if jobs is not None and jobs < 1:
         raise UserError("--jobs must be at least 1")

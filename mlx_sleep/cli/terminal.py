@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import UserError
+from ..utils.errors import UserError
 from . import common, slash
 
 if TYPE_CHECKING:  # it imports MLX

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .common import Model, numbers
 
 
@@ -46,9 +46,10 @@ def train(
     """
     import mlx.core as mx
 
+    from ..lab.tasks.memory import END, PAD
+    from ..lab.tasks.training import make_trainer, sentencepiece_encoder
     from ..models.load import EMBEDDED, save
-    from ..tasks.memory import END, PAD
-    from ..tasks.recipe import TASKS, make_trainer, read_recipe, sentencepiece_encoder
+    from ..training.recipe import TASKS, read_recipe
 
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -111,12 +112,13 @@ def evaluate(
 
     Example: mlx-sleep eval memory --passes 1,2,4
     """
-    from ..bench import emit
-    from ..evaluate import evaluate_memory
+    from ..lab.evaluate import evaluate_memory
+    from ..lab.tasks.memory import CASES, MemoryTask
+    from ..lab.tasks.training import sentencepiece_encoder
+    from ..lab.tasks.words import SPLITS
     from ..models.load import EMBEDDED, load_model
-    from ..tasks.memory import CASES, MemoryTask
-    from ..tasks.recipe import TASKS, sentencepiece_encoder
-    from ..tasks.words import SPLITS
+    from ..training.recipe import TASKS
+    from .output import emit
 
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")

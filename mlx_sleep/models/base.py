@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 LayerState = dict[str, Any]
 State = list[LayerState]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.conv import short_conv
+from ..utils.errors import UserError
 from .attention import Attention
 from .base import SleepConfig, SleepModel, from_config
 

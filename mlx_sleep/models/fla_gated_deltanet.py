@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.gated_delta import gated_delta
 from ..ops.mixers import gated_delta_net, l2_norm
+from ..utils.errors import UserError
 from .base import SleepConfig, from_config
 from .fla_common import (
     ACTIVATIONS,

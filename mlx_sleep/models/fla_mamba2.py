@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.mixers import mamba2
 from ..ops.ssd import mamba2_gates, ssd
+from ..utils.errors import UserError
 from .base import SleepConfig, from_config
 from .fla_common import (
     AttentionSpec,

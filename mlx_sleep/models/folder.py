@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import words
+from ..utils.errors import UserError
+from ..utils.files import words
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -22,7 +22,7 @@ import dataclasses
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from . import sleep_hybrid
 from .base import SleepModel
 from .jet_nemotron import JetArgs, JetBlock

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.conv import dynamic_conv
 from ..ops.gated_delta import gated_delta
 from ..ops.mixers import l2_norm
+from ..utils.errors import UserError
 from .attention import Attention
 from .base import SleepConfig, SleepModel, from_config
 from .layers import GatedMLP, decay_init

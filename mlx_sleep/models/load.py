@@ -21,8 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import UserError
-from ..files import read_json, reading, words
+from ..utils.errors import UserError
+from ..utils.files import read_json, reading, words
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import check_tensors, not_finite, read_headers, some, weight_files
 
@@ -61,14 +61,14 @@ def _is_of_mlx_lm(model_type: Any) -> bool:
 
 def load(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder; see `load_model`."""
-    from .. import tokenizer  # here, because it imports all of transformers
+    from .. import chat_template  # here, because it imports all of transformers
 
     path = Path(path).expanduser()
     model, config = load_model(path, lazy=lazy)
     generation = path / "generation_config.json"
     defaults = {**config, **(read_json(generation) if generation.is_file() else {})}
     eos = defaults.get("eos_token_id")
-    return model, tokenizer.load(path, [eos] if isinstance(eos, int) else eos), config
+    return model, chat_template.load(path, [eos] if isinstance(eos, int) else eos), config
 
 
 def load_model(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, dict]:

@@ -5,7 +5,7 @@ mlx-lm's names, so that a folder is one of mlx-lm's too. `embed` is mlx-lm's dec
 layers and no final norm, and `head` is mlx-lm's model run with its decoder replaced by the final
 norm: multipliers, tied heads and logit scaling are then mlx-lm's business and not known here.
 
-The architectures in TESTED are compared with PyTorch's (`convert.parity.mlx_lm`). Another one is
+The architectures in TESTED are compared with PyTorch's (`tests/parity/mlx_lm.py`). Another one is
 compared with mlx-lm's own forward pass, on a few tokens, before its first use.
 """
 
@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .mlx_lm_cache import LayerCache
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
 from ..ops.activations import silu
+from ..utils.errors import UserError
 from .attention import Attention
 from .base import SleepConfig, SleepModel, from_config
 from .layers import GatedMLP

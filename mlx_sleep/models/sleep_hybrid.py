@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import UserError
 from ..ops.activations import silu
 from ..ops.mixers import gated_delta_net, mamba2
+from ..utils.errors import UserError
 from .attention import Attention
 from .base import SleepConfig, SleepModel, from_config
 from .layers import GatedMLP, conv_init, decay_init

@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import UserError
-from ..files import read_json, reading
+from ..utils.errors import UserError
+from ..utils.files import read_json, reading
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I32": 4, "I64": 8, "BOOL": 1}
 _KINDS = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # quantized weights; all else is floating

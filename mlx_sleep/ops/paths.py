@@ -5,8 +5,9 @@
     chunk      matrix products on arrays, on any backend
     step       one token on arrays
 
-The kernels of this package are right in the harness that runs them on a CPU, but no Apple GPU has
-run them yet. Until one has, they are taken only where MLX_SLEEP_KERNELS=metal asks for them.
+The kernels of this package are right in the tests' harness, which runs them on a CPU, but no Apple
+GPU has run them yet. Until one has, they are taken only where MLX_SLEEP_KERNELS=metal asks for
+them.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import os
 
 import mlx.core as mx
 
-from ..errors import UserError
+from ..kernels import source
 from ..kernels.chunks import supported
+from ..utils.errors import UserError
 
 VARIABLE = "MLX_SLEEP_KERNELS"
-"""Environment variable: `metal` forces the Metal kernels of this package (in the harness, very
-slowly, where there is no Metal), `array` the paths on arrays; unset, the machine decides."""
+"""Environment variable: `metal` forces the Metal kernels of this package, `array` the paths on
+arrays; unset, the machine decides."""
 
 
 def path(op: str, tokens: int, Dk: int, Dv: int) -> str:
     """The path of op "gated_delta" or "ssd" for a call of so many tokens with heads Dk, Dv.
 
     Heads that the kernels do not support go the way they would go without the variable.
-    UserError where the variable has another value.
+    UserError where the variable has another value, or asks for Metal where there is none.
     """
     wish = _wish()
     if wish == "metal" and supported(Dk, Dv):
@@ -56,6 +58,8 @@ def _wish() -> str:
     wish = os.environ.get(VARIABLE, "")
     if wish not in ("", "metal", "array"):
         raise UserError(f"{VARIABLE} must be metal or array, or unset; it is {wish!r}")
+    if wish == "metal" and not source.runs():
+        raise UserError(f"{VARIABLE}=metal needs a Metal GPU, and this machine has none; unset it")
     return wish
 
 

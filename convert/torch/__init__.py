@@ -1,0 +1,1 @@
+"""The architectures in PyTorch: definitions to compare with and to train in. Needs torch."""

@@ -1,0 +1,1 @@
+"""Speed on this machine, a module for each command of `mlx-sleep bench`."""

@@ -1,0 +1,114 @@
+"""Runs a recipe (training/recipe.py) on the task `memory`. Nothing here knows a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from random import Random
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ...models.sleep_hybrid import Model, ModelArgs
+from ...training.recipe import choices, stage_of, total_steps
+from ...training.trainer import Chunk, Trainer, labelled
+from ...utils.errors import UserError
+from .memory import Level, MemoryTask
+
+
+def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", rank=0, size=1):
+    """step -> (chunks, passes): this process's share of the batch, a function of the step alone."""
+    task = MemoryTask(encode, specials, split, seed=recipe.get("seed", 0))
+    batch = recipe["batch"] // size
+
+    def plan(step: int) -> tuple[list[Chunk], int]:
+        stage = stage_of(recipe, step)
+        draw = Random(f"{recipe.get('seed', 0)}/{step}")
+        passes = draw.choice(choices(stage["passes"]))
+        level = {
+            key: draw.choice(choices(v)) if key == "windows" else v
+            for key, v in stage["level"].items()
+        }
+        first = step * recipe["batch"] + rank * batch
+        return chunks_of(task.batch(range(first, first + batch), make_level(level))), passes
+
+    return plan
+
+
+def make_level(values: dict) -> Level:
+    unknown = set(values) - {f.name for f in fields(Level)}
+    if unknown:
+        raise UserError(f"unknown fields in a level: {', '.join(sorted(unknown))}")
+    return Level(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def chunks_of(batch: dict[str, np.ndarray]) -> list[Chunk]:
+    """The arrays of `MemoryTask.batch` as the windows of Algorithm 1: sleeps, then one answer."""
+    chunks = [
+        Chunk(mx.array(batch["tokens"][:, w]), mx.array(batch["mask"][:, w]))
+        for w in range(batch["tokens"].shape[1])
+    ]
+    final = (batch[f"final_{name}"] for name in ("tokens", "mask", "loss", "value"))
+    return [*chunks, labelled(*final)]
+
+
+def make_trainer(
+    recipe: dict,
+    folder: Path,
+    tokenizer_folder: Path,
+    *,
+    start=None,
+    checkpoint_passes=False,
+    save_every=200,
+) -> Trainer:
+    """A trainer for the recipe. `start` is a model folder to begin from (fresh optimizer)."""
+    from ...models.load import load_model
+
+    group = mx.distributed.init()
+    if recipe["batch"] % group.size():
+        raise UserError(f"batch {recipe['batch']} cannot be split over {group.size()} processes")
+    encode, _, specials = sentencepiece_encoder(tokenizer_folder)
+    mx.random.seed(recipe.get("seed", 0))
+    model = Model(ModelArgs.from_dict(recipe["model"]))
+    if start is not None:
+        weights = tree_flatten(load_model(start)[0].parameters())
+        try:
+            model.load_weights(weights)
+        except ValueError as e:
+            raise UserError(f"{start} does not fit the recipe's model: {e}") from None
+    plan = make_plan(recipe, encode, specials, rank=group.rank(), size=group.size())
+    return Trainer(
+        model,
+        folder,
+        {**recipe, "start": start and str(start)},
+        total_steps(recipe),
+        plan,
+        checkpoint_passes=checkpoint_passes,
+        save_every=save_every,
+        group=group,
+        **recipe["optimizer"],
+    )
+
+
+def sentencepiece_encoder(folder: Path):
+    """(encode, decode, specials) straight from tokenizer.model: what a task needs, and quick."""
+    from sentencepiece import SentencePieceProcessor
+
+    from .memory import ASSISTANT, END, PAD, USER
+
+    path = Path(folder).expanduser() / "tokenizer.model"
+    if not path.exists():
+        raise UserError(
+            f"no tokenizer at {path}; make one: python -m mlx_sleep.lab.tasks.tokenizer DIR"
+        )
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        raise UserError(f"{path} is not a sentencepiece model; get it anew") from None
+    specials = {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
+    if missing := [name for name, i in specials.items() if i == sp.unk_id()]:
+        raise UserError(
+            f"{path} has no {', '.join(missing)}: the task needs a model that was trained on it"
+        )
+    return sp.encode, sp.decode, specials

@@ -1,0 +1,235 @@
+"""The bytes of a memory: NAME.safetensors and NAME.journal (memory.py says what they are for).
+
+Knows how a header, arrays and token ids are laid out and checked. Knows nothing of folders, locks
+or the order in which the two files are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import safetensors
+
+from ..utils.errors import UserError
+
+FORMAT = 1  # of both files; a reader refuses every other
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Provenance and counters of a memory.
+
+    passes, eviction and window are those of the last sleep (0, "" and 0 before the first).
+    tokens and sleeps count from the beginning: tokens folded in, sleeps committed. Times are ISO
+    8601 in UTC. parent is the memory that this one was forked from, or "". previous is the SHA-256
+    of the file that this one replaced, or "".
+    """
+
+    fingerprint: str
+    model: str = ""
+    passes: int = 0
+    eviction: str = ""
+    window: int = 0
+    tokens: int = 0
+    sleeps: int = 0
+    created: str = ""
+    updated: str = ""
+    parent: str = ""
+    previous: str = ""
+    format_version: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a NAME.safetensors holds."""
+
+    header: Header
+    arrays: Arrays
+    pending: list[int]
+    sha256: str
+
+
+class Damaged(ValueError):
+    """What is wrong with a file, in a few words."""
+
+
+# The memory file: https://github.com/huggingface/safetensors#format. Written here because the
+# package's numpy side has no bfloat16; read through the package, which checks the layout.
+
+# MLX dtype -> (safetensors' name, the unsigned type that carries its bits through numpy)
+DTYPES = {
+    mx.bool_: ("BOOL", mx.uint8),
+    mx.uint8: ("U8", mx.uint8),
+    mx.int8: ("I8", mx.uint8),
+    mx.uint16: ("U16", mx.uint16),
+    mx.int16: ("I16", mx.uint16),
+    mx.float16: ("F16", mx.uint16),
+    mx.bfloat16: ("BF16", mx.uint16),
+    mx.uint32: ("U32", mx.uint32),
+    mx.int32: ("I32", mx.uint32),
+    mx.float32: ("F32", mx.uint32),
+    mx.uint64: ("U64", mx.uint64),
+    mx.int64: ("I64", mx.uint64),
+}
+_BY_NAME = {name: (dtype, f"<u{bits.size}") for dtype, (name, bits) in DTYPES.items()}
+
+# Stands once in a file: inside a string, JSON would escape its quotes.
+_SHA256_KEY = b'"sha256":"'
+_BLANK = "0" * 64
+
+
+def encode_memory(header: Header, arrays: Arrays, pending: list[int]) -> tuple[bytearray, str]:
+    """The bytes of a memory file and their SHA-256, which stands in them (as zeros when taken)."""
+    if "pending" in arrays:
+        raise ValueError("an array cannot be named 'pending'")
+    tensors = {}
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES:
+            raise ValueError(f"array '{name}' is {array.dtype}, which a memory cannot hold")
+        code, bits = DTYPES[array.dtype]
+        data = np.array(array.view(bits)).astype(f"<u{bits.size}", copy=False).tobytes()
+        tensors[name] = (code, array.shape, data)
+    tensors["pending"] = ("U32", (len(pending),), struct.pack(f"<{len(pending)}I", *pending))
+
+    metadata = {f.name: str(getattr(header, f.name)) for f in fields(header)}
+    entries: dict[str, dict] = {"__metadata__": {**metadata, "sha256": _BLANK}}
+    body = bytearray()
+    # Wide elements first, so that each tensor is aligned.
+    for name in sorted(tensors, key=lambda n: (-_BY_NAME[tensors[n][0]][0].size, n)):
+        code, shape, data = tensors[name]
+        offsets = [len(body), len(body) + len(data)]
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
+        body += data
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    raw = bytearray(struct.pack("<Q", len(head)) + head + body)
+    start, sha256 = _sha256(raw)
+    raw[start : start + 64] = sha256.encode()
+    return raw, sha256
+
+
+def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
+    """Reads a memory file's bytes. `what` names it in the UserError, `remedy` says what to do."""
+    try:
+        try:
+            tensors = dict(safetensors.deserialize(raw))
+        except safetensors.SafetensorError as error:
+            raise Damaged("truncated, or not a safetensors file") from error
+        metadata = (
+            json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]]).get("__metadata__") or {}
+        )
+        version = metadata.get("format_version", "")
+        if version.isdecimal() and version != str(FORMAT):
+            raise UserError(
+                f"{what} has format {version}, this mlx-sleep reads format {FORMAT}; "
+                "use the mlx-sleep that wrote it"
+            )
+        try:
+            start, sha256 = _sha256(raw)
+            header = Header(
+                **{
+                    f.name: (int if f.type == "int" else str)(metadata[f.name])
+                    for f in fields(Header)
+                }
+            )
+        except (KeyError, ValueError) as error:
+            raise Damaged("it lacks what every memory has") from error
+        if raw[start : start + 64] != sha256.encode():
+            raise Damaged("checksum mismatch")
+        pending = tensors.pop("pending", None)
+        if pending is None or pending["dtype"] != "U32" or len(pending["shape"]) != 1:
+            raise Damaged("it lacks what every memory has")
+        arrays = {}
+        for name, tensor in tensors.items():
+            if tensor["dtype"] not in _BY_NAME:
+                raise Damaged(f"array '{name}' has dtype {tensor['dtype']}")
+            dtype, bits = _BY_NAME[tensor["dtype"]]
+            flat = np.frombuffer(tensor["data"], bits)
+            arrays[name] = mx.array(flat.reshape(tensor["shape"])).view(dtype)
+        return Stored(header, arrays, np.frombuffer(pending["data"], "<u4").tolist(), sha256)
+    except Damaged as damage:
+        raise UserError(f"{what} is damaged or not a memory ({damage}); {remedy}") from None
+
+
+def _sha256(raw: bytes | bytearray) -> tuple[int, str]:
+    """Where the file's SHA-256 stands in it, and what it should be. ValueError: nowhere."""
+    start = raw.index(_SHA256_KEY) + len(_SHA256_KEY)
+    view = memoryview(raw)
+    digest = hashlib.sha256(view[:start])
+    digest.update(_BLANK.encode())
+    digest.update(view[start + 64 :])
+    return start, digest.hexdigest()
+
+
+def stored_sha256(path: Path) -> str:
+    """The SHA-256 that a memory file claims, without reading its arrays."""
+    with path.open("rb") as file:
+        head = file.read(struct.unpack("<Q", file.read(8))[0])
+    start = head.index(_SHA256_KEY) + len(_SHA256_KEY)
+    return head[start : start + 64].decode()
+
+
+# The journal: a head, then records, each of <count> little-endian uint32 token ids.
+
+_HEAD = struct.Struct("<8s32s")  # magic with the format version, SHA-256; then their CRC-32
+_RECORD = struct.Struct("<II")  # count, CRC-32 of the ids; then the CRC-32 of these two
+_CRC = struct.Struct("<I")
+_MAGIC = b"MLXSLPJ%d" % FORMAT
+
+
+def journal_head(sha256: str) -> bytes:
+    """Opens a journal that continues the memory file of this SHA-256."""
+    head = _HEAD.pack(_MAGIC, bytes.fromhex(sha256))
+    return head + _CRC.pack(zlib.crc32(head))
+
+
+def journal_record(tokens: list[int]) -> bytes:
+    """One record of a journal. ValueError when these are not token ids (0 <= id < 2**32)."""
+    try:
+        ids = struct.pack(f"<{len(tokens)}I", *tokens)
+    except struct.error as error:
+        raise ValueError(f"not a list of token ids: {error}") from None
+    head = _RECORD.pack(len(tokens), zlib.crc32(ids))
+    return head + _CRC.pack(zlib.crc32(head)) + ids
+
+
+def parse_journal(raw: bytes) -> tuple[str, list[int]]:
+    """The SHA-256 that the journal continues, and its tokens. A torn last record is left out.
+
+    Torn is what a crash leaves: a record cut short, or zeros where its bytes did not arrive. The
+    count has a checksum of its own, so that a damaged one cannot pass for a record cut short.
+    """
+    at = _HEAD.size + _CRC.size
+    if len(raw) < at:
+        raise Damaged("truncated")
+    if _CRC.pack(zlib.crc32(raw[: _HEAD.size])) != raw[_HEAD.size : at]:
+        raise Damaged("checksum mismatch")
+    magic, sha256 = _HEAD.unpack_from(raw)
+    if magic != _MAGIC:
+        raise Damaged("of another format version")
+    tokens: list[int] = []
+    while len(raw) - at >= _RECORD.size + _CRC.size:
+        head = raw[at : at + _RECORD.size]
+        start = at + _RECORD.size + _CRC.size
+        count, crc = _RECORD.unpack(head)
+        if _CRC.pack(zlib.crc32(head)) != raw[at + _RECORD.size : start]:
+            if not any(raw[at:]):
+                break
+            raise Damaged(f"checksum mismatch at byte {at}")
+        ids = raw[start : start + 4 * count]
+        if len(ids) < 4 * count:
+            break
+        if zlib.crc32(ids) != crc:
+            raise Damaged(f"checksum mismatch at byte {at}")
+        tokens += struct.unpack(f"<{count}I", ids)
+        at = start + len(ids)
+    return sha256.hex(), tokens
