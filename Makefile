@@ -1,6 +1,8 @@
 # Every target sets up what it needs: Python >= 3.10 is enough, on macOS and Debian alike.
 #   make chat [ARGS="--memory work"]    talk to the embedded model
 #   make test | lint | wheel | clean
+#   make parity [ARGS="NAME --json"]    compare the architectures with PyTorch's; needs torch
+#   make kernel-report                  count what the kernels ask of a GPU, without one
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
 
 READY := .venv/.ready
@@ -15,7 +17,13 @@ lint: $(READY)
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 mutants: $(READY)
-	@.venv/bin/python tests/mutants.py $(ARGS)
+	@.venv/bin/python -m tests.metal.mutants $(ARGS)
+
+kernel-report: $(READY)
+	@.venv/bin/python -m tests.metal.report $(ARGS)
+
+parity: $(READY)
+	@.venv/bin/python -m tests.parity $(ARGS)
 
 wheel: $(READY)
 	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
@@ -23,7 +31,7 @@ wheel: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint mutants wheel clean
+.PHONY: chat test lint parity kernel-report mutants wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \

@@ -375,7 +375,7 @@ def test_a_full_disk_is_told(tmp_path, checkpoint):
     code = (
         "import resource, signal, sys\n"
         "from mlx_sleep.convert.pipeline import convert\n"
-        "from mlx_sleep.errors import UserError\n"
+        "from mlx_sleep.utils.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "try: convert(sys.argv[1], sys.argv[2])\n"

@@ -175,7 +175,7 @@ def test_a_short_write_leaves_nothing(tmp_path):
     code = (
         "import resource, sys, json\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "from mlx_sleep.errors import UserError\n"
+        "from mlx_sleep.utils.errors import UserError\n"
         "from mlx_sleep.models.load import get_model_classes, save\n"
         "config = json.loads(sys.argv[2])\n"
         "Model, ModelArgs = get_model_classes(config['model_type'])\n"

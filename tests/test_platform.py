@@ -46,7 +46,7 @@ def fresh(code: str, **environment: str) -> dict:
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 STATUS = "import mlx_sleep; b = mlx_sleep.BLAS; print(json.dumps([b.status, b.detail]))"
 SPEED = (
-    "import mlx_sleep.platform as p\n"
+    "import mlx_sleep.utils.platform as p\n"
     "print(json.dumps([p.matmul_check(512), __import__('mlx_sleep').BLAS.status]))"
 )
 
@@ -54,6 +54,18 @@ SPEED = (
 def test_importing_the_package_does_not_import_mlx():
     code = "import sys, mlx_sleep; print(json.dumps([m for m in sys.modules if 'mlx.' in m]))"
     assert fresh(code) == []
+
+
+def test_the_package_gives_its_names_when_they_are_asked_for():
+    code = (
+        "from mlx_sleep import BLAS, Session, consolidate, load\n"
+        "print(json.dumps([x.__module__ for x in (Session, consolidate, load)] + [BLAS.status]))"
+    )
+    *modules, status = fresh(code)
+    assert modules == ["mlx_sleep.session", "mlx_sleep.sleep", "mlx_sleep.models.load"]
+    assert status != "late"
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from mlx_sleep import nothing  # noqa: F401
 
 
 @linux

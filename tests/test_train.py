@@ -157,9 +157,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(recipe, tmp_path):
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from mlx_sleep.errors import UserError\n"
+        "from mlx_sleep.utils.errors import UserError\n"
         "from mlx_sleep.models.load import EMBEDDED\n"
-        "from mlx_sleep.tasks.recipe import make_trainer, read_recipe\n"
+        "from mlx_sleep.lab.tasks.training import make_trainer\n"
+        "from mlx_sleep.training.recipe import read_recipe\n"
         "out = Path(sys.argv[2])\n"
         "trainer = make_trainer(read_recipe(sys.argv[1]), out, EMBEDDED, save_every=1)\n"
         "def limit(row):\n"

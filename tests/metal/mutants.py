@@ -215,9 +215,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(args.jobs) as pool:
         if in_a_process(context, prepare, compiled) != "passed":
-            sys.exit(
-                "the checks fail before anything is changed: run tests/metal/test_kernels_all.py"
-            )
+            sys.exit("the checks fail before anything is changed: see test_kernels_all.py")
 
         def run(job):
             file, _, _, text, new = job

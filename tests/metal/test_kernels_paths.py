@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_sleep.cli import doctor
+from mlx_sleep.kernels import source
 from mlx_sleep.ops.gated_delta import gated_delta
 from mlx_sleep.ops.paths import VARIABLE, path
 from mlx_sleep.ops.ssd import ssd
@@ -31,6 +32,16 @@ def test_the_variable(monkeypatch, op):
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(UserError, match="metal or array"):
         path(op, 1, 128, 128)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="there is a Metal GPU")
+def test_metal_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "metal")
+    monkeypatch.setattr(source, "without_metal", None)
+    with pytest.raises(UserError, match="MLX_SLEEP_KERNELS=metal needs a Metal GPU"):
+        path("gated_delta", 1, 128, 128)
+    with pytest.raises(UserError, match="need a Metal GPU"):
+        source.build(source.read("conv.metal")["conv_forward"])
 
 
 def test_doctor_says_where_heads_go_that_no_kernel_takes(monkeypatch):

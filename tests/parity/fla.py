@@ -1,7 +1,8 @@
 """fla_gated_deltanet and fla_mamba2 against PyTorch, over the options of their configs.
 
-The references are fla's definitions in plain PyTorch (`convert.torch.fla`) and, for Mamba-2, the model of
-transformers as it is. Weights are random, of no symmetry and without zeros; shapes are odd.
+The references are fla's definitions in plain PyTorch (`convert.torch.fla`) and, for Mamba-2, the
+model of transformers as it is. Weights are random, of no symmetry and without zeros; shapes are
+odd.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ouro, and Ouro with sleep layers, against PyTorch on the same random weights.
 
-The PyTorch side (`convert.torch.ouro`) computes in float64, row by row and token by token; ours in float32,
-in batches and chunks, from tensors that went through the checkpoint's file and the converter's
-mapping. Ouro alone has no fast weights: its cases are those without a sleep.
+The PyTorch side (`convert.torch.ouro`) computes in float64, row by row and token by token; ours in
+float32, in batches and chunks, from tensors that went through the checkpoint's file and the
+converter's mapping. Ouro alone has no fast weights: its cases are those without a sleep.
 """
 
 from __future__ import annotations
