@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..utils.errors import UserError
-from ..utils.files import words
+from ..utils.files import one_line
 from . import gguf_tokenizer
 
 _LAYER = {
@@ -39,7 +39,7 @@ def read(file: Path, folder: Path) -> tuple[dict, dict[str, mx.array], dict[str,
     try:
         tensors, metadata = mx.load(str(file), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"MLX cannot read {file} as GGUF: {words(error)}") from error
+        raise UserError(f"MLX cannot read {file} as GGUF: {one_line(error)}") from error
     metadata = {name: _plain(value) for name, value in metadata.items()}
     if (kind := metadata.get("general.architecture")) != "llama":
         raise UserError(f"{file} holds a model of architecture {kind!r}; only llama can be read")

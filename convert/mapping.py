@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..models.weights import nearest, some
+from ..models.weights import abbreviate, nearest
 from ..utils.errors import UserError
-from ..utils.files import words
+from ..utils.files import one_line
 from .architectures.base import Architecture, Weights
 
 # What wrappers put in front of a name or between its parts: DataParallel, torch.compile, FSDP,
@@ -84,7 +84,8 @@ def plan(
         raise
     except Exception as error:  # mlx-lm takes its tensors to be there, and of the right shape
         raise UserError(
-            f"the checkpoint's tensors don't fit its config: {type(error).__name__}: {words(error)}"
+            f"the checkpoint's tensors don't fit its config: "
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
     used = {source for target in targets for source in target.sources}
     unused = [original for original in renamed.values() if original not in used]
@@ -233,7 +234,7 @@ def _check(targets: list[Target], wanted: dict[str, mx.array], unused: Iterable[
     details += [f"misshapen: {line}" for line in wrong.values()]
     counts = f"{len(missing)} missing, {len(spare)} unexpected, {len(wrong)} misshapen"
     raise TensorError(
-        f"the checkpoint's tensors don't fit its config ({counts}): {some(details)}", details
+        f"the checkpoint's tensors don't fit its config ({counts}): {abbreviate(details)}", details
     )
 
 

@@ -20,7 +20,7 @@ from ..models.base import SleepConfig, SleepModel
 from ..models.folder import copy_tokenizer, new_folder, write_json
 from ..models.load import MODEL_TYPES, build, get_model_classes, seal
 from ..utils.errors import UserError
-from ..utils.files import words
+from ..utils.files import one_line
 from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture
@@ -137,7 +137,7 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
     except KeyError as error:
         raise UserError(f"config.json lacks {error}, which its model_type needs") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"config.json has a value that does not fit: {words(error)}") from error
+        raise UserError(f"config.json has a value that does not fit: {one_line(error)}") from error
     config["model_type"] = architecture.model_type
     for name in ("sleep_layers", "eos_token_id", "bos_token_id", "pad_token_id"):
         if theirs.get(name) is not None:

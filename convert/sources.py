@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..models.load import read_config
 from ..models.weights import read_headers, weight_files
 from ..utils.errors import UserError
-from ..utils.files import reading, words
+from ..utils.files import one_line, reading
 from . import gguf, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")
@@ -147,7 +147,7 @@ def _unpack(archive: Path, scratch: Path) -> Path:
             with opened.open(names[0]) as inside, open(file, "wb") as out:
                 shutil.copyfileobj(inside, out, 1 << 20)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive} is damaged: {words(error)}; get it anew") from error
+        raise UserError(f"{archive} is damaged: {one_line(error)}; get it anew") from error
     return file
 
 

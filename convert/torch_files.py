@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from ..utils.files import words
+from ..utils.files import one_line
 from .writer import Entry, write_file
 
 # Where trainers put the state dict in a checkpoint that holds more.
@@ -74,9 +74,9 @@ def _read(file: Path) -> Any:
             "code; save model.state_dict() alone, best as safetensors"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {file}: {words(error)}") from error
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
     except Exception as error:  # torch raises all kinds for damaged files
-        raise UserError(f"{file} is truncated or damaged: {words(error)[:200]}") from error
+        raise UserError(f"{file} is truncated or damaged: {one_line(error)[:200]}") from error
 
 
 def _entry(name: str, x: Any, file: Path) -> Entry:

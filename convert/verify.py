@@ -14,7 +14,7 @@ import numpy as np
 from ..models.load import load_model
 from ..models.weights import weight_files
 from ..utils.errors import UserError
-from ..utils.files import read_json, words
+from ..utils.files import one_line, read_json
 from .pipeline import REPORT
 from .sources import Source, open_source
 
@@ -66,7 +66,7 @@ def verify(source: str | Path, dest: str | Path) -> Verified:
                 name, run = reference_model(opened)
                 theirs = run(torch.from_numpy(tokens)).float().numpy()
         except (ImportError, LookupError) as error:
-            return Verified(same_bytes=same, rewritten=rewritten, why=words(error)[:200])
+            return Verified(same_bytes=same, rewritten=rewritten, why=one_line(error)[:200])
         ours = np.array(model(mx.array(tokens))[0].astype(mx.float32))
     error = float(np.abs(ours - theirs).max())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())

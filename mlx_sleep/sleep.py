@@ -91,7 +91,7 @@ def passes_over(
             first = loop if model.sleep.eviction == "sliding" and lo <= i < hi else 0
             _place(state, i, after, range(first * blocks + i, len(state), blocks))
             if i == blocks - 1:
-                h = model.close_pass(h)
+                h = model.final_norm(h)
             if after_block:
                 after_block(n, h, state)
     return evict(state, model.sleep)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mlx_sleep.cli.bench import app
 from mlx_sleep.lab.bench import train
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
-from mlx_sleep.training.trainer import Chunk, Trainer, labelled
+from mlx_sleep.training.trainer import Trainer, Window, labelled
 from mlx_sleep.utils.errors import UserError
 
 assert mlx_sleep  # imported for its effect
@@ -41,7 +41,7 @@ def chunks_of(rng):
     There are labels enough for gradients of full rank: Muon makes every singular value one, and
     with it whatever rounding left where there should be nothing.
     """
-    windows = [Chunk(mx.array(rng.integers(0, 23, (6, T)))) for T in (45, 7)]
+    windows = [Window(mx.array(rng.integers(0, 23, (6, T)))) for T in (45, 7)]
     weights = rng.integers(0, 2, (6, 29)) * rng.random((6, 29))
     weights[:, 0] = 0
     return [*windows, labelled(rng.integers(0, 23, (6, 29)), None, weights)]

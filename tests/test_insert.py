@@ -18,7 +18,7 @@ from mlx_sleep.models import inserted, mlx_lm_model, ouro, sleep_hybrid
 from mlx_sleep.models.load import load_model
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
-from mlx_sleep.training.trainer import Chunk, Trainer, checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.trainer import Trainer, Window, checkpointed_block, labelled, sleep_loss
 from mlx_sleep.utils.errors import UserError
 from tests.fakes import fake_folder, fake_tokenizer
 
@@ -245,7 +245,7 @@ def recall(rng):
     window, answer = rng.integers(10, 60, (4, 6)), np.arange(4)
     window[answer, rng.integers(0, 6, 4)] = answer
     asked = np.stack([np.full(4, 5), answer], axis=1)
-    return [Chunk(mx.array(window)), labelled(asked, None, np.array([[0.0, 1.0]] * 4))]
+    return [Window(mx.array(window)), labelled(asked, None, np.array([[0.0, 1.0]] * 4))]
 
 
 @pytest.mark.parametrize(("name", "alone"), [("llama", True), ("ouro", False)])

@@ -16,7 +16,7 @@ from mlx_sleep.models.base import kv_length
 from mlx_sleep.models.fla_common import powlu
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.sleep import consolidate
-from mlx_sleep.training.trainer import Chunk, checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.trainer import Window, checkpointed_block, labelled, sleep_loss
 from mlx_sleep.utils.errors import UserError
 
 ATTN = {"layers": [1], "num_heads": 4, "num_kv_heads": 2}
@@ -228,7 +228,7 @@ def test_it_can_be_trained_to_sleep(rng, config):
     x, y = rng.integers(0, 61, (2, 2, 8))
     weights = np.ones((2, 8), np.float32)
     weights[:, 0] = 0
-    chunks = [Chunk(mx.array(x)), labelled(y, None, weights)]
+    chunks = [Window(mx.array(x)), labelled(y, None, weights)]
 
     def loss(block=None):
         return nn.value_and_grad(model, lambda m: sleep_loss(m, chunks, 2, block)[0])(model)

@@ -291,9 +291,9 @@ def example(rng):
 
 
 def labelled_free(x):
-    from mlx_sleep.training.trainer import Chunk
+    from mlx_sleep.training.trainer import Window
 
-    return Chunk(mx.array(x[None]))
+    return Window(mx.array(x[None]))
 
 
 @pytest.mark.parametrize("passes", [1, 3])

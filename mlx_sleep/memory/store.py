@@ -32,10 +32,10 @@ import platformdirs
 
 from ..utils.errors import UserError
 from ..utils.files import (
-    explained,
     fsync,
     fsync_folder,
     make_folder,
+    os_errors_as_user_errors,
     replace_file,
     temporary,
     unlink,
@@ -275,7 +275,7 @@ class Memory:
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         doing = f"cannot write memory '{self.name}' in {self._path.parent}"
-        return explained(doing, _CHECK_FOLDER)
+        return os_errors_as_user_errors(doing, _CHECK_FOLDER)
 
     def _require_open(self) -> None:
         if self._lock is None:
@@ -285,7 +285,7 @@ class Memory:
 def list_memories(home: str | os.PathLike | None = None) -> list[Listing]:
     """Every memory in the data folder, by name, damaged ones too. Takes no lock."""
     folder = data_dir(home) / "memories"
-    with explained(f"cannot read {folder}", _CHECK_FOLDER):
+    with os_errors_as_user_errors(f"cannot read {folder}", _CHECK_FOLDER):
         try:
             files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".journal")]
         except FileNotFoundError:
@@ -328,7 +328,9 @@ def export_memory(
         raw, _ = encode_memory(
             replace(stored.header, previous=""), stored.arrays, stored.pending + heard
         )
-        with explained(f"cannot export to {path}", "choose a file in a folder that you can write"):
+        with os_errors_as_user_errors(
+            f"cannot export to {path}", "choose a file in a folder that you can write"
+        ):
             if os.path.lexists(path):
                 raise UserError(f"{path} exists already; choose another file to export to")
             replace_file(path, raw)
@@ -342,7 +344,7 @@ def import_memory(
     file is missing, damaged or not a memory."""
     folder = _folder(home, name)
     path = Path(path).expanduser()
-    with explained(f"cannot import {path}", "check the path"):
+    with os_errors_as_user_errors(f"cannot import {path}", "check the path"):
         raw = path.read_bytes()
     stored = decode_memory(raw, str(path), "export it again")
     with _lock(folder, name, create=True):
@@ -355,7 +357,7 @@ def remove(name: str, home: str | os.PathLike | None = None) -> None:
     _require(folder, name)
     with (
         _lock(folder, name),
-        explained(f"cannot remove memory '{name}' in {folder}", _CHECK_FOLDER),
+        os_errors_as_user_errors(f"cannot remove memory '{name}' in {folder}", _CHECK_FOLDER),
     ):
         # Last the file that makes it a memory: a crash on the way leaves one that still opens.
         for path in (_journal_path(folder, name), _memory_path(folder, name)):
@@ -402,7 +404,7 @@ def _require(folder: Path, name: str) -> None:
 def _lock(folder: Path, name: str, *, create: bool = False) -> Lock:
     """The memory's lock; create: makes a missing folder. UserError when another holds it."""
     try:
-        with explained(f"cannot lock memory '{name}' in {folder}", _CHECK_FOLDER):
+        with os_errors_as_user_errors(f"cannot lock memory '{name}' in {folder}", _CHECK_FOLDER):
             if create:
                 make_folder(folder)
             return Lock(folder / f"{name}.lock")
@@ -425,7 +427,7 @@ def _load(folder: Path, name: str) -> tuple[Stored, list[int]]:
     """What the memory's file holds, and the tokens that its journal adds to `pending`."""
     remedy = f"`mlx-sleep memory rm {name}` removes it; an export of it can then be imported"
     memory_path, journal_path = _memory_path(folder, name), _journal_path(folder, name)
-    with explained(f"cannot read memory '{name}' in {folder}", _CHECK_FOLDER):
+    with os_errors_as_user_errors(f"cannot read memory '{name}' in {folder}", _CHECK_FOLDER):
         # The journal first: a commit that passes by makes it older, which is legal, not newer.
         try:
             journal = journal_path.read_bytes()
@@ -463,7 +465,7 @@ def _load(folder: Path, name: str) -> tuple[Stored, list[int]]:
 def _create(folder: Path, name: str, header: Header, arrays: Arrays, pending: list[int]) -> None:
     """Puts a memory in place that was not there. The caller holds its lock."""
     raw, _ = encode_memory(replace(header, previous=""), arrays, pending)
-    with explained(f"cannot create memory '{name}' in {folder}", _CHECK_FOLDER):
+    with os_errors_as_user_errors(f"cannot create memory '{name}' in {folder}", _CHECK_FOLDER):
         if _exists(folder, name):
             raise UserError(f"memory '{name}' exists already; choose another name")
         replace_file(_memory_path(folder, name), raw)

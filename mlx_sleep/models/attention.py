@@ -98,12 +98,12 @@ def attend(
         state["keys"][:, :, :end],
         state["values"][:, :, :end],
         scale=d**-0.5 if scale is None else scale,
-        mask=visible(T, past, state, sliding),
+        mask=attention_mask(T, past, state, sliding),
     )
     return o.transpose(0, 2, 1, 3).reshape(B, T, -1), state
 
 
-def visible(T: int, past: int, state: LayerState, sliding: int | None = None):
+def attention_mask(T: int, past: int, state: LayerState, sliding: int | None = None):
     """Who sees whom, for T new tokens: None, "causal", or bool [T, S] or [B, 1, T, S].
 
     state is the layer's behind them, with S = past + T slots in use.

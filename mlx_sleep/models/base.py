@@ -63,7 +63,7 @@ class SleepConfig:
         if self.carry_conv is None:
             object.__setattr__(self, "carry_conv", self.eviction == "sliding")
 
-    def visible(self, own: int | None = None) -> int | None:
+    def attention_window(self, own: int | None = None) -> int | None:
         """Newest tokens that a token sees, itself included: a layer's own limit (None is none),
         and the window's under a sliding eviction."""
         limits = [own, self.window if self.eviction == "sliding" else None]
@@ -85,7 +85,7 @@ def from_config(cls, config: dict):
 class SleepModel(nn.Module):
     """What a sleep, a session and training ask of an architecture.
 
-    `embed`, `block`, `close_pass` and `head` are apart because a sleep loops over the blocks.
+    `embed`, `block`, `final_norm` and `head` are apart because a sleep loops over the blocks.
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
     """
@@ -129,7 +129,7 @@ class SleepModel(nn.Module):
         """Block i on h [B, T, hidden]; mask [B, T] bool, False for padding on the right."""
         raise NotImplementedError
 
-    def close_pass(self, h):
+    def final_norm(self, h):
         """h behind the last block of a pass, as the next pass or the head reads it."""
         return h
 
@@ -143,7 +143,7 @@ class SleepModel(nn.Module):
         h = self.embed(tokens)
         for i in range(self.num_layers):
             h, state[i] = self.block(i, h, state[i], mask)
-        return self.close_pass(h), state
+        return self.final_norm(h), state
 
     def __call__(self, tokens, state: State | None = None, mask=None):
         """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""

@@ -72,7 +72,7 @@ def make_attention(hidden_size: int, spec: AttentionSpec, sleep: SleepConfig) ->
         spec.num_kv_heads,
         hidden_size // spec.num_heads,
         rope_theta=spec.rope_theta,
-        sliding=sleep.visible(spec.window_size),
+        sliding=sleep.attention_window(spec.window_size),
         qkv_bias=spec.qkv_bias,
         qk_norm_eps=1e-5 if spec.qk_norm else None,  # whatever the model's norm_eps is
     )

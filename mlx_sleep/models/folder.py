@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.files import words
+from ..utils.files import one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,7 +57,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         error.args = (str(error).replace(str(fresh), str(path)),)
         raise
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
-        reason = words(error).replace(str(fresh), str(path))
+        reason = one_line(error).replace(str(fresh), str(path))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; free some space there and try again"
         raise UserError(f"cannot write the model folder {path}: {reason}") from error

@@ -186,7 +186,7 @@ class Block(nn.Module):
                 args.num_key_value_heads,
                 args.head_dim,
                 rope_theta=args.rope_theta,
-                sliding=sleep.visible(args.swa_window if kind == "swa" else None),
+                sliding=sleep.attention_window(args.swa_window if kind == "swa" else None),
                 qkv_bias=True,
             )
         self.mlp = GatedMLP(args.hidden_size, args.intermediate_size, ACTIVATIONS[args.hidden_act])

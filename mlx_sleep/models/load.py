@@ -22,9 +22,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..utils.errors import UserError
-from ..utils.files import read_json, reading, words
+from ..utils.files import one_line, read_json, reading
 from .folder import copy_tokenizer, new_folder, write_json
-from .weights import check_tensors, not_finite, read_headers, some, weight_files
+from .weights import abbreviate, check_tensors, not_finite, read_headers, weight_files
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """The folder of the model that comes with the package."""
@@ -89,7 +89,7 @@ def load_model(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, dict
         weights.update(mx.load(str(file)))
     if not lazy:
         if bad := not_finite(weights):
-            raise UserError(f"{path} has NaN or infinite weights in {some(bad)}; get it anew")
+            raise UserError(f"{path} has NaN or infinite weights in {abbreviate(bad)}; get it anew")
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     if not lazy:
@@ -117,7 +117,7 @@ def save(
     with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
         weights = dict(tree_flatten(model.parameters()))
         if bad := not_finite(weights):
-            raise UserError(f"not saved to {folder}: NaN or infinite weights in {some(bad)}")
+            raise UserError(f"not saved to {folder}: NaN or infinite weights in {abbreviate(bad)}")
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         if tokenizer_source is not None:
             copy_tokenizer(Path(tokenizer_source).expanduser(), folder)
@@ -224,5 +224,5 @@ def build(
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # whatever a wrong type or size sets off
-        raise UserError(f"{where} has a value that does not fit: {words(error)}") from error
+        raise UserError(f"{where} has a value that does not fit: {one_line(error)}") from error
     return model

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from .attention import visible
+from .attention import attention_mask
 from .base import LayerState, append_kv
 
 _KV = ("keys", "values", "length", "offset", "valid")
@@ -60,7 +60,7 @@ class KVPart:
     def mask(
         self, layer: LayerState, h, mask=None, sliding: int | None = None, arrays: bool = False
     ):
-        """Who sees whom, for the new tokens h [B, T, hidden]: as `attention.visible` says it.
+        """The attention mask of the new tokens h [B, T, hidden]; see `attention.attention_mask`.
 
         arrays gives a bool array in place of "causal", which not every layer understands.
         """
@@ -72,7 +72,7 @@ class KVPart:
             old = layer["valid"][:, :past] if "valid" in layer else mx.ones((B, past), mx.bool_)
             new = mx.ones((B, T), mx.bool_) if mask is None else mask
             after["valid"] = mx.concatenate([old, new], axis=1)
-        sees = visible(T, past, after, min(limits) if limits else None)
+        sees = attention_mask(T, past, after, min(limits) if limits else None)
         if arrays and isinstance(sees, str):
             sees = mx.arange(past + T) <= mx.arange(past, past + T)[:, None]
         return sees

@@ -96,7 +96,7 @@ class Block(nn.Module):
             args.num_key_value_heads,
             args.head_dim,
             rope_theta=args.rope_theta,
-            sliding=sleep.visible(
+            sliding=sleep.attention_window(
                 args.sliding_window if layer_type == "sliding_attention" else None
             ),
         )
@@ -141,7 +141,7 @@ class Model(SleepModel):
     def block(self, i, h, layer_state, mask=None):
         return self.model.layers[i](h, layer_state, mask)
 
-    def close_pass(self, h):
+    def final_norm(self, h):
         return self.model.norm(h)
 
     def head(self, h):
@@ -158,7 +158,7 @@ class Model(SleepModel):
                 if "fast_weights" not in before and "fast_weights" in start[i]:
                     before = {**before, "fast_weights": start[i]["fast_weights"]}
                 h, state[u * blocks + i] = self.block(i, h, before, mask)
-            h = self.close_pass(h)
+            h = self.final_norm(h)
             outputs.append(h)
         return outputs, state
 

@@ -162,7 +162,7 @@ class Block(nn.Module):
                 args.num_key_value_heads,
                 args.head_dim,
                 rope_theta=args.rope_theta,
-                sliding=sleep.visible(),
+                sliding=sleep.attention_window(),
                 qk_norm_eps=args.rms_norm_eps if args.qk_norm else None,
             )
         else:

@@ -109,9 +109,11 @@ def check_tensors(path: Path, model: nn.Module, tensors) -> None:
         spare = [name for name in tensors if name not in wanted]
         close = nearest(missing[0], spare)
         hint = f"; nearest to {missing[0]} is {close}" if close else ""
-        raise UserError(f"{path} lacks weights: {some(missing)}{hint}")
+        raise UserError(f"{path} lacks weights: {abbreviate(missing)}{hint}")
     if unexpected := [name for name in tensors if name not in wanted]:
-        raise UserError(f"{path} has weights that its config does not ask for: {some(unexpected)}")
+        raise UserError(
+            f"{path} has weights that its config does not ask for: {abbreviate(unexpected)}"
+        )
     wrong = []
     for name, array in wanted.items():
         dtype, shape = tensors[name]
@@ -120,7 +122,7 @@ def check_tensors(path: Path, model: nn.Module, tensors) -> None:
         elif dtype not in _KINDS.get(array.dtype, _FLOATS):
             wrong.append(f"{name} is of type {dtype}")
     if wrong:
-        raise UserError(f"the weights in {path} do not fit its config: {some(wrong)}")
+        raise UserError(f"the weights in {path} do not fit its config: {abbreviate(wrong)}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -128,7 +130,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
-def some(items: list[str], most: int = 3) -> str:
+def abbreviate(items: list[str], most: int = 3) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -2,7 +2,7 @@
 
 The optimizer is the paper's: Muon for the matrices of the blocks, AdamW for the rest. A run is a
 folder (recipe, metrics, checkpoints) and is resumed from it to the same losses. This file doesn't
-know what a task's tokens mean; a task is a function from a step to a list of `Chunk`.
+know what a task's tokens mean; a task is a function from a step to a list of `Window`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..sleep import passes_over
 from ..utils.errors import UserError
 
 
-class Chunk(NamedTuple):
+class Window(NamedTuple):
     """One window of a batch.
 
     tokens     [B, T] int32, padded on the right
@@ -46,7 +46,7 @@ class Chunk(NamedTuple):
     scored: mx.array | None = None
 
 
-def labelled(tokens, mask, weights, scored=None) -> Chunk:
+def labelled(tokens, mask, weights, scored=None) -> Window:
     """A prediction chunk from numpy arrays [B, T]: tokens, mask (or None), next-token weights.
 
     weights is the loss weight of predicting token t from the tokens before it in the same window;
@@ -61,7 +61,7 @@ def labelled(tokens, mask, weights, scored=None) -> Chunk:
     scored = weights > 0 if scored is None else scored & (weights > 0)
     # The labelled positions of a row first, in order.
     at = np.argsort(weights[:, 1:] <= 0, axis=1, kind="stable")[:, :slots]
-    return Chunk(
+    return Window(
         mx.array(tokens.astype(np.int32)),
         None if mask is None else mx.array(mask),
         mx.array(at.astype(np.int32)),
@@ -71,7 +71,7 @@ def labelled(tokens, mask, weights, scored=None) -> Chunk:
     )
 
 
-def sleep_loss(model, chunks: list[Chunk], passes: int, block: Callable | None = None):
+def sleep_loss(model, chunks: list[Window], passes: int, block: Callable | None = None):
     """Algorithm 1: (weighted mean cross-entropy, share of the scored labels predicted right).
 
     A chunk without positions is slept over (N passes, no loss, only S survives it); one with
@@ -220,7 +220,7 @@ class Trainer:
         return row
 
     @staticmethod
-    def _real(chunk: Chunk) -> int:
+    def _real(chunk: Window) -> int:
         return chunk.tokens.size if chunk.mask is None else int(chunk.mask.sum().item())
 
     def _step(self, chunks, passes):
@@ -236,7 +236,7 @@ class Trainer:
             state = [self.model.state, self.optimizer.state]
             # Over plain tuples: mx.compile gives containers back as lists, tuples and dicts.
             self._compiled[passes] = mx.compile(
-                lambda rows: self._update([Chunk(*row) for row in rows], passes),
+                lambda rows: self._update([Window(*row) for row in rows], passes),
                 inputs=state,
                 outputs=state,
             )

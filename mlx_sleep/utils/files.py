@@ -17,7 +17,7 @@ from .errors import UserError
 
 
 @contextlib.contextmanager
-def explained(doing: str, elsewhere: str) -> Iterator[None]:
+def os_errors_as_user_errors(doing: str, elsewhere: str) -> Iterator[None]:
     """Turns an OSError into a UserError that says what to do next: `elsewhere`, or make room."""
     try:
         yield
@@ -109,7 +109,7 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {file}: {words(error)}") from error
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
 
 
 def read_json(file: Path) -> dict:
@@ -119,13 +119,13 @@ def read_json(file: Path) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {words(error)}") from error
+        raise UserError(f"{file} is not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold one JSON object")
     return value
 
 
-def words(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception's message on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__

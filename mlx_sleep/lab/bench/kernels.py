@@ -17,7 +17,7 @@ from ...ops.conv import short_conv
 from ...ops.gated_delta import gated_delta_chunk, gated_delta_mlx
 from ...ops.ssd import ssd_chunk
 from ...utils.errors import UserError
-from ...utils.files import explained
+from ...utils.files import os_errors_as_user_errors
 from ...utils.platform import device
 from ..timing import clock, interleave, ratio
 
@@ -82,7 +82,7 @@ def report(rows: list[dict], file: Path, how: str = "timed", note: str = "") -> 
         "|" + "|".join(" --- " if isinstance(rows[0][n], str) else " ---: " for n in names) + "|",
     ]
     lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in rows]
-    with explained(f"cannot write {file}", "name another file with --report"):
+    with os_errors_as_user_errors(f"cannot write {file}", "name another file with --report"):
         file.write_text("\n".join(lines) + "\n")
 
 

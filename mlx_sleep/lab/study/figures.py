@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...utils.errors import UserError
-from ...utils.files import explained
+from ...utils.files import os_errors_as_user_errors
 from .table import pooled
 
 WHAT = {"rule110": "t", "depo": "hops", "gsm": "operations"}
@@ -47,7 +47,7 @@ def draw(found: dict, out: Path, examples: int) -> list[Path]:
         axes[0].set_ylabel("accuracy")
         axes[-1].legend(fontsize="small")
         path = out / f"{name}.png"
-        with explained(f"cannot write {path}", "choose another --out"):
+        with os_errors_as_user_errors(f"cannot write {path}", "choose another --out"):
             figure.savefig(path, dpi=150)
         paths.append(path)
     return paths

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ...utils.errors import UserError
 from ...utils.files import read_json
-from ..tasks.synthetic import whole
+from ..tasks.synthetic import check_int
 
 CONFIGS = Path(__file__).parent / "configs"
 TASKS = ("rule110", "depo", "gsm")
@@ -79,9 +79,9 @@ def read_plan(task: str, size: str) -> dict:
     if plan["task"] != task:
         raise UserError(f"{path} is a plan for the task {plan['task']!r}, not {task!r}")
     for key in ("every", "valid", "test"):
-        whole(f"{path}: evaluate.{key}", plan["evaluate"].get(key), 1)
-    whole(f"{path}: batch", plan["batch"], 1)
-    whole(f"{path}: model.blocks", plan["model"].get("blocks"), 1)
+        check_int(f"{path}: evaluate.{key}", plan["evaluate"].get(key), 1)
+    check_int(f"{path}: batch", plan["batch"], 1)
+    check_int(f"{path}: model.blocks", plan["model"].get("blocks"), 1)
     return plan
 
 
@@ -139,7 +139,7 @@ def _runs_of(plan: dict, task, entry: dict) -> list[Run]:
     if "train_passes" in model:
         passes = [tuple(model["train_passes"])]
     else:
-        passes = [(whole("passes", n, 1),) for n in entry.get("passes", [1])]
+        passes = [(check_int("passes", n, 1),) for n in entry.get("passes", [1])]
     difficulties = entry.get("difficulties", plan["difficulties"]) if task.trained_apart else [None]
     runs = []
     for difficulty in difficulties:
@@ -149,7 +149,7 @@ def _runs_of(plan: dict, task, entry: dict) -> list[Run]:
                 name = entry["model"] + ("" if difficulty is None else f"-d{difficulty}")
                 name += f"-n{some[0]}" if len(some) == 1 else f"-n{some[0]}to{some[-1]}"
                 asked = plan["difficulties"] if difficulty is None else [difficulty]
-                steps = whole("steps", entry.get("steps", plan["steps"]), 1)
+                steps = check_int("steps", entry.get("steps", plan["steps"]), 1)
                 settings = {
                     "task": plan["task"],
                     "world": plan["world"],

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...utils.errors import UserError
-from ...utils.files import explained
+from ...utils.files import os_errors_as_user_errors
 from .plan import Run
 from .run import check_metrics, finished
 
@@ -30,7 +30,7 @@ def default_jobs() -> int:
 
 
 def make_folder(out: Path) -> None:
-    with explained(f"cannot write to {out}", "choose another --out"):
+    with os_errors_as_user_errors(f"cannot write to {out}", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
 
 

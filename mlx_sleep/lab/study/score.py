@@ -14,19 +14,19 @@ import numpy as np
 
 from ...models.base import State, evict
 from ...sleep import passes_over
-from ...training.trainer import Chunk, labelled
+from ...training.trainer import Window, labelled
 from ..statistics import wilson
 from ..tasks.synthetic import Batch
 
 BATCH = 250  # examples at a time
 
 
-def chunks_of(batch: Batch, kept: bool = False) -> list[Chunk]:
+def chunks_of(batch: Batch, kept: bool = False) -> list[Window]:
     """The batch as windows of Algorithm 1; kept: as one window with everything in it."""
     if kept:
         batch = _in_one_window(batch)
     windows = [
-        Chunk(
+        Window(
             mx.array(batch.context[:, w]),
             None if batch.mask is None else mx.array(batch.mask[:, w]),
         )
@@ -51,7 +51,7 @@ def _in_one_window(batch: Batch) -> Batch:
     return Batch(batch.context.reshape(B, 1, -1)[:, :0], None, tokens, mask, question)
 
 
-def sleep_over(model, windows: list[Chunk], passes: int, B: int) -> State:
+def sleep_over(model, windows: list[Window], passes: int, B: int) -> State:
     """The state after sleeping over all windows."""
     state = model.init_state(B)
     for chunk in windows:
@@ -151,7 +151,7 @@ def halting(
         }
 
 
-def _until_still(model, chunk: Chunk, state: State, most: int, threshold: float):
+def _until_still(model, chunk: Window, state: State, most: int, threshold: float):
     """(state, passes used [B]) of one sleep that each row ends on its own. Hard eviction only."""
     after, blocks = [], model.num_layers
     calls = 0

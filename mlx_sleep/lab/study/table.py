@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...utils.files import explained, replace_file
+from ...utils.files import os_errors_as_user_errors, replace_file
 from ..statistics import wilson
 from .plan import Run, read_model
 
@@ -182,7 +182,7 @@ def _seeds(row: dict) -> str:
 
 def write(out: Path, found: dict, plan: dict) -> None:
     """results.json and results.md in the study's folder, each whole or not at all."""
-    with explained(f"cannot write to {out}", "choose another --out"):
+    with os_errors_as_user_errors(f"cannot write to {out}", "choose another --out"):
         text = json.dumps(found, indent=1, allow_nan=False) + "\n"
         replace_file(out / "results.json", text.encode())
         replace_file(out / "results.md", markdown(found, plan).encode())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...utils.errors import UserError
-from .synthetic import Batch, check_split, draws, whole, window_count
+from .synthetic import Batch, check_int, check_split, draws, window_count
 
 PAD, ANSWER = 0, 1  # then a token for each number of hops, then the pieces of names
 
@@ -39,18 +39,18 @@ class Depo:
         window: int = 75,
         seed: int = 0,
     ):
-        low, high = (whole("the nodes of a cycle", n, 2) for n in nodes)
+        low, high = (check_int("the nodes of a cycle", n, 2) for n in nodes)
         if low > high:
             raise UserError(f"nodes must be [fewest, most], not [{low}, {high}]")
         self.low, self.high = low, high
-        self.hops = whole("hops", hops, 1)
+        self.hops = check_int("hops", hops, 1)
         if hops >= low:
             raise UserError(
                 f"{hops} hops go round a cycle of {low} nodes; use more nodes or fewer hops"
             )
-        self.queries = whole("queries", queries, 1)
-        self.name_tokens = whole("name_tokens", name_tokens, 1)
-        self.alphabet = whole("alphabet", alphabet, 2)
+        self.queries = check_int("queries", queries, 1)
+        self.name_tokens = check_int("name_tokens", name_tokens, 1)
+        self.alphabet = check_int("alphabet", alphabet, 2)
         self.names = alphabet**name_tokens
         if self.names < high:
             raise UserError(f"{self.names} names are too few for {high} nodes")
@@ -62,7 +62,7 @@ class Depo:
         self.seed = seed
 
     def check(self, difficulty: int | None) -> None:
-        if difficulty is not None and whole("hops", difficulty, 1) > self.hops:
+        if difficulty is not None and check_int("hops", difficulty, 1) > self.hops:
             raise UserError(f"{difficulty} hops are more than the {self.hops} of this task")
 
     def batch(self, split: str, indices: Sequence[int], difficulty: int | None = None) -> Batch:

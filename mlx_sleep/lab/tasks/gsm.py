@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...utils.errors import UserError
-from .synthetic import Batch, check_split, whole
+from .synthetic import Batch, check_int, check_split
 
 PAD, END = "<pad>", "<end>"
 LARGEST = 99  # no quantity is larger, where a plan doesn't say otherwise
@@ -93,21 +93,21 @@ class Gsm:
     ):
         from sentencepiece import SentencePieceProcessor
 
-        self.least, self.most = (whole("the tokens of a context", n, 1) for n in tokens)
+        self.least, self.most = (check_int("the tokens of a context", n, 1) for n in tokens)
         if self.least > self.most:
             raise UserError(f"tokens must be [fewest, most], not {list(tokens)}")
-        self.ops = whole("ops", ops, 1)
-        self.window = whole("the window", window, 2)
+        self.ops = check_int("ops", ops, 1)
+        self.window = check_int("the window", window, 2)
         if window > self.most:
             raise UserError(f"a window of {window} tokens is larger than the context, {self.most}")
         if question not in ("first", "last"):
             raise UserError(f'question must be "first" or "last", not {question!r}')
         self.question, self.seed = question, seed
-        self.largest = whole("the largest quantity", largest, 1)
+        self.largest = check_int("the largest quantity", largest, 1)
         self.names = name_list(*names)
         if len(self.names) < 3 * ops:
             raise UserError(f"{len(self.names)} names are too few for {ops} operations of 3")
-        self.questions = whole("questions", questions, 1)
+        self.questions = check_int("questions", questions, 1)
         self.windows = -(-self.most // window)
         sp = SentencePieceProcessor(model_proto=tokenizer)
         self.decode, self.vocab_size = sp.decode, sp.vocab_size()
@@ -123,7 +123,7 @@ class Gsm:
             self.problem("valid", index, self.ops)
 
     def check(self, difficulty: int | None) -> None:
-        if difficulty is not None and whole("ops", difficulty, 1) > self.ops:
+        if difficulty is not None and check_int("ops", difficulty, 1) > self.ops:
             raise UserError(f"{difficulty} operations are more than the {self.ops} of this task")
 
     def problem(self, split: str, index: int, ops: int | None = None) -> Problem:
@@ -275,7 +275,7 @@ def name_list(animals: int, places: int) -> list[tuple[str, ...]]:
         ("animals", animals, 1, ANIMALS),
         ("places", places, 0, PLACES),
     ):
-        if whole(what, count, least) > len(known):
+        if check_int(what, count, least) > len(known):
             raise UserError(f"there are {len(known)} {what}, not {count}")
     if not places:
         return [(a,) for a in ANIMALS[:animals]]

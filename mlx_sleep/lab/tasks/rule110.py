@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...utils.errors import UserError
-from .synthetic import Batch, check_split, draws, whole, window_count
+from .synthetic import Batch, check_int, check_split, draws, window_count
 
 ASK = 2  # tokens 0 and 1 are the bits
 
@@ -27,8 +27,8 @@ class Rule110:
     trained_apart = True  # t is not in the input, so each t is a model of its own
 
     def __init__(self, width: int = 24, strings: int = 4, window: int | None = None, seed: int = 0):
-        self.width = whole("width (bits of a string)", width, 3)
-        self.strings = whole("strings", strings, 2)
+        self.width = check_int("width (bits of a string)", width, 3)
+        self.strings = check_int("strings", strings, 2)
         self.window = self.width if window is None else window
         self.windows = window_count(self.width * self.strings, self.window)
         self.final_tokens = self.strings + 1
@@ -36,7 +36,7 @@ class Rule110:
 
     def check(self, difficulty: int) -> None:
         """UserError unless the difficulty is one that this task has."""
-        whole("t (steps of the automaton)", difficulty, 1)
+        check_int("t (steps of the automaton)", difficulty, 1)
 
     def batch(self, split: str, indices: Sequence[int], difficulty: int) -> Batch:
         """The examples `indices`, all with t = difficulty."""

@@ -61,7 +61,7 @@ def check_split(split: str) -> None:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
 
 
-def whole(what: str, value: object, least: int) -> int:
+def check_int(what: str, value: object, least: int) -> int:
     """value, when it is a whole number of at least `least`. UserError says what is wrong."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{what} must be a whole number >= {least}, not {value!r}")
@@ -70,7 +70,7 @@ def whole(what: str, value: object, least: int) -> int:
 
 def window_count(context: int, window: int) -> int:
     """Windows of `window` tokens in a context; UserError unless they come out even."""
-    whole("the window", window, 2)
+    check_int("the window", window, 2)
     if window > context:
         raise UserError(f"a window of {window} tokens is larger than the context of {context}")
     if context % window:

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ...models.sleep_hybrid import Model, ModelArgs
 from ...training.recipe import choices, stage_of, total_steps
-from ...training.trainer import Chunk, Trainer, labelled
+from ...training.trainer import Trainer, Window, labelled
 from ...utils.errors import UserError
 from .memory import Level, MemoryTask
 
@@ -22,7 +22,7 @@ def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", ran
     task = MemoryTask(encode, specials, split, seed=recipe.get("seed", 0))
     batch = recipe["batch"] // size
 
-    def plan(step: int) -> tuple[list[Chunk], int]:
+    def plan(step: int) -> tuple[list[Window], int]:
         stage = stage_of(recipe, step)
         draw = Random(f"{recipe.get('seed', 0)}/{step}")
         passes = draw.choice(choices(stage["passes"]))
@@ -43,10 +43,10 @@ def make_level(values: dict) -> Level:
     return Level(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def chunks_of(batch: dict[str, np.ndarray]) -> list[Chunk]:
+def chunks_of(batch: dict[str, np.ndarray]) -> list[Window]:
     """The arrays of `MemoryTask.batch` as the windows of Algorithm 1: sleeps, then one answer."""
     chunks = [
-        Chunk(mx.array(batch["tokens"][:, w]), mx.array(batch["mask"][:, w]))
+        Window(mx.array(batch["tokens"][:, w]), mx.array(batch["mask"][:, w]))
         for w in range(batch["tokens"].shape[1])
     ]
     final = (batch[f"final_{name}"] for name in ("tokens", "mask", "loss", "value"))
