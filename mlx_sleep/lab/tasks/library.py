@@ -1,0 +1,137 @@
+"""All scenes and pools, indexed for the writing of lives: which wordings a split may use, which
+scenes would contradict or answer one another."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from random import Random
+
+from .pools import Pools
+from .scenes import Question, Scene, Wording
+from .templates import Field
+
+# Share of facts by what they are about; "name" is the scenes that give a being its name.
+ABOUT_WEIGHTS = {
+    "me": 0.36,
+    "person": 0.2,
+    "pet": 0.07,
+    "thing": 0.1,
+    "word": 0.08,
+    "none": 0.13,
+    "name": 0.06,
+}
+NAMES = {"person.name": "person", "pet.name": "pet"}
+_STOP = frozenset(
+    """a an the my your our i you we he she it they me him her us his its their is are am was were be
+    been do does did have has had can could would should will what which whom whose
+    to of in on at for with by from as and or that this these those there s t re ve m d ll
+    tell remember know again now name called say said one any much many some get got""".split()
+)
+
+
+def content(wording: Wording) -> frozenset[str]:
+    """The words of a question that carry its meaning, roughly."""
+    text = " ".join(p for p in wording.parts if isinstance(p, str)).lower()
+    return frozenset(
+        w[:-1] if w.endswith("s") and len(w) > 3 else w
+        for w in re.findall(r"[a-z]+", text)
+        if w not in _STOP
+    )
+
+
+@dataclass(frozen=True)
+class Usable:
+    """A scene with what one split may say of it."""
+
+    scene: Scene
+    tells: tuple[Wording, ...]
+    fixes: dict[str, tuple[Wording, ...]]
+    questions: dict[str, tuple[Question, ...]]  # by slot; "" for the whole scene
+
+    @property
+    def asks(self) -> bool:
+        return any(self.questions.values())
+
+
+class Library:
+    def __init__(self, scenes: dict[str, Scene], pools: Pools):
+        self.scenes, self.pools = scenes, pools
+        self._splits: dict[str, dict[str, list[Usable]]] = {}
+        self._sums: dict[tuple[str, str], list[float]] = {}
+        self._usable: dict[tuple[str, str], Usable] = {}
+
+    def kind(self, scene: Scene) -> str:
+        return "name" if scene.id in NAMES else scene.about
+
+    @cached_property
+    def rivals(self) -> dict[str, frozenset[str]]:
+        """Scenes that ask the same, or are of the same group: one of them for each subject."""
+        by_words: dict[tuple, set[str]] = defaultdict(set)
+        for scene in self.scenes.values():
+            side = "user" if scene.about in ("me", "thing", "none") else scene.about
+            for question in scene.questions:
+                words = content(question.wording)
+                if words and scene.id not in NAMES:
+                    by_words[side, words].add(scene.id)
+            if scene.group:
+                by_words[scene.about, "group", scene.group].add(scene.id)
+        found: dict[str, set[str]] = {name: set() for name in self.scenes}
+        for names in by_words.values():
+            for name in names:
+                found[name] |= names - {name}
+        return {name: frozenset(rivals) for name, rivals in found.items()}
+
+    @cached_property
+    def groups(self) -> dict[tuple[str, str], list[Scene]]:
+        groups = defaultdict(list)
+        for scene in self.scenes.values():
+            if scene.group:
+                groups[scene.about, scene.group].append(scene)
+        return groups
+
+    def usable(self, scene: Scene, split: str) -> Usable:
+        key = scene.id, split
+        if key not in self._usable:
+            tells, questions = scene.own(split)
+            by_slot: dict[str, list[Question]] = defaultdict(list)
+            for question in questions:
+                by_slot[question.slot].append(question)
+            self._usable[key] = Usable(
+                scene,
+                tuple(tells),
+                {s: tuple(w for w in f if w.split == split) for s, f in scene.fixes.items()},
+                {slot: tuple(q) for slot, q in by_slot.items()},
+            )
+        return self._usable[key]
+
+    def of(self, split: str) -> dict[str, list[Usable]]:
+        """Scenes that `split` can tell and ask, by kind."""
+        if split not in self._splits:
+            kinds = defaultdict(list)
+            for scene in self.scenes.values():
+                usable = self.usable(scene, split)
+                drawn = all(self.pools.usable(p, split) for p in scene.slots.values())
+                if usable.tells and usable.asks and drawn:
+                    kinds[self.kind(scene)].append(usable)
+            for kind, found in kinds.items():
+                self._sums[split, kind] = list(accumulate(u.scene.weight for u in found))
+            self._splits[split] = dict(kinds)
+        return self._splits[split]
+
+    def draw(self, rng: Random, split: str, kind: str | None = None) -> Usable:
+        """A scene, by weight; of one kind, or of any."""
+        kinds = self.of(split)
+        if kind is None:
+            names = [k for k in ABOUT_WEIGHTS if k in kinds]
+            kind = rng.choices(names, [ABOUT_WEIGHTS[k] for k in names])[0]
+        return rng.choices(kinds[kind], cum_weights=self._sums[split, kind])[0]
+
+
+def slots_mentioned(question: Question) -> set[str]:
+    """Slots whose value stands in the question or is needed for its answer."""
+    parts = [*question.wording.parts, *(question.answer or ())]
+    return {p.name for p in parts if isinstance(p, Field)}

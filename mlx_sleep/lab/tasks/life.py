@@ -1,0 +1,262 @@
+"""Lives: what a user tells and asks an assistant over windows, each of which ends in a sleep.
+
+A life is a pure function of (seed, split, index, level), the same in every process. Only what the
+fast weights keep crosses from one window to the next, so most questions are about windows whose
+KV cache is gone. Knows a tokenizer only through LifeEncoder, and no model.
+
+Preview: python -m mlx_sleep.lab.tasks.life --help
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from ...errors import UserError
+from . import scenes, speech
+from .asker import Asker
+from .library import Library
+from .life_tokens import LifeEncoder, Pieces
+from .noise import typed
+from .old_kinds import old_kinds
+from .teller import ACK_WEIGHT, Draft, Teller, Told
+from .templates import plain
+from .world import Turn
+
+CHAT_WEIGHT = 0.3
+SYSTEM_PROMPT = 0.85  # share of lives that open with the template's system prompt
+# What is said next, by the theme of a window.
+THEMES = {
+    "telling": {"tell": 0.6, "fix": 0.07, "forget": 0.02, "ask": 0.23, "chat": 0.08},
+    "mixed": {"tell": 0.33, "fix": 0.08, "forget": 0.03, "ask": 0.44, "chat": 0.12},
+    "asking": {"ask": 0.96, "chat": 0.04},
+    "last": {"tell": 0.1, "fix": 0.05, "forget": 0.02, "ask": 0.75, "chat": 0.08},
+}
+CHAT = Sequence[Sequence[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Difficulty of a life.
+
+    windows: how many. window_tokens: most tokens of one. facts: least and most facts told in a
+    window that tells. facts_per_message: how often a message tells 1, 2, 3 and 4. untold: share of
+    questions about what was never told. wrong: share of wrong replies outside the last window.
+    quick_fix: share of facts put right in the same message. noise: share of careless writers.
+    asking, ordinary: share of windows with questions only, and with ordinary chat only. cut: share
+    of boundaries inside a turn. re_asked: share of lives that come back to the same few facts.
+    """
+
+    windows: int = 2
+    window_tokens: int = 192
+    facts: tuple[int, int] = (1, 6)
+    facts_per_message: tuple[float, ...] = (0.55, 0.27, 0.12, 0.06)
+    untold: float = 0.17
+    wrong: float = 0.1
+    quick_fix: float = 0.04
+    noise: float = 0.4
+    asking: float = 0.2
+    ordinary: float = 0.07
+    cut: float = 0.1
+    re_asked: float = 0.4
+
+    def __post_init__(self):
+        for name in ("facts", "facts_per_message"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 1 <= self.windows or self.window_tokens < 64:
+            raise UserError("a life needs windows of at least 64 tokens, and at least one of them")
+
+
+@dataclass
+class Window:
+    """turns: those that begin here. kl: ordinary chat only, held to the base model."""
+
+    turns: list[Turn] = field(default_factory=list)
+    pieces: Pieces = field(default_factory=Pieces)
+    kl: bool = False
+
+
+@dataclass
+class Life:
+    index: int
+    windows: list[Window]
+
+    def text(self) -> str:
+        """The life to be read by people."""
+        lines = []
+        for i, window in enumerate(self.windows):
+            kl = ", ordinary chat" if window.kl else ""
+            lines.append(f"--- window {i} ({len(window.pieces)} tokens{kl})")
+            for turn in window.turns:
+                lines.append(f"  > {turn.user}")
+                note = ""
+                if turn.asked:
+                    a = turn.asked
+                    kinds = [a.form, f"age {a.age}" if a.told else "untold"]
+                    kinds += ["2 hops"] * (a.hops == 2) + ["pronoun"] * a.pronoun
+                    kinds += ["corrected"] * a.corrected + [f"WRONG, {a.answer}"] * a.wrong
+                    note = f"   [{', '.join(kinds)}]"
+                lines.append(f"    {turn.reply}{note}")
+        return "\n".join(lines)
+
+
+class LifeWriter(Told):
+    """Writes one life: call `life`, once."""
+
+    def __init__(self, library, encoder: LifeEncoder, chat: CHAT, split, level, rng: Random):
+        super().__init__(library, split, level, rng)
+        self.encoder, self.chat = encoder, chat
+        self.teller, self.asker = Teller(self), Asker(self)
+        self.carry = Pieces()  # what a boundary inside a turn left for the next window
+        self.told_here = 0
+        self.favourites: list = []
+
+    def life(self, index: int = 0) -> Life:
+        return Life(index, [self.write(i, self.theme(i)) for i in range(self.level.windows)])
+
+    def theme(self, i: int) -> str:
+        rng, level = self.rng, self.level
+        last = i == level.windows - 1
+        if i == 0 and not last:
+            return rng.choice(("telling", "telling", "mixed"))
+        if not last and self.chat and not self.carry and rng.random() < level.ordinary:
+            return "ordinary"
+        if i and (rng.random() < level.asking):
+            return "asking"
+        return "last" if last and i else rng.choice(("telling", "mixed", "mixed"))
+
+    def write(self, i: int, theme: str) -> Window:
+        """One window, filled up to its capacity."""
+        rng, level = self.rng, self.level
+        self.window, self.topic = i, None
+        window = Window(kl=theme == "ordinary")
+        if i == 0 and rng.random() < SYSTEM_PROMPT:
+            window.pieces.add(self.encoder.opening())
+        window.pieces.add(self.carry)
+        self.carry = Pieces()
+        room = 0.45 if rng.random() < 0.08 else 0.85
+        capacity = int(level.window_tokens * rng.uniform(room, 1.0))
+        capacity = max(capacity, 64, len(window.pieces))
+        self.limit, self.told_here = rng.randint(*level.facts), 0
+        failures = 0
+        while failures < 4:
+            draft = self.draft(theme)
+            if draft is None:
+                failures += 1
+                continue
+            pieces = Pieces()
+            for turn in draft.turns:
+                pieces.add(self.encoder.turn(turn))
+            left = capacity - len(window.pieces)
+            if len(pieces) > left:
+                failures += 1
+                last = i == level.windows - 1
+                may_cut = not draft.whole and not last and left >= 8 and not window.kl
+                if may_cut and failures == 1 and rng.random() < level.cut:
+                    self.happen(draft, window)
+                    head, self.carry = pieces.cut(left)
+                    window.pieces.add(head)
+                    break
+                continue
+            self.happen(draft, window)
+            window.pieces.add(pieces)
+        return window
+
+    def happen(self, draft: Draft, window: Window) -> None:
+        for change in draft.changes:
+            change()
+        window.turns += draft.turns
+        self.topic = draft.topic
+        self.told_here += sum(turn.kind == "tell" for turn in draft.turns)
+
+    # --- what is said next ---
+
+    def draft(self, theme: str) -> Draft | None:
+        rng = self.rng
+        if theme == "ordinary":
+            return self.ordinary(long=True)
+        acts = THEMES[theme]
+        act = rng.choices(list(acts), list(acts.values()))[0]
+        if act == "tell" and self.told_here >= self.limit:
+            act = "ask"
+        if act == "ask" and not self.world.facts and theme != "asking":
+            act = "tell" if rng.random() < 0.9 and self.told_here < self.limit else "ask"
+        if act == "tell":
+            return self.teller.tell()
+        if act == "chat":
+            return self.ordinary(long=rng.random() < 0.4)
+        if act == "ask":
+            return self.question(theme)
+        fact = self.asker.fact((0, 0) if rng.random() < 0.3 else None)
+        if fact is None:
+            return None
+        if act == "fix":
+            return self.teller.fix(fact)
+        return self.teller.forget(fact, at_once=False)
+
+    def question(self, theme: str) -> Draft | None:
+        rng = self.rng
+        if rng.random() < self.level.untold or not self.world.facts:
+            draft = self.asker.untold()
+        else:
+            fact = self.again() if theme == "asking" else self.asker.fact()
+            draft = self.asker.ask(fact) if fact else None
+        wrong = self.window < self.level.windows - 1 and rng.random() < self.level.wrong
+        return self.asker.wrong(draft) if draft and wrong else draft
+
+    def again(self):
+        """A fact of the few that this life comes back to, or any."""
+        rng = self.rng
+        if rng.random() >= self.level.re_asked:
+            return self.asker.fact()
+        holds = [k for k in self.favourites if k in self.world.facts]
+        while len(holds) < min(5, len(self.world.facts)):
+            key = self.asker.fact().key
+            if key not in holds:
+                holds.append(key)
+        self.favourites = holds
+        return self.world.facts[rng.choice(holds)]
+
+    def ordinary(self, long: bool) -> Draft:
+        """Chat that tells nothing: of the base model's own, or small talk."""
+        rng = self.rng
+        if self.chat and long:
+            pairs = rng.choice(self.chat)
+            turns = [Turn(u, a, "chat", CHAT_WEIGHT) for u, a in pairs]
+        else:
+            user, reply = rng.choice(speech.SMALL_TALK)
+            user = plain(typed(rng, self.style, user[:1].upper() + user[1:], False))
+            turns = [Turn(user, reply, "chat", ACK_WEIGHT)]
+        return Draft(turns)
+
+
+class Lives:
+    """Lives of one split.
+
+    chat: ordinary conversations, each a list of (user, assistant) pairs; without any there is small
+    talk only, and no window is flagged kl.
+    """
+
+    def __init__(self, encoder: LifeEncoder, split: str, seed: int = 0, chat: CHAT = (), library=None):
+        self.encoder, self.split, self.seed, self.chat = encoder, split, seed, chat
+        self.library = library or default_library()
+
+    def rng(self, *what: object) -> Random:
+        text = repr((self.seed, self.split, *what)).encode()
+        return Random(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+
+    def writer(self, level: Level, *what: object) -> LifeWriter:
+        rng = self.rng(*what, level)
+        return LifeWriter(self.library, self.encoder, self.chat, self.split, level, rng)
+
+    def life(self, index: int, level: Level) -> Life:
+        """The life of this index: the same in every process, in any order of calls."""
+        return self.writer(level, index).life(index)
+
+
+def default_library() -> Library:
+    """The scenes of language/ and the old kinds."""
+    found, pools = scenes.load()
+    return Library({**old_kinds(), **found}, pools)

@@ -1,0 +1,152 @@
+"""Who or what facts are about: the user, people, pets, things, made-up words.
+
+An entity may be known by a relation ("my sister"), by a name, or by both once the user has said
+that they are one: then a fact told by one is asked by the other.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from random import Random
+
+from ...tasks import words
+from .templates import Who
+
+MALE = frozenset("brother father dad uncle son husband grandfather nephew grandpa".split())
+FEMALE = frozenset("sister mother mum aunt daughter wife grandmother niece grandma".split())
+_KIN = """sister brother mother father mum mom dad aunt uncle cousin son daughter wife husband
+partner grandmother grandfather grandma grandpa nephew niece"""
+_OTHERS = """boss neighbour teacher colleague roommate doctor dentist landlord friend coach
+hairdresser flatmate trainer"""
+PEOPLE = (*_KIN.split(), *_OTHERS.split(), "best friend", "little brother", "older sister")
+PETS = tuple("dog cat rabbit parrot horse hamster goldfish turtle pony puppy kitten".split())
+# Words for one and the same being, or too near to tell apart: one of each in a life.
+NEAR = (
+    {"mother", "mum", "mom"},
+    {"father", "dad"},
+    {"grandmother", "grandma"},
+    {"grandfather", "grandpa"},
+    {"friend", "best friend"},
+    {"partner", "wife", "husband"},
+    {"brother", "little brother"},
+    {"sister", "older sister"},
+    {"roommate", "flatmate"},
+    {"coach", "trainer", "teacher"},
+    {"dog", "puppy"},
+    {"cat", "kitten"},
+    {"horse", "pony"},
+)
+
+
+@dataclass(eq=False)
+class Entity:
+    """about: as in a scene. relation: "my sister", "our cat", "the boat". linked: the user has said
+    that relation and name are the same being. handles: how it has been spoken of, newest last."""
+
+    id: str
+    about: str
+    gender: str = "it"
+    relation: str = ""
+    name: str = ""
+    linked: bool = False
+    handles: list[str] = field(default_factory=list)
+
+    def known_as(self) -> list[str]:
+        """The handles that the user can use and be understood."""
+        if self.linked:
+            return [self.relation, self.name]
+        return [self.relation or self.name]
+
+    def who(self, handle: str) -> Who:
+        return Who.called(handle, self.gender, self.name if self.name in handle else "")
+
+
+def spoken_by_assistant(handle: str) -> str:
+    for mine in ("my ", "our "):
+        if handle.startswith(mine):
+            return "your " + handle[len(mine) :]
+    return handle
+
+
+class Cast:
+    """The entities of one life."""
+
+    def __init__(self, rng: Random, split: str, used: set[str]):
+        self.rng, self.split, self.used = rng, split, used
+        self.all: list[Entity] = []
+        self.me = Entity("me", "me")
+        self.relations: set[str] = set()
+
+    def of(self, about: str) -> list[Entity]:
+        return [e for e in self.all if e.about == about]
+
+    def fresh(self, draw) -> str:
+        for _ in range(50):
+            value = draw()
+            if value.casefold() not in self.used:
+                break
+        self.used.add(value.casefold())
+        return value
+
+    def relation(self, about: str) -> str:
+        """A relation that no one has yet; "" if there is none left."""
+        free = [r for r in (PEOPLE if about == "person" else PETS) if r not in self.relations]
+        if not free:
+            return ""
+        relation = self.rng.choice(free)
+        self.relations |= {relation}.union(*(near for near in NEAR if relation in near))
+        return relation
+
+    def name(self, gender: str) -> str:
+        kind = {"he": "man", "she": "woman"}[gender]
+        return self.fresh(lambda: words.value(self.rng, kind, self.split))
+
+    def being(self, about: str) -> Entity:
+        """A new person or pet, known by relation (mostly) or by name."""
+        rng = self.rng
+        relation = self.relation(about) if rng.random() < 0.75 else ""
+        gender = rng.choice(("he", "she"))
+        gender = "he" if relation.split(" ")[-1] in MALE else gender
+        gender = "she" if relation.split(" ")[-1] in FEMALE else gender
+        own = "our " if about == "pet" and rng.random() < 0.35 else "my "
+        entity = Entity(f"{about}{len(self.all)}", about, gender, relation and own + relation)
+        if not relation:
+            entity.name = self.name(gender)
+        self.all.append(entity)
+        return entity
+
+    def link(self, entity: Entity) -> bool:
+        """Gives a being the name or the relation that it lacks; False if none is left."""
+        if not entity.name:
+            entity.name = self.name(entity.gender)
+        if not entity.relation:
+            fits = FEMALE if entity.gender == "he" else MALE
+            relation = self.relation(entity.about)
+            if not relation or relation.split(" ")[-1] in fits:
+                return False
+            entity.relation = "my " + relation
+        return True
+
+    def thing(self, handle: str) -> Entity:
+        """The thing called `handle`; "my boat" and "the boat" are one."""
+        name = self.thing_id(handle)
+        for entity in self.of("thing"):
+            if entity.id == name:
+                return entity
+        entity = Entity(name, "thing", "it", handle)
+        self.all.append(entity)
+        return entity
+
+    @staticmethod
+    def thing_id(handle: str) -> str:
+        return "thing:" + re.sub("^(my|our|the) ", "", handle)
+
+    def word(self) -> Entity:
+        word = self.fresh(lambda: words.made_up(self.rng, self.split))
+        entity = Entity("word:" + word, "word", "it", "", word)
+        self.all.append(entity)
+        return entity
+
+    def none(self, scene_id: str) -> Entity:
+        return Entity("none:" + scene_id, "none")

@@ -1,0 +1,454 @@
+"""What a user tells: facts, corrections, requests to forget, and the assistant's short replies.
+
+A draft is one or more turns with the changes of the world that they make; they happen only when
+the draft finds room in a window. Knows no tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from . import speech, templates
+from .library import NAMES, Library, Usable
+from .noise import Style, typed
+from .people import Cast, Entity, spoken_by_assistant
+from .scenes import Scene, Wording
+from .templates import Field, Who, plain, sentence_case, spans, upper_first
+from .world import Event, Fact, Turn, World, key_of
+
+ACK_WEIGHT = 0.1
+
+
+@dataclass(eq=False)
+class Draft:
+    """turns that stay together. changes: run when they are placed. topic: the only being that the
+    last turn spoke of, and how."""
+
+    turns: list[Turn]
+    changes: list[Callable[[], None]] = field(default_factory=list)
+    topic: tuple[Entity, str] | None = None
+    whole: bool = False  # no window boundary may fall inside
+
+
+@dataclass(eq=False)
+class Clause:
+    """A sentence, marked, that tells facts. handle: how its subject was called."""
+
+    text: str
+    facts: list[Fact]
+    entity: Entity
+    handle: str
+
+
+class Told:
+    """What is shared by those who write one life."""
+
+    def __init__(self, library: Library, split: str, level, rng: Random):
+        self.library, self.split, self.level, self.rng = library, split, level, rng
+        self.world = World()
+        self.used: set[str] = set()
+        self.cast = Cast(rng, split, self.used)
+        self.style = Style.draw(rng, level.noise)
+        self.window = 0
+        self.topic: tuple[Entity, str] | None = None
+
+    def draw_value(self, pool: str) -> str:
+        """A value that this life has not used, unless its pool is used up."""
+        for _ in range(30):
+            value = self.library.pools.draw(self.rng, pool, self.split)
+            if value.casefold() not in self.used:
+                break
+        self.used.add(value.casefold())
+        return value
+
+    def type(self, text: str) -> tuple[str, bool]:
+        """The marked text as the user types it; True when values were lower-cased too."""
+        lower = self.rng.random() < self.style.lower_values
+        return plain(typed(self.rng, self.style, text, lower)), lower
+
+
+def simple(text: str) -> bool:
+    """Whether a clause can be joined to another by "and"."""
+    words = plain(text)
+    return not re.search(r"[.!?:;]|, (and|but|so)\b", words) and len(words.split()) <= 12
+
+
+def lower_first(text: str) -> str:
+    word = re.match(r"[A-Za-z']+", text)
+    if word and (word[0].split("'")[0] in speech.STARTERS):
+        return text[:1].lower() + text[1:]
+    return text
+
+
+def stop(rng: Random, text: str, mark: str = ".") -> str:
+    return text if plain(text)[-1:] in ".!?" else text + mark
+
+
+class Teller:
+    def __init__(self, told: Told):
+        self.told = told
+        self.rng, self.world, self.cast = told.rng, told.world, told.cast
+        self.library = told.library
+
+    # --- which fact ---
+
+    def entity(self, usable: Usable) -> Entity | None:
+        """Whom the scene is told of."""
+        rng, scene = self.rng, usable.scene
+        if scene.id in NAMES:
+            about = NAMES[scene.id]
+            known = [e for e in self.cast.of(about) if not e.linked]
+            being = rng.choice(known) if known and rng.random() < 0.6 else self.cast.being(about)
+            return being if self.cast.link(being) else None
+        if scene.about == "me":
+            return self.cast.me
+        if scene.about == "none":
+            return self.cast.none(scene.id)
+        if scene.about == "thing":
+            return self.cast.thing(rng.choice(scene.subjects))
+        known = self.cast.of(scene.about)
+        if scene.about == "word":
+            return rng.choice(known) if known and rng.random() < 0.35 else self.cast.word()
+        if known and rng.random() < (0.65 if len(known) < 6 else 0.85):
+            return rng.choice(known)
+        return self.cast.being(scene.about)
+
+    def free(self, entity: Entity, usable: Usable) -> list[Wording]:
+        """Wordings that tell something new of `entity` and contradict nothing."""
+        scene = usable.scene
+        told = self.world.scenes.get(entity.id, set())
+        if told & self.library.rivals[scene.id] or (not scene.slots and scene.id in told):
+            return []
+        if any(key_of(entity, scene, s) in self.world.unclear for s in scene.slots):
+            return []
+        have = set(self.world.values(entity, scene))
+        if not scene.slots:
+            return list(usable.tells)
+        return [w for w in usable.tells if w.slots - have]
+
+    def pick(self, entity: Entity | None = None) -> tuple[Entity, Usable, Wording] | None:
+        """Something new to tell; of `entity` if given."""
+        rng = self.rng
+        kind = entity.about if entity else None
+        for _ in range(25):
+            usable = self.library.draw(rng, self.told.split, kind)
+            subject = entity or self.entity(usable)
+            if subject is None:
+                continue
+            if entity and entity.about == "thing" and self.thing_mismatch(entity, usable.scene):
+                continue
+            wordings = self.free(subject, usable)
+            if wordings:
+                return subject, usable, rng.choice(wordings)
+        return None
+
+    def thing_mismatch(self, entity: Entity, scene: Scene) -> bool:
+        return all(self.cast.thing_id(s) != entity.id for s in scene.subjects)
+
+    # --- wording ---
+
+    def handle(self, entity: Entity) -> str:
+        """How the user calls somebody when telling; the first time maybe by relation and name."""
+        rng = self.rng
+        if entity.about == "thing":
+            return entity.relation
+        if not entity.linked and entity.relation and rng.random() < 0.15:
+            if f"{entity.about}.name" in self.library.scenes and self.cast.link(entity):
+                return f"{entity.relation} {entity.name}"
+        return rng.choice(entity.known_as())
+
+    def values(self, entity: Entity, scene: Scene, slots: Sequence[str]) -> dict[str, str]:
+        """Values for these slots: those that hold, or new ones."""
+        if scene.id in NAMES:
+            return {"v": entity.name, "r": entity.relation.split(" ", 1)[1]}
+        have = self.world.values(entity, scene)
+        return {s: have.get(s) or self.told.draw_value(scene.slots[s]) for s in sorted(slots)}
+
+    def clause(
+        self,
+        entity: Entity,
+        scene: Scene,
+        wording: Wording,
+        values: dict[str, str],
+        pronoun: bool = False,
+    ) -> Clause:
+        handle, who = "", None
+        if scene.id not in NAMES and entity.about in ("person", "pet", "thing"):
+            handle = self.handle(entity)
+            who = Who.pronoun(entity.gender) if pronoun else entity.who(handle)
+        text = templates.fill(wording.parts, {**values, "w": entity.name}, who)
+        now = self.told.window
+        if scene.slots:
+            facts = [Fact(entity, scene, s, values[s], now, handle) for s in sorted(wording.slots)]
+        else:
+            facts = [Fact(entity, scene, "", scene.id, now, handle)]
+        if who and not pronoun and entity.name and entity.relation and entity.name in handle:
+            if entity.relation in handle:  # "my sister Mirela" says who Mirela is
+                names = self.library.scenes[f"{entity.about}.name"]
+                both = self.values(entity, names, ())
+                facts += [Fact(entity, names, s, v, now, handle) for s, v in both.items()]
+        return Clause(text, facts, entity, handle)
+
+    def join(self, clauses: Sequence[Clause]) -> str:
+        rng = self.rng
+        text = clauses[0].text
+        for before, clause in zip(clauses, clauses[1:], strict=False):
+            following = lower_first(clause.text)
+            opened = speech.SELF_OPENED.match(plain(following))
+            if simple(before.text) and simple(clause.text) and not opened and rng.random() < 0.6:
+                text += rng.choice(speech.JOINTS) + following
+            else:
+                link = ". " if opened else rng.choice(speech.BREAKS)
+                if plain(text)[-1:] in ".!?":
+                    text, link = text.rstrip(" "), link.lstrip(".!") if link[:1] in ".!" else " "
+                    link = link if link.startswith(" ") else " "
+                text += link + (upper_first(following) if link[-2:-1] in ".!" else following)
+        return text
+
+    def message(self, clauses: Sequence[Clause], kind: str, opener: str = "") -> Turn:
+        """One turn that tells all clauses."""
+        rng = self.rng
+        text = self.join(clauses)
+        opened = speech.SELF_OPENED.match(plain(text))
+        if not opener and not opened and rng.random() < 0.22:
+            opener = rng.choice(speech.TELL_OPENERS)
+        if opener:
+            text = opener + lower_first(text)
+        if plain(text)[-1:] not in ".!?" and rng.random() < 0.07 and kind == "tell":
+            text += rng.choice(speech.TELL_CLOSERS)
+        text = stop(rng, sentence_case(text), "!" if rng.random() < 0.05 else ".")
+        user, lowered = self.told.type(text)
+        facts = [f for c in clauses for f in c.facts]
+        if lowered:
+            for fact in facts:
+                fact.value = fact.value.lower() if fact.slot else fact.value
+        events = tuple(Event(f.key, f.value) for f in facts)
+        return Turn(user, self.acknowledgement(facts, kind), kind, ACK_WEIGHT, (), events)
+
+    def acknowledgement(self, facts: Sequence[Fact], kind: str) -> str:
+        rng = self.rng
+        fact = facts[0]
+        if kind == "fix":
+            acks = speech.FIX_ACKS
+        else:
+            acks = speech.ACKS
+        if not fact.slot or rng.random() >= 0.25:
+            return rng.choice(acks)
+        values = {f.slot: f.value for f in facts if f.scene is fact.scene}
+        values = {**self.world.values(fact.entity, fact.scene), **values, "w": fact.entity.name}
+        parts = fact.scene.says[fact.slot][0]
+        fields = {p.name for p in parts if isinstance(p, Field)}
+        if not fields & set(fact.scene.slots) <= set(values):
+            return rng.choice(acks)
+        handle = spoken_by_assistant(fact.handle)
+        text = templates.fill(parts, values, fact.entity.who(handle) if handle else None)
+        text = plain(text).rstrip(".!")
+        if text.split(" ")[0] in ("You", "Your", "The", "It", "There", "A", "An"):
+            text = text[:1].lower() + text[1:]
+        elif not text.startswith(fact.entity.name or "\0"):
+            return rng.choice(acks)
+        reply = rng.choice(speech.ECHO_ACKS).format(x=text)
+        return reply
+
+    # --- drafts ---
+
+    def place(self, draft: Draft, clauses: Sequence[Clause]) -> Draft:
+        """Adds what happens to the world when the draft is placed."""
+
+        def happen():
+            for clause in clauses:
+                for fact in clause.facts:
+                    fact.window = self.told.window
+                    self.world.tell(fact)
+                    if fact.scene.id in NAMES:
+                        fact.entity.linked = True
+                if clause.handle:
+                    clause.entity.handles.append(clause.handle)
+
+        draft.changes.append(happen)
+        beings = {c.entity for c in clauses}
+        being = beings.pop() if len(beings) == 1 else None
+        if being is not None and being.about in ("person", "pet"):
+            draft.topic = being, clauses[-1].handle or self.rng.choice(being.known_as())
+        return draft
+
+    def tell(self) -> Draft | None:
+        """A message with 1 to 4 facts."""
+        rng, told = self.rng, self.told
+        topic = told.topic
+        count = rng.choices((1, 2, 3, 4), told.level.facts_per_message)[0]
+        clauses: list[Clause] = []
+        taken: set[tuple[str, str]] = set()
+        for i in range(count):
+            entity = None
+            if i == 0 and topic and rng.random() < 0.4:
+                entity = topic[0]
+            elif clauses and rng.random() < 0.55:
+                entity = clauses[-1].entity
+            if entity is not None and entity.about == "none":
+                entity = None
+            found = self.pick(entity)
+            if found is None:
+                continue
+            entity, usable, wording = found
+            scene = usable.scene
+            near = {scene.id, *self.library.rivals[scene.id]}
+            if any((entity.id, name) in taken for name in near):
+                continue
+            taken |= {(entity.id, name) for name in near}
+            before = clauses[-1].entity if clauses else topic[0] if topic else None
+            pronoun = entity is before and rng.random() < (0.75 if clauses else 0.5)
+            if entity.about not in ("person", "pet") or not self.can_stand(wording):
+                pronoun = False
+            values = self.values(entity, scene, wording.slots)
+            clauses.append(self.clause(entity, scene, wording, values, pronoun))
+        if not clauses:
+            return None
+        turn = self.message(clauses, "tell")
+        if len(clauses) == 1 and rng.random() < told.level.quick_fix:
+            turn = self.quick_fix(turn, clauses[0]) or turn
+        return self.place(Draft([turn]), clauses)
+
+    @staticmethod
+    def can_stand(wording: Wording) -> bool:
+        """A pronoun can take the place of {s}."""
+        return wording.mentions("s")
+
+    def quick_fix(self, turn: Turn, clause: Clause) -> Turn | None:
+        """The same message with its value put right in the same breath."""
+        if len(clause.facts) != 1 or not clause.facts[0].slot or clause.facts[0].scene.id in NAMES:
+            return None
+        fact = clause.facts[0]
+        wrong, right = fact.value, self.told.draw_value(fact.scene.slots[fact.slot])
+        right = right.lower() if wrong.islower() and wrong != wrong.title() else right
+        fix = self.rng.choice(speech.FIX_SHORT).format(x=right)
+        user = turn.user.rstrip(".!") + self.rng.choice((" - ", ", ", ". ", "... ")) + fix
+        fact.value = right
+        fact.old = [wrong]
+        ack = self.acknowledgement([fact], "tell")
+        return Turn(user, ack, "tell", ACK_WEIGHT, (), (Event(fact.key, right),))
+
+    def fix(self, fact: Fact) -> Draft | None:
+        """A message that replaces the value of a fact."""
+        rng, scene, entity = self.rng, fact.scene, fact.entity
+        if scene.id in NAMES:
+            return None
+        usable = self.library.usable(scene, self.told.split)
+        if not fact.slot:
+            return self.change_trait(fact)
+        fixes = usable.fixes.get(fact.slot, ())
+        tells = [w for w in usable.tells if fact.slot in w.slots]
+        options = fixes if fixes and (not tells or rng.random() < 0.65) else tells
+        if not options:
+            return None
+        wording = rng.choice(options)
+        opener = ""
+        opened = speech.SELF_OPENED.match(wording.text)
+        if (wording in tells or rng.random() < 0.4) and not opened:
+            opener = rng.choice(speech.FIX_OPENERS)
+        elif wording in tells:
+            return None  # without a sign it would read like a second fact
+        values = self.world.values(entity, scene)
+        main = fact.slot == scene.main
+        for slot in wording.slots:
+            if slot == fact.slot or main or slot not in values:
+                values[slot] = self.told.draw_value(scene.slots[slot])
+        if any(isinstance(p, Field) and p.name in scene.slots and p.name not in values
+               for p in wording.parts):
+            return None
+        topic = self.told.topic
+        pronoun = bool(topic) and topic[0] is entity and self.can_stand(wording)
+        clause = self.clause(entity, scene, wording, values, pronoun and rng.random() < 0.5)
+        clause.facts = [
+            f for f in clause.facts if f.scene is not scene or f.slot in wording.slots
+        ]
+        turn = self.message([clause], "fix", opener)
+        doubted = [key_of(entity, scene, s) for s in scene.slots if s not in wording.slots]
+        doubted = [k for k in doubted if main and k in self.world.facts]
+        events = (*turn.events, *(Event(k, None) for k in doubted))
+        turn = Turn(turn.user, turn.reply, "fix", ACK_WEIGHT, (), events)
+        draft = self.place(Draft([turn]), [clause])
+        draft.changes.append(lambda: [self.world.doubt(k) for k in doubted])
+        return draft
+
+    def change_trait(self, fact: Fact) -> Draft | None:
+        """A counter-trait of the same group."""
+        rng = self.rng
+        others = self.library.groups.get((fact.scene.about, fact.scene.group), [])
+        usable = [self.library.usable(s, self.told.split) for s in others if s is not fact.scene]
+        usable = [u for u in usable if u.tells and u.asks and not u.scene.slots]
+        if not usable:
+            return None
+        new = rng.choice(usable)
+        wording = rng.choice(new.tells)
+        if speech.SELF_OPENED.match(wording.text):
+            return None
+        clause = self.clause(fact.entity, new.scene, wording, {})
+        opener = rng.choice(speech.FIX_OPENERS)
+        return self.place(Draft([self.message([clause], "fix", opener)]), [clause])
+
+    def forget(self, fact: Fact, at_once: bool) -> Draft | None:
+        """A request to forget all of a fact's scene. at_once: "forget that", right after it."""
+        rng, scene, entity = self.rng, fact.scene, fact.entity
+        if scene.id in NAMES:
+            return None
+        what = scene.whats.get(scene.main) or scene.whats.get("")
+        if at_once:
+            text = rng.choice(speech.FORGET_THAT)
+        elif what is None:
+            return None
+        else:
+            who = None
+            if entity.about in ("person", "pet", "thing"):
+                who = entity.who(self.handle_known(entity))
+            clause = templates.fill(as_user(what), {"w": entity.name}, who)
+            text = rng.choice(speech.FORGET).format(x=clause)
+        user, _ = self.told.type(sentence_case(text))
+        keys = [f.key for f in self.world.facts.values() if f.entity is entity and f.scene is scene]
+        events = tuple(Event(k, None, True) for k in sorted(keys))
+        turn = Turn(user, rng.choice(speech.FORGET_ACKS), "forget", ACK_WEIGHT, (), events)
+        return Draft([turn], [lambda: self.world.forget(entity, scene)])
+
+    def handle_known(self, entity: Entity) -> str:
+        return self.rng.choice(entity.known_as())
+
+
+_FLIPS = (
+    (r"\byou are\b", "I am"),
+    (r"\byou're\b", "I'm"),
+    (r"\byou were\b", "I was"),
+    (r"\b(to|for|with|of|at|about|from|on|by|than|gave|give|gives|told|calls?|near) you\b", r"\1 me"),
+    (r"\byou$", "me"),
+    (r"\byou\b", "I"),
+    (r"\byour\b", "my"),
+    (r"\byours\b", "mine"),
+    (r"\byourself\b", "myself"),
+)
+
+
+def as_user(parts: templates.Parts) -> templates.Parts:
+    """A clause such as "where you live" as the user says it: "where I live"."""
+    out = []
+    for i, part in enumerate(parts):
+        if isinstance(part, str):
+            for pattern, new in _FLIPS:
+                if pattern.endswith("$") and i < len(parts) - 1:
+                    continue
+                part = re.sub(pattern, new, part)
+        out.append(part)
+    return tuple(out)
+
+
+def marked_answer(text: str, slot: str, form: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The answer without marks, and the spans that it hangs on: its value, and its yes or no."""
+    text = sentence_case(text)
+    answer, found = spans(text)
+    first = re.match(r"(Yes|No)\b", answer)
+    if form in ("yes", "no", "q") and first:
+        found = (first.span(), *(found if form != "yes" else ()))
+    elif not found:
+        found = ((0, len(answer.rstrip(".!"))),)
+    return answer, found
