@@ -272,10 +272,10 @@ class Asker:
             if entity.about in ("none",) or scene.id in NAMES:
                 return None
             usable = self.library.draw(rng, told.split, entity.about)
+            if usable is None:
+                return None
             scene = usable.scene
-            if entity.about == "thing" and not any(
-                self.cast.thing_id(s) == entity.id for s in scene.subjects
-            ):
+            if not told.teller.fits(entity, scene):
                 return None
             return entity, usable, rng.choice(list(scene.slots) or [""])
         usable = self.library.draw(rng, told.split)

@@ -122,12 +122,14 @@ class Library:
             self._splits[split] = dict(kinds)
         return self._splits[split]
 
-    def draw(self, rng: Random, split: str, kind: str | None = None) -> Usable:
-        """A scene, by weight; of one kind, or of any."""
+    def draw(self, rng: Random, split: str, kind: str | None = None) -> Usable | None:
+        """A scene, by weight; of one kind (None: the split has none), or of any."""
         kinds = self.of(split)
         if kind is None:
             names = [k for k in ABOUT_WEIGHTS if k in kinds]
             kind = rng.choices(names, [ABOUT_WEIGHTS[k] for k in names])[0]
+        if kind not in kinds:
+            return None
         return rng.choices(kinds[kind], cum_weights=self._sums[split, kind])[0]
 
 

@@ -23,7 +23,7 @@ I guess I never said it, but_|quick update:_|keep this in mind:_|can you remembe
 a bit of background:_|you may want to know that_|to be honest,_|turns out_|listen,_|
 it's maybe not important, but_|I meant to tell you,_|while I think of it,_|right,_|
 good evening,_|ok,_|for what it's worth,_|here's something:_|save this please:_""")
-TELL_CLOSERS = _lines(""", remember that_|, just so you know|, in case it matters|, by the way|
+TELL_CLOSERS = _lines(""", remember that|, just so you know|, in case it matters|, by the way|
 , haha|, lol|. Please remember that|. Just saying|. Anyway|. Keep that in mind|. Don't forget|
 , if that helps|, ok?|. That's all for now|, you know|. So now you know|, for your notes|
 . Thanks|. Cheers|. Remember it please|, I think I never mentioned it|. Long story""")

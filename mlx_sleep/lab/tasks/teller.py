@@ -111,6 +111,7 @@ class Teller:
             return self.cast.thing(rng.choice(scene.subjects))
         known = self.cast.of(scene.about)
         if scene.about == "word":
+            known = [e for e in known if self.fits(e, scene)]
             return rng.choice(known) if known and rng.random() < 0.35 else self.cast.word()
         if known and rng.random() < (0.65 if len(known) < 6 else 0.85):
             return rng.choice(known)
@@ -129,24 +130,34 @@ class Teller:
             return list(usable.tells)
         return [w for w in usable.tells if w.slots - have]
 
-    def pick(self, entity: Entity | None = None) -> tuple[Entity, Usable, Wording] | None:
-        """Something new to tell; of `entity` if given."""
+    def pick(
+        self, entity: Entity | None = None, kind: str | None = None
+    ) -> tuple[Entity, Usable, Wording] | None:
+        """Something new to tell; of `entity`, or of one kind, if given."""
         rng = self.rng
-        kind = entity.about if entity else None
+        kind = entity.about if entity else kind
         for _ in range(25):
             usable = self.library.draw(rng, self.told.split, kind)
+            if usable is None:
+                return None
             subject = entity or self.entity(usable)
             if subject is None:
                 continue
-            if entity and entity.about == "thing" and self.thing_mismatch(entity, usable.scene):
+            if entity and not self.fits(entity, usable.scene):
                 continue
             wordings = self.free(subject, usable)
             if wordings:
                 return subject, usable, rng.choice(wordings)
         return None
 
-    def thing_mismatch(self, entity: Entity, scene: Scene) -> bool:
-        return all(self.cast.thing_id(s) != entity.id for s in scene.subjects)
+    def fits(self, entity: Entity, scene: Scene) -> bool:
+        """Whether the scene can be about this thing, or about this word besides what it means."""
+        if entity.about == "thing":
+            return any(self.cast.thing_id(s) == entity.id for s in scene.subjects)
+        if entity.about == "word":  # a word has one meaning; the old kinds add to one another
+            told = self.world.scenes.get(entity.id, set())
+            return not told or all(n.startswith("old.word.") for n in (scene.id, *told))
+        return True
 
     # --- wording ---
 
@@ -301,21 +312,23 @@ class Teller:
             taken |= {(entity.id, name) for name in near}
             before = clauses[-1].entity if clauses else topic[0] if topic else None
             pronoun = entity is before and rng.random() < (0.75 if clauses else 0.5)
-            if entity.about not in ("person", "pet") or not self.can_stand(wording):
+            if entity.about not in ("person", "pet") or not wording.mentions("s"):
                 pronoun = False
-            values = self.values(entity, scene, wording.slots)
-            clauses.append(self.clause(entity, scene, wording, values, pronoun))
-        if not clauses:
-            return None
+            clauses.append(self.told_clause(entity, usable, wording, pronoun))
+        return self.say(clauses) if clauses else None
+
+    def told_clause(
+        self, entity: Entity, usable: Usable, wording: Wording, pronoun: bool = False
+    ) -> Clause:
+        values = self.values(entity, usable.scene, wording.slots)
+        return self.clause(entity, usable.scene, wording, values, pronoun)
+
+    def say(self, clauses: Sequence[Clause]) -> Draft:
+        """One message that tells these."""
         turn = self.message(clauses, "tell")
-        if len(clauses) == 1 and rng.random() < told.level.quick_fix:
+        if len(clauses) == 1 and self.rng.random() < self.told.level.quick_fix:
             turn = self.quick_fix(turn, clauses[0]) or turn
         return self.place(Draft([turn]), clauses)
-
-    @staticmethod
-    def can_stand(wording: Wording) -> bool:
-        """A pronoun can take the place of {s}."""
-        return wording.mentions("s")
 
     def quick_fix(self, turn: Turn, clause: Clause) -> Turn | None:
         """The same message with its value put right in the same breath."""
@@ -360,7 +373,7 @@ class Teller:
                for p in wording.parts):
             return None
         topic = self.told.topic
-        pronoun = bool(topic) and topic[0] is entity and self.can_stand(wording)
+        pronoun = bool(topic) and topic[0] is entity and wording.mentions("s")
         clause = self.clause(entity, scene, wording, values, pronoun and rng.random() < 0.5)
         clause.facts = [
             f for f in clause.facts if f.scene is not scene or f.slot in wording.slots
