@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from . import speech, templates
-from .library import NAMES, Usable, slots_mentioned
+from .library import NAMES, Usable, slots_mentioned, ties
 from .people import Entity, spoken_by_assistant
 from .scenes import Question, Scene
 from .teller import Draft, Told, as_user, lower_first, marked_answer, stop
@@ -93,6 +93,14 @@ class Asker:
                 text = text.rstrip("?") + rng.choice(speech.ASK_CLOSERS) + "?"
         return stop(rng, text, "?")
 
+    def handle(self, entity: Entity, fact: Fact | None) -> str:
+        """How the user calls somebody when asking; often not as when the fact was told."""
+        if entity.about == "thing":
+            return entity.relation
+        known = entity.known_as()
+        others = [h for h in known if fact and h != fact.handle]
+        return self.rng.choice(others if others and self.rng.random() < 0.4 else known)
+
     def who(self, entity: Entity, handle: str) -> Who | None:
         return entity.who(handle) if entity.about in ("person", "pet", "thing") else None
 
@@ -121,9 +129,7 @@ class Asker:
         topic, handle, hops, by_pronoun = told.topic, "", 1, False
         who = None
         if entity.about in ("person", "pet", "thing") and scene.id not in NAMES:
-            handle = rng.choice(entity.known_as())
-            if entity.about == "thing":
-                handle = entity.relation
+            handle = self.handle(entity, fact)
             who = self.who(entity, handle)
             if topic and topic[0] is entity and pronoun and rng.random() < 0.5:
                 who, handle, by_pronoun = Who.pronoun(entity.gender), topic[1], True
@@ -247,10 +253,16 @@ class Asker:
         key = key_of(entity, scene, slot)
         if key in self.world.facts or key in self.world.unclear:
             return False
+        if not self.world.told(entity, scene) and self.cast.taken(ties(scene)):
+            return False
         told = self.world.scenes.get(entity.id, set())
         if entity.about in ("me", "thing", "none"):
             told = set().union(
-                *(s for e, s in self.world.scenes.items() if e == "me" or e[:5] in ("thing", "none:"))
+                *(
+                    s
+                    for e, s in self.world.scenes.items()
+                    if e == "me" or e[:5] in ("thing", "none:")
+                )
             )
         return not told & self.library.rivals[scene.id]
 
@@ -268,7 +280,8 @@ class Asker:
             if untold and rng.random() < 0.5:
                 return entity, usable, rng.choice(untold)
             if scene.about in ("person", "pet", "word") and rng.random() < 0.6:
-                return self.other(entity), usable, fact.slot
+                other = self.other(entity)
+                return other and (other, usable, fact.slot)
             if entity.about in ("none",) or scene.id in NAMES:
                 return None
             usable = self.library.draw(rng, told.split, entity.about)
@@ -296,9 +309,11 @@ class Asker:
             entity = self.cast.none(scene.id)
         else:
             entity = self.other(None, scene.about)
+        if entity is None:
+            return None
         return entity, usable, rng.choice(list(scene.slots) or [""])
 
-    def other(self, entity: Entity | None, about: str = "") -> Entity:
+    def other(self, entity: Entity | None, about: str = "") -> Entity | None:
         """Somebody else of the same sort, known or not."""
         about = entity.about if entity else about
         known = [e for e in self.cast.of(about) if e is not entity]
@@ -310,5 +325,3 @@ class Asker:
 def overlap(a: str, b: str) -> bool:
     """Whether one value is part of the other ("blue", "dark blue")."""
     return bool(a and b) and (a in b or b in a)
-
-

@@ -17,12 +17,27 @@ from .templates import Field
 # Share of facts by what they are about; "name" is the scenes that give a being its name.
 ABOUT_WEIGHTS = {
     "me": 0.36,
-    "person": 0.2,
-    "pet": 0.07,
+    "person": 0.22,
+    "pet": 0.06,
     "thing": 0.1,
-    "word": 0.08,
-    "none": 0.13,
-    "name": 0.06,
+    "word": 0.07,
+    "none": 0.12,
+    "name": 0.09,
+}
+# Scenes (by group or id) about the user's relations: whoever has said that they are single does not
+# speak of a wife, and whoever speaks of one has said that they are not.
+TIES = {
+    "me.relationship": {"wife", "husband", "partner"},
+    "me.pets": {"pet"},
+    "house.feed": {"pet"},
+    "me.kids": {"son", "daughter"},
+    "me.siblings": {"brother", "sister", "little brother", "older sister"},
+    "me.household": {"flatmate", "roommate"},
+    "me.boss": {"boss"},
+    "house.landlord": {"landlord"},
+    "me.doctor": {"doctor"},
+    "house.neighbour_key": {"neighbour"},
+    "me.neighbour": {"neighbour"},
 }
 NAMES = {"person.name": "person", "pet.name": "pet"}
 _STOP = frozenset(
@@ -131,6 +146,10 @@ class Library:
         if kind not in kinds:
             return None
         return rng.choices(kinds[kind], cum_weights=self._sums[split, kind])[0]
+
+
+def ties(scene: Scene) -> set[str]:
+    return TIES.get(scene.group or scene.id, set())
 
 
 def slots_mentioned(question: Question) -> set[str]:

@@ -10,6 +10,7 @@ Preview: python -m mlx_sleep.lab.tasks.life --help
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -30,7 +31,7 @@ SYSTEM_PROMPT = 0.85  # share of lives that open with the template's system prom
 # What is said next, by the theme of a window.
 THEMES = {
     "telling": {"tell": 0.6, "fix": 0.07, "forget": 0.02, "ask": 0.23, "chat": 0.08},
-    "mixed": {"tell": 0.33, "fix": 0.08, "forget": 0.03, "ask": 0.44, "chat": 0.12},
+    "mixed": {"tell": 0.34, "fix": 0.08, "forget": 0.03, "ask": 0.46, "chat": 0.09},
     "asking": {"ask": 0.96, "chat": 0.04},
     "last": {"tell": 0.1, "fix": 0.05, "forget": 0.02, "ask": 0.75, "chat": 0.08},
 }
@@ -105,9 +106,9 @@ class Life:
 class LifeWriter(Told):
     """Writes one life: call `life`, once."""
 
-    def __init__(self, library, encoder: LifeEncoder, chat: CHAT, split, level, rng: Random):
+    def __init__(self, library, encoder: LifeEncoder, chat: tuple, split, level, rng: Random):
         super().__init__(library, split, level, rng)
-        self.encoder, self.chat = encoder, chat
+        self.encoder, self.chat, self.lengths = encoder, *chat
         self.teller, self.asker = Teller(self), Asker(self)
         self.carry = Pieces()  # what a boundary inside a turn left for the next window
         self.told_here = 0
@@ -162,6 +163,10 @@ class LifeWriter(Told):
                 continue
             self.happen(draft, window)
             window.pieces.add(pieces)
+        if not window.turns:  # nothing fitted: no window is empty
+            draft = self.ordinary(long=False)
+            self.happen(draft, window)
+            window.pieces.add(self.encoder.turn(draft.turns[0]))
         return window
 
     def happen(self, draft: Draft, window: Window) -> None:
@@ -222,8 +227,9 @@ class LifeWriter(Told):
     def ordinary(self, long: bool) -> Draft:
         """Chat that tells nothing: of the base model's own, or small talk."""
         rng = self.rng
-        if self.chat and long:
-            pairs = rng.choice(self.chat)
+        fitting = bisect_right(self.lengths, 3 * self.level.window_tokens) if long else 0
+        if fitting:
+            pairs = self.chat[rng.randrange(fitting)]
             turns = [Turn(u, a, "chat", CHAT_WEIGHT) for u, a in pairs]
         else:
             user, reply = rng.choice(speech.SMALL_TALK)
@@ -239,8 +245,11 @@ class Lives:
     talk only, and no window is flagged kl.
     """
 
-    def __init__(self, encoder: LifeEncoder, split: str, seed: int = 0, chat: CHAT = (), library=None):
-        self.encoder, self.split, self.seed, self.chat = encoder, split, seed, chat
+    def __init__(
+        self, encoder: LifeEncoder, split: str, seed: int = 0, chat: CHAT = (), library=None
+    ):
+        self.encoder, self.split, self.seed = encoder, split, seed
+        self.chat = _by_length([c for c in chat if scenes.split_of(c[0][0]) == split])
         self.library = library or default_library()
 
     def rng(self, *what: object) -> Random:
@@ -254,6 +263,13 @@ class Lives:
     def life(self, index: int, level: Level) -> Life:
         """The life of this index: the same in every process, in any order of calls."""
         return self.writer(level, index).life(index)
+
+
+def _by_length(chat: CHAT) -> tuple[CHAT, list[int]]:
+    """The conversations with the short ones first, and their lengths in characters."""
+    length = {id(c): sum(len(u) + len(a) for u, a in c) for c in chat}
+    ordered = sorted(chat, key=lambda c: length[id(c)])
+    return ordered, [length[id(c)] for c in ordered]
 
 
 def default_library() -> Library:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ...errors import UserError
-from .life import Level, Lives, LifeWriter
+from .life import Level, LifeWriter, Lives
 from .life_tokens import Pieces
 from .teller import Draft
 from .world import Asked, Fact, Turn

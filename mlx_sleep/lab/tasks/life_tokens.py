@@ -46,7 +46,9 @@ class Template:
 
         opening = ids(f"<|im_start|>system\n{system}<|im_end|>\n") if system else ()
         before = ids("<|im_start|>user\n")
-        return cls(opening, before, ids("<|im_end|>\n<|im_start|>assistant\n"), ids("<|im_end|>\n"), pad)
+        return cls(
+            opening, before, ids("<|im_end|>\n<|im_start|>assistant\n"), ids("<|im_end|>\n"), pad
+        )
 
 
 @dataclass

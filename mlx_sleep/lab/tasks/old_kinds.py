@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from . import templates
-from ...tasks.phrases import KINDS, Kind
 from ...tasks.facts import _PLURALS
+from ...tasks.phrases import KINDS, Kind
+from . import templates
 from .scenes import Question, Scene, Wording, split_of
 from .templates import Field
 
@@ -26,7 +26,9 @@ def _wording(scene: Scene, template: str, text: str) -> Wording:
 def _translate(text: str, kind: Kind, topic: str) -> str:
     thing = "my " + topic
     if kind.subject == "thinglink":
-        text = text.replace("{s}", thing).replace("{p}", thing + "'s").replace("{Y}", "Your " + topic)
+        text = (
+            text.replace("{s}", thing).replace("{p}", thing + "'s").replace("{Y}", "Your " + topic)
+        )
     be = "are" if topic in _PLURALS else "is"
     text = text.replace("{be}", be).replace("{t}", topic).replace("{av}", "{a v}")
     if kind.subject in ("word", "verb", "adjective"):

@@ -59,7 +59,10 @@ class Entity:
         return [self.relation or self.name]
 
     def who(self, handle: str) -> Who:
-        return Who.called(handle, self.gender, self.name if self.name in handle else "")
+        keep = self.name if self.name in handle else ""
+        if keep and keep != handle:  # "my sister Mirela" tells the relation too
+            keep = handle.split(" ", 1)[1]
+        return Who.called(handle, self.gender, keep)
 
 
 def spoken_by_assistant(handle: str) -> str:
@@ -76,7 +79,7 @@ class Cast:
         self.rng, self.split, self.used = rng, split, used
         self.all: list[Entity] = []
         self.me = Entity("me", "me")
-        self.relations: set[str] = set()
+        self.relations: set[str] = set()  # taken, or not to be spoken of
 
     def of(self, about: str) -> list[Entity]:
         return [e for e in self.all if e.about == about]
@@ -102,9 +105,16 @@ class Cast:
         kind = {"he": "man", "she": "woman"}[gender]
         return self.fresh(lambda: words.value(self.rng, kind, self.split))
 
-    def being(self, about: str) -> Entity:
-        """A new person or pet, known by relation (mostly) or by name."""
+    def taken(self, relations: set[str]) -> bool:
+        """Whether there is a being with one of these relations; "pet": any pet."""
+        return bool(relations & self.relations) or ("pet" in relations and bool(self.of("pet")))
+
+    def being(self, about: str) -> Entity | None:
+        """A new person or pet, known by relation (mostly) or by name; None where the user has said
+        that there are no pets."""
         rng = self.rng
+        if about == "pet" and "pet" in self.relations:
+            return None
         relation = self.relation(about) if rng.random() < 0.75 else ""
         gender = rng.choice(("he", "she"))
         gender = "he" if relation.split(" ")[-1] in MALE else gender

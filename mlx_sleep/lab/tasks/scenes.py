@@ -34,7 +34,7 @@ def split_of(text: str) -> str:
 @dataclass(frozen=True)
 class Wording:
     """One way to say something. slots: the scene's slots that it mentions with their true value.
-   
+
     split: train, valid or test."""
 
     text: str

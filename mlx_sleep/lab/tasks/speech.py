@@ -41,11 +41,13 @@ SELF_OPENED = re.compile(
     r"when|if you|in case|quick|sorry|believe|funny|today|yesterday|right\b|still\b|finally)"
 )
 # Words that open a sentence in upper case and go on in lower case inside one.
-STARTERS = frozenset("""My The We Our It It's Its This That There A An In On At For You Your Did Do Does Has Have
+STARTERS = frozenset(
+    """My The We Our It It's Its This That There A An In On At For You Your Did Do Does Has Have
 Had Was Were Is Are Guess Just Got So Oh Well And But If When Since After Before From To
 Every Not No Been Turns Home Work New Last Next One Two Both All Some Most Nothing Everyone
 Everybody Someone People Still Never Always Finally Today Yesterday Tomorrow She He They
-Her His Their Would Could Should Can Will Actually Remember Please What Where Who How Why Also""".split())
+Her His Their Would Could Should Can Will Actually Remember Please What Where Who How Why Also""".split()
+)
 
 FIX_OPENERS = _lines("""actually,_|sorry, I was wrong,_|no, wait,_|correction:_|I made a mistake,_|
 update:_|scratch that,_|I was mistaken,_|oh no,_|not quite,_|sorry,_|hang on,_|my mistake,_|

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from . import speech, templates
-from .library import NAMES, Library, Usable
+from .library import NAMES, Library, Usable, ties
 from .noise import Style, typed
 from .people import Cast, Entity, spoken_by_assistant
 from .scenes import Scene, Wording
@@ -102,7 +102,7 @@ class Teller:
             about = NAMES[scene.id]
             known = [e for e in self.cast.of(about) if not e.linked]
             being = rng.choice(known) if known and rng.random() < 0.6 else self.cast.being(about)
-            return being if self.cast.link(being) else None
+            return being if being and self.cast.link(being) else None
         if scene.about == "me":
             return self.cast.me
         if scene.about == "none":
@@ -122,6 +122,8 @@ class Teller:
         scene = usable.scene
         told = self.world.scenes.get(entity.id, set())
         if told & self.library.rivals[scene.id] or (not scene.slots and scene.id in told):
+            return []
+        if scene.id not in told and self.cast.taken(ties(scene)):
             return []
         if any(key_of(entity, scene, s) in self.world.unclear for s in scene.slots):
             return []
@@ -274,6 +276,7 @@ class Teller:
                 for fact in clause.facts:
                     fact.window = self.told.window
                     self.world.tell(fact)
+                    self.cast.relations |= ties(fact.scene)
                     if fact.scene.id in NAMES:
                         fact.entity.linked = True
                 if clause.handle:
@@ -369,15 +372,15 @@ class Teller:
         for slot in wording.slots:
             if slot == fact.slot or main or slot not in values:
                 values[slot] = self.told.draw_value(scene.slots[slot])
-        if any(isinstance(p, Field) and p.name in scene.slots and p.name not in values
-               for p in wording.parts):
+        if any(
+            isinstance(p, Field) and p.name in scene.slots and p.name not in values
+            for p in wording.parts
+        ):
             return None
         topic = self.told.topic
         pronoun = bool(topic) and topic[0] is entity and wording.mentions("s")
         clause = self.clause(entity, scene, wording, values, pronoun and rng.random() < 0.5)
-        clause.facts = [
-            f for f in clause.facts if f.scene is not scene or f.slot in wording.slots
-        ]
+        clause.facts = [f for f in clause.facts if f.scene is not scene or f.slot in wording.slots]
         turn = self.message([clause], "fix", opener)
         doubted = [key_of(entity, scene, s) for s in scene.slots if s not in wording.slots]
         doubted = [k for k in doubted if main and k in self.world.facts]
@@ -433,7 +436,10 @@ _FLIPS = (
     (r"\byou are\b", "I am"),
     (r"\byou're\b", "I'm"),
     (r"\byou were\b", "I was"),
-    (r"\b(to|for|with|of|at|about|from|on|by|than|gave|give|gives|told|calls?|near) you\b", r"\1 me"),
+    (
+        r"\b(to|for|with|of|at|about|from|on|by|than|gave|give|gives|told|calls?|near) you\b",
+        r"\1 me",
+    ),
     (r"\byou$", "me"),
     (r"\byou\b", "I"),
     (r"\byour\b", "my"),

@@ -1,0 +1,263 @@
+"""Lives: their truth, their splits, their token arrays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lives import CHAT, LEVELS, LIBRARY, make, replay
+
+from mlx_sleep.errors import UserError
+from mlx_sleep.lab.tasks.life import Level
+from mlx_sleep.lab.tasks.life_batches import arrays, batch
+from mlx_sleep.lab.tasks.life_examples import CASES, DAYS, examples
+from mlx_sleep.lab.tasks.pools import words
+from mlx_sleep.lab.tasks.templates import KEEP, VALUE
+
+HERE = Path(__file__).parent
+TRAIN, WORDS = make()
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: f"{level.windows} windows")
+@pytest.mark.parametrize("split", words.SPLITS)
+def test_every_answer_is_what_holds(split, level):
+    lives, _ = make(split, seed=1)
+    for index in range(240 // level.windows):
+        assert replay(lives.life(index, level)) == []
+
+
+def test_replay_finds_a_false_answer():
+    """The judge of the test above is able to say no."""
+    level = LEVELS[2]
+    for index in range(20):
+        life = TRAIN.life(index, level)
+        told = next(
+            (t for w in life.windows for t in w.turns if t.events and t.kind == "tell"), None
+        )
+        if told is None:
+            continue
+        life.windows[0].turns = [t for t in life.windows[0].turns if t is not told]
+        if replay(life):
+            return
+    raise AssertionError("no life missed a fact that was taken out")
+
+
+def test_same_life_in_any_order_and_process():
+    level = LEVELS[1]
+    first = [TRAIN.life(i, level).text() for i in (5, 3)]
+    again, _ = make()
+    assert [again.life(i, level).text() for i in (3, 5)] == first[::-1]
+    code = "from lives import LEVELS, make; print(make()[0].life(5, LEVELS[1]).text())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == first[0] + "\n"
+
+
+def test_seed_and_level_change_the_life():
+    lives = {make(seed=s)[0].life(0, level).text() for s in (0, 1) for level in LEVELS[:2]}
+    assert len(lives) == 4
+
+
+def test_splits_share_no_value_and_no_wording():
+    values: dict[str, set[str]] = {}
+    for split in words.SPLITS:
+        lives, _ = make(split)
+        values[split] = {
+            event.value.casefold()
+            for index in range(60)
+            for window in lives.life(index, LEVELS[3]).windows
+            for turn in window.turns
+            for event in turn.events
+            if event.value and event.key[2] and (event.key[1], event.key[2]) not in RELATIONS
+        }
+        assert len(values[split]) > 200
+    for a, b in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert not values[a] & values[b]
+    for scene in LIBRARY.scenes.values():
+        lines = [w for w in (*scene.tells, *(q.wording for q in scene.questions))]
+        splits: dict[str, set[str]] = {}
+        for line in lines:
+            splits.setdefault(line.text, set()).add(line.split)
+        assert all(len(found) == 1 for found in splits.values()), scene.id
+
+
+RELATIONS = {("person.name", "r"), ("pet.name", "r")}  # a sister is a sister in every split
+
+
+def test_a_wording_is_told_in_its_split_only():
+    for split in words.SPLITS:
+        for usable in (u for kind in LIBRARY.of(split).values() for u in kind):
+            assert {w.split for w in usable.tells} == {split}
+            assert {q.wording.split for qs in usable.questions.values() for q in qs} == {split}
+
+
+def test_most_scenes_can_be_asked_about_in_the_test_split():
+    test = sum(len(kind) for kind in LIBRARY.of("test").values())
+    assert test > len(LIBRARY.scenes) / 5
+
+
+def test_no_mark_is_left_in_a_text():
+    for index in range(30):
+        text = TRAIN.life(index, LEVELS[2]).text()
+        assert VALUE not in text and KEEP not in text and "{" not in text
+
+
+def test_tokens_are_the_turns_in_the_template():
+    """Cut or not, the windows together are the turns, each encoded on its own."""
+    for index in range(20):
+        life = TRAIN.life(index, LEVELS[1])
+        text = "".join(WORDS.decode(w.pieces.ids) for w in life.windows)
+        turns = [t for w in life.windows for t in w.turns]
+        whole = "".join(
+            f"<|im_start|>user\n{t.user}<|im_end|>\n<|im_start|>assistant\n{t.reply}<|im_end|>\n"
+            for t in turns
+        )
+        if text.startswith("<|im_start|>system"):
+            text = text[text.index("<|im_end|>\n") + len("<|im_end|>\n") :]
+        assert text in (whole, whole[: len(text)])
+
+
+def test_marked_tokens_are_the_value():
+    seen = 0
+    for index in range(40):
+        for window in TRAIN.life(index, LEVELS[3]).windows:
+            for turn in window.turns:
+                asked = turn.asked
+                if not asked or asked.wrong or asked.form not in ("ask", "recall"):
+                    continue
+                pieces = TRAIN.encoder.turn(turn)
+                marked = [i for i, v in zip(pieces.ids, pieces.value, strict=True) if v]
+                text = WORDS.decode(marked).strip()
+                if asked.told and asked.value:
+                    assert asked.value.casefold() in text.casefold()
+                    seen += 1
+                elif not asked.told:
+                    assert text == "You have not told me"
+    assert seen > 200
+
+
+def test_weights():
+    kinds = Counter()
+    for index in range(30):
+        for window in TRAIN.life(index, LEVELS[3]).windows:
+            for turn in window.turns:
+                p = TRAIN.encoder.turn(turn)
+                reply = [i for i, r in zip(p.ids, p.reply, strict=True) if r]
+                assert WORDS.decode(reply) == turn.reply + "<|im_end|>"
+                assert all(w == 0 for w, r in zip(p.weight, p.reply, strict=True) if not r)
+                said = {w for w, r in zip(p.weight, p.reply, strict=True) if r}
+                assert said == {turn.weight}
+                name = "wrong" if turn.asked and turn.asked.wrong else turn.kind
+                kinds[name, turn.weight] += 1
+    assert set(kinds) <= {
+        ("tell", 0.1), ("fix", 0.1), ("forget", 0.1), ("ask", 1.0), ("wrong", 0.0),
+        ("chat", 0.1), ("chat", 0.3),
+    }  # fmt: skip
+    assert all(n > 10 for n in kinds.values())
+
+
+def test_arrays():
+    level = LEVELS[1]
+    lives = [TRAIN.life(i, level) for i in range(6)]
+    out = arrays(lives)
+    b, w, t = out["tokens"].shape
+    assert (b, w) == (6, level.windows) and t % 16 == 0 and t <= level.window_tokens + 32
+    assert out["tokens"].dtype == np.int32 and out["weight"].dtype == np.float32
+    for i, life in enumerate(lives):
+        for j, window in enumerate(life.windows):
+            n = len(window.pieces)
+            assert n > 0
+            assert out["tokens"][i, j, :n].tolist() == window.pieces.ids
+            assert out["mask"][i, j].tolist() == [True] * n + [False] * (t - n)
+            assert not out["weight"][i, j, 0]
+    for name in ("weight", "value", "reply"):
+        assert not out[name][~out["mask"]].any()
+    assert not (out["weight"] > 0)[~out["reply"]].any()
+    assert not out["value"][~out["reply"]].any()
+    same = batch(TRAIN, range(6), level)
+    assert all((same[name] == out[name]).all() for name in out)
+
+
+def test_little_of_a_batch_is_padding():
+    out = batch(TRAIN, range(16), Level(windows=4, window_tokens=192))
+    assert out["mask"].mean() > 0.75
+
+
+def test_ordinary_windows_hold_chat_only():
+    level = Level(windows=8, ordinary=0.5)
+    windows = [w for i in range(20) for w in TRAIN.life(i, level).windows]
+    ordinary = [w for w in windows if w.kl]
+    assert 30 < len(ordinary) < len(windows) / 2
+    users = {u for c in CHAT for u, _ in c}
+    assert all(t.kind == "chat" and t.user in users for w in ordinary for t in w.turns)
+    silent, _ = make(chat=())
+    assert not any(w.kl for i in range(20) for w in silent.life(i, level).windows)
+
+
+def test_what_is_asked():
+    """All kinds of questions come in all ages."""
+    level = Level(windows=16, window_tokens=160)
+    asked = [
+        t.asked for i in range(40) for w in TRAIN.life(i, level).windows for t in w.turns if t.asked
+    ]
+    share = Counter()
+    for a in asked:
+        share["untold"] += not a.told
+        share["two hops"] += a.hops == 2
+        for name in ("wrong", "pronoun", "corrected"):
+            share[name] += getattr(a, name)
+        share[a.form] += 1
+        share["older than 8"] += a.age > 8
+    share = {name: n / len(asked) for name, n in share.items()}
+    assert 0.13 < share["untold"] < 0.24 and 0.06 < share["wrong"] < 0.13
+    assert min(share[n] for n in ("two hops", "pronoun", "corrected", "yes", "no", "q")) > 0.01
+    assert share["older than 8"] > 0.08 and share["ask"] > 0.5
+
+
+def test_level_says_what_is_wrong():
+    with pytest.raises(UserError, match="at least 64 tokens"):
+        Level(window_tokens=32)
+
+
+# --- evaluation items ---
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_examples(case):
+    lives, words_ = make("test")
+    found = list(examples(lives, case, 6))
+    again = list(examples(make("test")[0], case, 3))
+    assert [e.question for e in again] == [e.question for e in found[:3]]
+    for e in found:
+        assert words_.decode(e.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert e.question in words_.decode(e.prompt)
+        assert all(len(w) <= 192 for w in e.windows)
+        told = " ".join(words_.decode(w) for w in e.windows).casefold()
+        if e.value is None:
+            assert e.reply.startswith("You have not told me")
+        elif e.value:
+            assert e.value.casefold() in told and e.value.casefold() in e.reply.casefold()
+
+
+@pytest.mark.parametrize("day", DAYS)
+def test_re_asked_days(day):
+    lives, words_ = make("test")
+    for e in examples(lives, f"re_asked_{day}", 4):
+        turns = [words_.decode(w).count("<|im_start|>user") for w in e.windows]
+        assert len(e.windows) >= day and all(n >= 3 for n in turns[1 - day :][: day - 1])
+        assert e.age >= day
+
+
+def test_after_16_sleeps():
+    lives, _ = make("test")
+    assert all(len(e.windows) >= 16 for e in examples(lives, "after_16_sleeps", 4))
+
+
+def test_unknown_case():
+    with pytest.raises(ValueError, match="never_told"):
+        next(examples(TRAIN, "unknown"))
