@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lives import CHAT, LEVELS, LIBRARY, make, replay
 
-from mlx_sleep.errors import UserError
+from mlx_sleep.lab.tasks import words
 from mlx_sleep.lab.tasks.life import Level
 from mlx_sleep.lab.tasks.life_batches import arrays, batch
 from mlx_sleep.lab.tasks.life_examples import CASES, DAYS, examples
-from mlx_sleep.lab.tasks.pools import words
 from mlx_sleep.lab.tasks.templates import KEEP, VALUE
+from mlx_sleep.utils.errors import UserError
+from tests.lives import CHAT, LEVELS, LIBRARY, make, replay
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 TRAIN, WORDS = make()
 
 
@@ -51,9 +51,9 @@ def test_same_life_in_any_order_and_process():
     first = [TRAIN.life(i, level).text() for i in (5, 3)]
     again, _ = make()
     assert [again.life(i, level).text() for i in (3, 5)] == first[::-1]
-    code = "from lives import LEVELS, make; print(make()[0].life(5, LEVELS[1]).text())"
+    code = "from tests.lives import LEVELS, make; print(make()[0].life(5, LEVELS[1]).text())"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout == first[0] + "\n"
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from . import speech, templates
+from .drafts import Draft, Told
 from .library import NAMES, Usable, slots_mentioned, ties
 from .people import Entity, spoken_by_assistant
 from .scenes import Question, Scene
-from .teller import Draft, Told, as_user, lower_first, marked_answer, stop
+from .sentences import as_user, lower_first, marked_answer, stop
 from .templates import Field, Who, plain, sentence_case
 from .world import Asked, Fact, Turn, key_of
 
@@ -91,7 +92,7 @@ class Asker:
                 text = rng.choice(speech.ASK_OPENERS) + lower_first(text)
             elif r < 0.18 and plain(text)[-1:] not in ".!":
                 text = text.rstrip("?") + rng.choice(speech.ASK_CLOSERS) + "?"
-        return stop(rng, text, "?")
+        return stop(text, "?")
 
     def handle(self, entity: Entity, fact: Fact | None) -> str:
         """How the user calls somebody when asking; often not as when the fact was told."""

@@ -41,10 +41,10 @@ TIES = {
 }
 NAMES = {"person.name": "person", "pet.name": "pet"}
 _STOP = frozenset(
-    """a an the my your our i you we he she it they me him her us his its their is are am was were be
-    been do does did have has had can could would should will what which whom whose
-    to of in on at for with by from as and or that this these those there s t re ve m d ll
-    tell remember know again now name called say said one any much many some get got""".split()
+    """a an the my your our i you we he she it they me him her us his its their is are am was were
+    be been do does did have has had can could would should will what which whom whose to of in on
+    at for with by from as and or that this these those there s t re ve m d ll tell remember know
+    again now name called say said one any much many some get got""".split()
 )
 
 

@@ -9,20 +9,23 @@ Preview: python -m mlx_sleep.lab.tasks.life --help
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from ...errors import UserError
-from . import scenes, speech
+from ...utils.errors import UserError
+from . import scenes, speech, words
 from .asker import Asker
+from .drafts import Draft, Told
 from .library import Library
-from .life_tokens import LifeEncoder, Pieces
+from .life_tokens import LifeEncoder, Pieces, Template
 from .noise import typed
 from .old_kinds import old_kinds
-from .teller import ACK_WEIGHT, Draft, Teller, Told
+from .teller import ACK_WEIGHT, Teller
 from .templates import plain
 from .world import Turn
 
@@ -276,3 +279,26 @@ def default_library() -> Library:
     """The scenes of language/ and the old kinds."""
     found, pools = scenes.load()
     return Library({**old_kinds(), **found}, pools)
+
+
+def _words(text: str):
+    """A stand-in for a tokenizer: about as many pieces as a real one makes."""
+    found = list(re.finditer(r" ?\w{1,6}|\s|[^\w\s]", text))
+    return [0] * len(found), [m.span() for m in found]
+
+
+def show() -> None:
+    """Prints lives, to be read by people."""
+    parser = argparse.ArgumentParser(prog="life", description=show.__doc__)
+    parser.add_argument("first", type=int, nargs="?", default=0, help="index of the first life")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--split", choices=words.SPLITS, default="train")
+    args = parser.parse_args()
+    lives = Lives(LifeEncoder(_words, Template.chatml(_words)), args.split)
+    for index in range(args.first, args.first + args.count):
+        print(f"=== life {index}\n{lives.life(index, Level(windows=args.windows)).text()}\n")
+
+
+if __name__ == "__main__":
+    show()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ...errors import UserError
+from ...utils.errors import UserError
+from .drafts import Draft
 from .life import Level, LifeWriter, Lives
 from .life_tokens import Pieces
-from .teller import Draft
 from .world import Asked, Fact, Turn
 
 DAYS = (1, 4, 8, 16)  # of re_asked: windows of questions, the last of which is asked

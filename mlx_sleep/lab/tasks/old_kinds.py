@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ...tasks.facts import _PLURALS
-from ...tasks.phrases import KINDS, Kind
 from . import templates
+from .facts import _PLURALS
+from .phrases import KINDS, Kind
 from .scenes import Question, Scene, Wording, split_of
 from .templates import Field
 
@@ -16,7 +16,7 @@ _ABOUT = {"user": "me", "thinglink": "me", "verb": "word", "adjective": "word"}
 
 
 def _wording(scene: Scene, template: str, text: str) -> Wording:
-    """Filled with its topic, but split by its template: a wording is in one split for all topics."""
+    """Filled with its topic, but split by its template: in one split for all topics."""
     names = {*scene.slots, "s", "w", *templates.PRONOUNS}
     parts = templates.parse(text, names)
     slots = frozenset(p.name for p in parts if isinstance(p, Field) and p.name in scene.slots)

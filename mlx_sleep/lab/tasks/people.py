@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from random import Random
 
-from ...tasks import words
+from . import words
 from .templates import Who
 
 MALE = frozenset("brother father dad uncle son husband grandfather nephew grandpa".split())

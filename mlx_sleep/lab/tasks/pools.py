@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from random import Random
 
-from ...tasks import words
+from . import words
 
 # Pools of words.py beyond its lists. Those that make words up hold a word of their split in each
 # value; a composed value with such a part needs no hash of its own.
@@ -78,10 +78,13 @@ class Pools:
         for _ in range(1000):
             pattern = rng.choice(pool.compose)
             own = made_up or any(self.makes_up(p) for p in _PART.findall(pattern))
-            value = _PART.sub(lambda m: self._part(rng, m[1], split if own else None), pattern)
+            value = self._fill(rng, pattern, split if own else None)
             if own or words.split_of(value) == split:
                 return value
         raise ValueError(f"pool {name} has too few values of the split {split}")
+
+    def _fill(self, rng: Random, pattern: str, split: str | None) -> str:
+        return _PART.sub(lambda m: self._part(rng, m[1], split), pattern)
 
     def _part(self, rng: Random, name: str, split: str | None) -> str:
         if split is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import UserError
+from ...utils.errors import UserError
 from . import templates
 from .pools import Pool, Pools, built_in
 from .templates import PRONOUNS, Field, Parts

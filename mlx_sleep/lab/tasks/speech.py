@@ -46,7 +46,8 @@ STARTERS = frozenset(
 Had Was Were Is Are Guess Just Got So Oh Well And But If When Since After Before From To
 Every Not No Been Turns Home Work New Last Next One Two Both All Some Most Nothing Everyone
 Everybody Someone People Still Never Always Finally Today Yesterday Tomorrow She He They
-Her His Their Would Could Should Can Will Actually Remember Please What Where Who How Why Also""".split()
+Her His Their Would Could Should Can Will Actually Remember Please What Where Who How Why
+Also""".split()
 )
 
 FIX_OPENERS = _lines("""actually,_|sorry, I was wrong,_|no, wait,_|correction:_|I made a mistake,_|

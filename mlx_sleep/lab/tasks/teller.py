@@ -1,90 +1,19 @@
-"""What a user tells: facts, corrections, requests to forget, and the assistant's short replies.
-
-A draft is one or more turns with the changes of the world that they make; they happen only when
-the draft finds room in a window. Knows no tokens.
-"""
+"""What a user tells: facts, corrections, requests to forget, and the assistant's short replies."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from random import Random
+from collections.abc import Sequence
 
 from . import speech, templates
-from .library import NAMES, Library, Usable, ties
-from .noise import Style, typed
-from .people import Cast, Entity, spoken_by_assistant
+from .drafts import Clause, Draft, Told
+from .library import NAMES, Usable, ties
+from .people import Entity, spoken_by_assistant
 from .scenes import Scene, Wording
-from .templates import Field, Who, plain, sentence_case, spans, upper_first
-from .world import Event, Fact, Turn, World, key_of
+from .sentences import as_user, join, lower_first, stop
+from .templates import Field, Who, plain, sentence_case
+from .world import Event, Fact, Turn, key_of
 
 ACK_WEIGHT = 0.1
-
-
-@dataclass(eq=False)
-class Draft:
-    """turns that stay together. changes: run when they are placed. topic: the only being that the
-    last turn spoke of, and how."""
-
-    turns: list[Turn]
-    changes: list[Callable[[], None]] = field(default_factory=list)
-    topic: tuple[Entity, str] | None = None
-    whole: bool = False  # no window boundary may fall inside
-
-
-@dataclass(eq=False)
-class Clause:
-    """A sentence, marked, that tells facts. handle: how its subject was called."""
-
-    text: str
-    facts: list[Fact]
-    entity: Entity
-    handle: str
-
-
-class Told:
-    """What is shared by those who write one life."""
-
-    def __init__(self, library: Library, split: str, level, rng: Random):
-        self.library, self.split, self.level, self.rng = library, split, level, rng
-        self.world = World()
-        self.used: set[str] = set()
-        self.cast = Cast(rng, split, self.used)
-        self.style = Style.draw(rng, level.noise)
-        self.window = 0
-        self.topic: tuple[Entity, str] | None = None
-
-    def draw_value(self, pool: str) -> str:
-        """A value that this life has not used, unless its pool is used up."""
-        for _ in range(30):
-            value = self.library.pools.draw(self.rng, pool, self.split)
-            if value.casefold() not in self.used:
-                break
-        self.used.add(value.casefold())
-        return value
-
-    def type(self, text: str) -> tuple[str, bool]:
-        """The marked text as the user types it; True when values were lower-cased too."""
-        lower = self.rng.random() < self.style.lower_values
-        return plain(typed(self.rng, self.style, text, lower)), lower
-
-
-def simple(text: str) -> bool:
-    """Whether a clause can be joined to another by "and"."""
-    words = plain(text)
-    return not re.search(r"[.!?:;]|, (and|but|so)\b", words) and len(words.split()) <= 12
-
-
-def lower_first(text: str) -> str:
-    word = re.match(r"[A-Za-z']+", text)
-    if word and (word[0].split("'")[0] in speech.STARTERS):
-        return text[:1].lower() + text[1:]
-    return text
-
-
-def stop(rng: Random, text: str, mark: str = ".") -> str:
-    return text if plain(text)[-1:] in ".!?" else text + mark
 
 
 class Teller:
@@ -205,26 +134,10 @@ class Teller:
                 facts += [Fact(entity, names, s, v, now, handle) for s, v in both.items()]
         return Clause(text, facts, entity, handle)
 
-    def join(self, clauses: Sequence[Clause]) -> str:
-        rng = self.rng
-        text = clauses[0].text
-        for before, clause in zip(clauses, clauses[1:], strict=False):
-            following = lower_first(clause.text)
-            opened = speech.SELF_OPENED.match(plain(following))
-            if simple(before.text) and simple(clause.text) and not opened and rng.random() < 0.6:
-                text += rng.choice(speech.JOINTS) + following
-            else:
-                link = ". " if opened else rng.choice(speech.BREAKS)
-                if plain(text)[-1:] in ".!?":
-                    text, link = text.rstrip(" "), link.lstrip(".!") if link[:1] in ".!" else " "
-                    link = link if link.startswith(" ") else " "
-                text += link + (upper_first(following) if link[-2:-1] in ".!" else following)
-        return text
-
     def message(self, clauses: Sequence[Clause], kind: str, opener: str = "") -> Turn:
         """One turn that tells all clauses."""
         rng = self.rng
-        text = self.join(clauses)
+        text = join(rng, [c.text for c in clauses])
         opened = speech.SELF_OPENED.match(plain(text))
         if not opener and not opened and rng.random() < 0.22:
             opener = rng.choice(speech.TELL_OPENERS)
@@ -232,7 +145,7 @@ class Teller:
             text = opener + lower_first(text)
         if plain(text)[-1:] not in ".!?" and rng.random() < 0.07 and kind == "tell":
             text += rng.choice(speech.TELL_CLOSERS)
-        text = stop(rng, sentence_case(text), "!" if rng.random() < 0.05 else ".")
+        text = stop(sentence_case(text), "!" if rng.random() < 0.05 else ".")
         user, lowered = self.told.type(text)
         facts = [f for c in clauses for f in c.facts]
         if lowered:
@@ -430,44 +343,3 @@ class Teller:
 
     def handle_known(self, entity: Entity) -> str:
         return self.rng.choice(entity.known_as())
-
-
-_FLIPS = (
-    (r"\byou are\b", "I am"),
-    (r"\byou're\b", "I'm"),
-    (r"\byou were\b", "I was"),
-    (
-        r"\b(to|for|with|of|at|about|from|on|by|than|gave|give|gives|told|calls?|near) you\b",
-        r"\1 me",
-    ),
-    (r"\byou$", "me"),
-    (r"\byou\b", "I"),
-    (r"\byour\b", "my"),
-    (r"\byours\b", "mine"),
-    (r"\byourself\b", "myself"),
-)
-
-
-def as_user(parts: templates.Parts) -> templates.Parts:
-    """A clause such as "where you live" as the user says it: "where I live"."""
-    out = []
-    for i, part in enumerate(parts):
-        if isinstance(part, str):
-            for pattern, new in _FLIPS:
-                if pattern.endswith("$") and i < len(parts) - 1:
-                    continue
-                part = re.sub(pattern, new, part)
-        out.append(part)
-    return tuple(out)
-
-
-def marked_answer(text: str, slot: str, form: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The answer without marks, and the spans that it hangs on: its value, and its yes or no."""
-    text = sentence_case(text)
-    answer, found = spans(text)
-    first = re.match(r"(Yes|No)\b", answer)
-    if form in ("yes", "no", "q") and first:
-        found = (first.span(), *(found if form != "yes" else ()))
-    elif not found:
-        found = ((0, len(answer.rstrip(".!"))),)
-    return answer, found
