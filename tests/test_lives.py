@@ -12,7 +12,7 @@ import pytest
 
 from mlx_sleep.lab.tasks import words
 from mlx_sleep.lab.tasks.life import Level
-from mlx_sleep.lab.tasks.life_batches import arrays, batch
+from mlx_sleep.lab.tasks.life_batches import Source, arrays, batch, read_chat, stream
 from mlx_sleep.lab.tasks.life_examples import CASES, DAYS, examples
 from mlx_sleep.lab.tasks.templates import KEEP, VALUE
 from mlx_sleep.utils.errors import UserError
@@ -217,6 +217,60 @@ def test_what_is_asked():
     assert 0.13 < share["untold"] < 0.24 and 0.06 < share["wrong"] < 0.13
     assert min(share[n] for n in ("two hops", "pronoun", "corrected", "yes", "no", "q")) > 0.01
     assert share["older than 8"] > 0.08 and share["ask"] > 0.5
+
+
+def tokenizer_file(path: Path) -> Path:
+    """A tokenizer.json of single bytes with ChatML's marks."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path / "tokenizer.json"
+
+
+def test_workers_make_the_same_batches_in_order(tmp_path):
+    source = Source(str(tokenizer_file(tmp_path)), "train", chat=CHAT)
+    level = Level(windows=2, window_tokens=512)
+    jobs = [(range(i, i + 2), level) for i in (0, 2, 4, 6, 8)]
+    alone, several = list(stream(source, jobs, 0)), list(stream(source, jobs, 2))
+    assert len(alone) == len(several) == 5
+    for a, b in zip(alone, several, strict=True):
+        assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_value_marks_with_offsets_of_a_tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    file = tokenizer_file(tmp_path)
+    lives = Source(str(file), "train").lives()
+    decode = tokenizers.Tokenizer.from_file(str(file)).decode
+    seen = 0
+    for index in range(10):
+        for window in lives.life(index, Level(windows=2, window_tokens=512)).windows:
+            for turn in window.turns:
+                if turn.asked and turn.asked.form == "ask" and turn.asked.value and turn.weight:
+                    p = lives.encoder.turn(turn)
+                    marked = decode([i for i, v in zip(p.ids, p.value, strict=True) if v])
+                    assert turn.asked.value.casefold() in marked.casefold()
+                    seen += 1
+    assert seen > 20
+
+
+def test_read_chat(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    lines = [
+        '{"user": "a?", "assistant": "b"}',
+        '{"user": "c?", "assistant": "d", "complete": true}',
+    ]
+    path.write_text("\n".join([*lines, '{"user": "e?", "assistant": "f", "complete": false}']))
+    assert read_chat(path) == [[("a?", "b")], [("c?", "d")]]
+    path.write_text(lines[0] + '\n{"user": "a"}\n')
+    with pytest.raises(UserError, match=r"chat.jsonl, line 2: expected"):
+        read_chat(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_chat(tmp_path / "none.jsonl")
 
 
 def test_level_says_what_is_wrong():

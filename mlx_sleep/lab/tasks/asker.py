@@ -15,7 +15,7 @@ from .templates import Field, Who, plain, sentence_case
 from .world import Asked, Fact, Turn, key_of
 
 # Share of the forms of a question, where a fact allows them all.
-FORMS = {"ask": 0.6, "recall": 0.1, "yes": 0.07, "no": 0.1, "q": 0.13}
+FORMS = {"ask": 0.6, "recall": 0.1, "yes": 0.1, "no": 0.09, "q": 0.12}
 
 
 class Asker:
@@ -27,7 +27,7 @@ class Asker:
     # --- which fact ---
 
     def fact(self, ages: tuple[int, int] | None = None) -> Fact | None:
-        """A told fact; all ages that there are come equally often. ages: least and most."""
+        """A told fact; all ages that there are come about equally often. ages: least and most."""
         by_age: dict[int, list[Fact]] = {}
         for fact in self.world.facts.values():
             age = self.told.window - fact.window
@@ -35,7 +35,9 @@ class Asker:
                 by_age.setdefault(age, []).append(fact)
         if not by_age:
             return None
-        return self.rng.choice(by_age[self.rng.choice(sorted(by_age))])
+        found = sorted(by_age)
+        weights = [1 + age / (1 + found[-1]) for age in found]  # the oldest are the hardest
+        return self.rng.choice(by_age[self.rng.choices(found, weights)[0]])
 
     # --- questions ---
 
@@ -150,6 +152,8 @@ class Asker:
                 fields[slot] = others[slot]
             text = templates.fill(question.wording.parts, fields, who, others, mark="-")
             text = self.decorate(text)
+        if text in told.asked_here and rng.random() < 0.85:
+            return None
         user, lowered = told.type(sentence_case(text))
         said = spoken_by_assistant(handle)
         if lowered:
@@ -182,8 +186,8 @@ class Asker:
             bool(fact and fact.old),
         )
         turn = Turn(user, answer, "ask", 1.0, found, (), asked)
-        draft = Draft([turn], whole=True)
-        if entity.about in ("person", "pet") and handle:
+        draft = Draft([turn], [lambda: told.asked_here.add(text)], whole=True)
+        if entity.has_pronoun() and handle:
             draft.topic = entity, handle
         elif scene.id in NAMES:
             draft.topic = entity, rng.choice(entity.known_as())
@@ -256,16 +260,7 @@ class Asker:
             return False
         if not self.world.told(entity, scene) and self.cast.taken(ties(scene)):
             return False
-        told = self.world.scenes.get(entity.id, set())
-        if entity.about in ("me", "thing", "none"):
-            told = set().union(
-                *(
-                    s
-                    for e, s in self.world.scenes.items()
-                    if e == "me" or e[:5] in ("thing", "none:")
-                )
-            )
-        return not told & self.library.rivals[scene.id]
+        return not self.world.near(entity) & self.library.rivals[scene.id]
 
     def near_miss(self, r: float) -> tuple[Entity, Usable, str] | None:
         rng, told = self.rng, self.told

@@ -50,6 +50,7 @@ class Told:
         self.style = Style.draw(rng, level.noise)
         self.window = 0
         self.topic: tuple[Entity, str] | None = None
+        self.asked_here: set[str] = set()  # questions of this window
 
     def draw_value(self, pool: str) -> str:
         """A value that this life has not used, unless its pool is used up."""

@@ -48,14 +48,29 @@ _STOP = frozenset(
 )
 
 
-def content(wording: Wording) -> frozenset[str]:
-    """The words of a question that carry its meaning, roughly."""
-    text = " ".join(p for p in wording.parts if isinstance(p, str)).lower()
-    return frozenset(
+_WH = frozenset("where when who how why".split())
+
+
+def content(text: str) -> frozenset[str]:
+    """The words of a question that carry its meaning, roughly; none if there are only "where"s."""
+    found = frozenset(
         w[:-1] if w.endswith("s") and len(w) > 3 else w
-        for w in re.findall(r"[a-z]+", text)
+        for w in re.findall(r"[a-z]+", text.lower())
         if w not in _STOP
     )
+    return found if found - _WH else frozenset()
+
+
+def readings(scene: Scene, wording: Wording) -> set[frozenset[str]]:
+    """content() of a question, for each thing that it may be about; a question with nothing but
+    the thing's name in it has none."""
+    found = set()
+    for thing in scene.subjects or ("",):
+        parts = (p if isinstance(p, str) else thing if p.name == "s" else "" for p in wording.parts)
+        words = content(" ".join(parts))
+        if words - content(thing) - _WH:
+            found.add(words)
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,9 +104,9 @@ class Library:
         for scene in self.scenes.values():
             side = "user" if scene.about in ("me", "thing", "none") else scene.about
             for question in scene.questions:
-                words = content(question.wording)
-                if words and scene.id not in NAMES:
-                    by_words[side, words].add(scene.id)
+                if scene.id not in NAMES:
+                    for words in readings(scene, question.wording):
+                        by_words[side, words].add(scene.id)
             if scene.group:
                 by_words[scene.about, "group", scene.group].add(scene.id)
         found: dict[str, set[str]] = {name: set() for name in self.scenes}

@@ -134,7 +134,7 @@ class LifeWriter(Told):
     def write(self, i: int, theme: str) -> Window:
         """One window, filled up to its capacity."""
         rng, level = self.rng, self.level
-        self.window, self.topic = i, None
+        self.window, self.topic, self.asked_here = i, None, set()
         window = Window(kl=theme == "ordinary")
         if i == 0 and rng.random() < SYSTEM_PROMPT:
             window.pieces.add(self.encoder.opening())
@@ -145,7 +145,7 @@ class LifeWriter(Told):
         capacity = max(capacity, 64, len(window.pieces))
         self.limit, self.told_here = rng.randint(*level.facts), 0
         failures = 0
-        while failures < 4:
+        while failures < 6:
             draft = self.draft(theme)
             if draft is None:
                 failures += 1
@@ -283,7 +283,7 @@ def default_library() -> Library:
 
 def _words(text: str):
     """A stand-in for a tokenizer: about as many pieces as a real one makes."""
-    found = list(re.finditer(r" ?\w{1,6}|\s|[^\w\s]", text))
+    found = list(re.finditer(r"<\|\w+\|>| ?\w{1,6}|\s|[^\w\s]", text))
     return [0] * len(found), [m.span() for m in found]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections import deque
@@ -11,10 +12,34 @@ from pathlib import Path
 
 import numpy as np
 
+from ...utils.errors import UserError
 from .life import CHAT, Level, Life, Lives
 from .life_tokens import LifeEncoder, Template, fast
 
 ROUND = 16  # windows are padded to a multiple of this, so that few shapes occur
+
+
+def read_chat(path: str | Path) -> list[list[tuple[str, str]]]:
+    """Ordinary conversations from a .jsonl file with `user` and `assistant` in each line; replies
+    that were cut off ("complete": false) are left out. UserError names a bad line."""
+    chat = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}; make it again") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+            pair = item["user"].strip(), item["assistant"].strip()
+            complete = item.get("complete", True)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f'{path}, line {number}: expected {{"user": "...", "assistant": "..."}}; '
+                f"remove the line or make the file again"
+            ) from error
+        if all(pair) and complete:
+            chat.append([pair])
+    return chat
 
 
 def arrays(lives: Sequence[Life], pad: int = 0) -> dict[str, np.ndarray]:
@@ -77,7 +102,7 @@ _lives: Lives | None = None
 
 def _start(source: Source) -> None:
     global _lives
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
     _lives = source.lives()
 
 

@@ -14,7 +14,7 @@ from . import words
 from .templates import Who
 
 MALE = frozenset("brother father dad uncle son husband grandfather nephew grandpa".split())
-FEMALE = frozenset("sister mother mum aunt daughter wife grandmother niece grandma".split())
+FEMALE = frozenset("sister mother mum mom aunt daughter wife grandmother niece grandma".split())
 _KIN = """sister brother mother father mum mom dad aunt uncle cousin son daughter wife husband
 partner grandmother grandfather grandma grandpa nephew niece"""
 _OTHERS = """boss neighbour teacher colleague roommate doctor dentist landlord friend coach
@@ -52,6 +52,12 @@ class Entity:
     linked: bool = False
     handles: list[str] = field(default_factory=list)
 
+    def has_pronoun(self) -> bool:
+        """Whether "he", "she" or "it" can stand for this; not for "my keys"."""
+        if self.about == "thing":
+            return re.search(r"([^su]s|ses|ies)$", self.relation) is None
+        return self.about in ("person", "pet")
+
     def known_as(self) -> list[str]:
         """The handles that the user can use and be understood."""
         if self.linked:
@@ -79,6 +85,7 @@ class Cast:
         self.rng, self.split, self.used = rng, split, used
         self.all: list[Entity] = []
         self.me = Entity("me", "me")
+        self.nones: dict[str, Entity] = {}
         self.relations: set[str] = set()  # taken, or not to be spoken of
 
     def of(self, about: str) -> list[Entity]:
@@ -159,4 +166,5 @@ class Cast:
         return entity
 
     def none(self, scene_id: str) -> Entity:
-        return Entity("none:" + scene_id, "none")
+        """What a scene about nobody is about: itself."""
+        return self.nones.setdefault(scene_id, Entity("none:" + scene_id, "none"))

@@ -50,7 +50,9 @@ class Teller:
         """Wordings that tell something new of `entity` and contradict nothing."""
         scene = usable.scene
         told = self.world.scenes.get(entity.id, set())
-        if told & self.library.rivals[scene.id] or (not scene.slots and scene.id in told):
+        if self.world.near(entity) & self.library.rivals[scene.id]:
+            return []
+        if not scene.slots and scene.id in told:
             return []
         if scene.id not in told and self.cast.taken(ties(scene)):
             return []
@@ -198,7 +200,7 @@ class Teller:
         draft.changes.append(happen)
         beings = {c.entity for c in clauses}
         being = beings.pop() if len(beings) == 1 else None
-        if being is not None and being.about in ("person", "pet"):
+        if being is not None and being.has_pronoun():
             draft.topic = being, clauses[-1].handle or self.rng.choice(being.known_as())
         return draft
 
@@ -228,7 +230,7 @@ class Teller:
             taken |= {(entity.id, name) for name in near}
             before = clauses[-1].entity if clauses else topic[0] if topic else None
             pronoun = entity is before and rng.random() < (0.75 if clauses else 0.5)
-            if entity.about not in ("person", "pet") or not wording.mentions("s"):
+            if not entity.has_pronoun() or not wording.mentions("s"):
                 pronoun = False
             clauses.append(self.told_clause(entity, usable, wording, pronoun))
         return self.say(clauses) if clauses else None
@@ -291,7 +293,9 @@ class Teller:
         ):
             return None
         topic = self.told.topic
-        pronoun = bool(topic) and topic[0] is entity and wording.mentions("s")
+        pronoun = (
+            bool(topic) and topic[0] is entity and entity.has_pronoun() and wording.mentions("s")
+        )
         clause = self.clause(entity, scene, wording, values, pronoun and rng.random() < 0.5)
         clause.facts = [f for f in clause.facts if f.scene is not scene or f.slot in wording.slots]
         turn = self.message([clause], "fix", opener)

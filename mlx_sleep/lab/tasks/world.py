@@ -112,5 +112,12 @@ class World:
         found = {slot: self.value(entity, scene, slot) for slot in scene.slots}
         return {slot: value for slot, value in found.items() if value is not None}
 
+    def near(self, entity: Entity) -> set[str]:
+        """Scenes told of `entity`; the user, their things and their plans count as one."""
+        if entity.about not in ("me", "thing", "none"):
+            return self.scenes.get(entity.id, set())
+        own = ("me", "thing:", "none:")
+        return set().union(*(s for e, s in self.scenes.items() if e.startswith(own)))
+
     def told(self, entity: Entity, scene: Scene) -> bool:
         return scene.id in self.scenes.get(entity.id, ())
