@@ -67,6 +67,8 @@ def replay(life: Life) -> list[str]:
             if asked.key in doubted or asked.told != (value is not None):
                 faults.append(f"{turn.user!r}: told is {asked.told}, but {value!r} holds")
                 continue
+            if asked.form == "q" and not asked.told and any(k[:2] == asked.key[:2] for k in holds):
+                faults.append(f"{turn.user!r}: something is told of {asked.key}")
             refused = asked.answer.startswith("You have not told me")
             if refused == asked.told:
                 faults.append(f"{turn.user!r} -> {asked.answer!r}, but {value!r} holds")

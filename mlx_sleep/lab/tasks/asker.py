@@ -125,6 +125,8 @@ class Asker:
             by_form = {
                 f: [q for q in qs if slot not in q.wording.slots] for f, qs in by_form.items()
             }
+            if self.world.told(entity, scene):
+                by_form.pop("q", None)  # what is told of the scene may answer it
         what = scene.whats.get(slot) or (scene.whats.get("") if not slot else None)
         form = self.form(by_form, recall=what is not None and told.split == "train")
         if not form:
@@ -162,6 +164,8 @@ class Asker:
                 fields["w"] = entity.name.lower()
         answerer = self.who(entity, said)
         if fact is None:
+            if form == "q":
+                what = scene.whats.get("")
             answer, found = self.refusal(what, fields, answerer)
             value = ""
         else:

@@ -284,7 +284,7 @@ class Teller:
             return None  # without a sign it would read like a second fact
         values = self.world.values(entity, scene)
         main = fact.slot == scene.main
-        for slot in wording.slots:
+        for slot in sorted(wording.slots):  # a set has no order from process to process
             if slot == fact.slot or main or slot not in values:
                 values[slot] = self.told.draw_value(scene.slots[slot])
         if any(
