@@ -27,7 +27,7 @@ TRAIN, WORDS = make()
 @pytest.mark.parametrize("split", words.SPLITS)
 def test_every_answer_is_what_holds(split, level):
     lives, _ = make(split, seed=1)
-    for index in range(240 // level.windows):
+    for index in range(144 // level.windows):
         assert replay(lives.life(index, level)) == []
 
 
@@ -57,7 +57,7 @@ def test_same_lives_in_every_process():
     """Also where sets and dicts of strings come in another order."""
     code = (
         "import hashlib; from tests.lives import LEVELS, make; lives = make()[0]; "
-        "text = ''.join(lives.life(i, LEVELS[i % 4]).text() for i in range(80)); "
+        "text = ''.join(lives.life(i, LEVELS[i % 4]).text() for i in range(60)); "
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
     found = {
@@ -271,7 +271,7 @@ def test_value_marks_with_offsets_of_a_tokenizer(tmp_path):
                     marked = decode([i for i, v in zip(p.ids, p.value, strict=True) if v])
                     assert turn.asked.value.casefold() in marked.casefold()
                     seen += 1
-    assert seen > 20
+    assert seen > 8
 
 
 def test_read_chat(tmp_path):

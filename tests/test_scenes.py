@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_sleep.lab.tasks import scenes, templates
 from mlx_sleep.lab.tasks.scenes import Faults, load, read
+from mlx_sleep.lab.tasks.sentences import as_user
 from mlx_sleep.lab.tasks.templates import Who, fill, parse, plain, sentence_case, spans
 from mlx_sleep.utils.errors import UserError
 
@@ -202,3 +203,20 @@ def test_wordings_go_to_splits_by_hash():
     shares = [scenes.split_of(f"wording {i}") for i in range(4000)]
     assert 0.08 < shares.count("test") / 4000 < 0.12
     assert 0.035 < shares.count("valid") / 4000 < 0.065
+
+
+@pytest.mark.parametrize(
+    "said, asked",
+    [
+        ("where you live", "where I live"),
+        ("what you are allergic to", "what I am allergic to"),
+        ("who gave you your nickname", "who gave me my nickname"),
+        ("when your train goes and what is yours", "when my train goes and what is mine"),
+        ("where {s} picks you up", "where {s} picks me up"),
+        ("what you call me", "what I call you"),
+        ("which of them {s} owes you", "which of them {s} owes me"),
+        ("where you were", "where I was"),
+    ],
+)  # fmt: skip
+def test_a_clause_turned_round(said, asked):
+    assert as_user(parse(said, {"s"})) == parse(asked, {"s"})

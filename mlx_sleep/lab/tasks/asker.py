@@ -295,12 +295,8 @@ class Asker:
         scene = usable.scene
         if scene.id in NAMES:
             beings = [e for e in self.cast.of(NAMES[scene.id]) if not e.linked]
-            if not beings:
-                return None
-            being = rng.choice(beings)
-            if being.relation and being.name:
-                return None
-            return being, usable, "v" if being.relation else "r"
+            being = rng.choice(beings) if beings else None
+            return being and (being, usable, "v" if being.first == being.relation else "r")
         if scene.about == "me":
             entity = self.cast.me
         elif scene.about == "thing":

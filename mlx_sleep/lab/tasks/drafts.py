@@ -14,6 +14,7 @@ from random import Random
 from .library import Library
 from .noise import Style, typed
 from .people import Cast, Entity
+from .scenes import Scene
 from .templates import plain
 from .world import Fact, Turn, World
 
@@ -21,11 +22,12 @@ from .world import Fact, Turn, World
 @dataclass(eq=False)
 class Draft:
     """turns that stay together. changes: run when they are placed. topic: the only being that the
-    last turn spoke of, and how."""
+    last turn spoke of, and how. told: what it tells for the first time; empty if it tells more."""
 
     turns: list[Turn]
     changes: list[Callable[[], None]] = field(default_factory=list)
     topic: tuple[Entity, str] | None = None
+    told: tuple[tuple[Entity, Scene], ...] = ()
     whole: bool = False  # no window boundary may fall inside
 
 
@@ -50,6 +52,7 @@ class Told:
         self.style = Style.draw(rng, level.noise)
         self.window = 0
         self.topic: tuple[Entity, str] | None = None
+        self.last: tuple[tuple[Entity, Scene], ...] = ()  # what the turn before told
         self.asked_here: set[str] = set()  # questions of this window
 
     def draw_value(self, pool: str) -> str:

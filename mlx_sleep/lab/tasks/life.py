@@ -38,6 +38,7 @@ THEMES = {
     "asking": {"ask": 0.96, "chat": 0.04},
     "last": {"tell": 0.1, "fix": 0.05, "forget": 0.02, "ask": 0.75, "chat": 0.08},
 }
+FORGET_THAT = 0.03  # share of tellings that are taken back at once
 CHAT = Sequence[Sequence[tuple[str, str]]]
 
 
@@ -134,7 +135,7 @@ class LifeWriter(Told):
     def write(self, i: int, theme: str) -> Window:
         """One window, filled up to its capacity."""
         rng, level = self.rng, self.level
-        self.window, self.topic, self.asked_here = i, None, set()
+        self.window, self.topic, self.last, self.asked_here = i, None, (), set()
         window = Window(kl=theme == "ordinary")
         if i == 0 and rng.random() < SYSTEM_PROMPT:
             window.pieces.add(self.encoder.opening())
@@ -177,6 +178,7 @@ class LifeWriter(Told):
             change()
         window.turns += draft.turns
         self.topic = draft.topic
+        self.last = draft.told if draft.turns[-1].kind == "tell" else ()
         self.told_here += sum(turn.kind == "tell" for turn in draft.turns)
 
     # --- what is said next ---
@@ -185,6 +187,8 @@ class LifeWriter(Told):
         rng = self.rng
         if theme == "ordinary":
             return self.ordinary(long=True)
+        if self.last and theme != "asking" and rng.random() < FORGET_THAT:
+            return self.teller.forget_that()
         acts = THEMES[theme]
         act = rng.choices(list(acts), list(acts.values()))[0]
         if act == "tell" and self.told_here >= self.limit:
@@ -202,7 +206,7 @@ class LifeWriter(Told):
             return None
         if act == "fix":
             return self.teller.fix(fact)
-        return self.teller.forget(fact, at_once=False)
+        return self.teller.forget(fact)
 
     def question(self, theme: str) -> Draft | None:
         rng = self.rng

@@ -62,13 +62,13 @@ class _Script:
         for change in draft.changes:
             change()
         self.windows[-1].add(pieces)
-        self.writer.topic = draft.topic
+        self.writer.topic, self.writer.last = draft.topic, draft.told
         return True
 
     def sleep(self) -> None:
         self.windows.append(Pieces())
         self.writer.window += 1
-        self.writer.topic = None
+        self.writer.topic, self.writer.last = None, ()
 
     def askable(self, fact: Fact) -> bool:
         usable = self.writer.library.usable(fact.scene, self.writer.split)

@@ -7,7 +7,7 @@ that they are one: then a fact told by one is asked by the other.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 from . import words
@@ -42,7 +42,7 @@ NEAR = (
 @dataclass(eq=False)
 class Entity:
     """about: as in a scene. relation: "my sister", "our cat", "the boat". linked: the user has said
-    that relation and name are the same being. handles: how it has been spoken of, newest last."""
+    that relation and name are the same being. first: how it was known before."""
 
     id: str
     about: str
@@ -50,7 +50,10 @@ class Entity:
     relation: str = ""
     name: str = ""
     linked: bool = False
-    handles: list[str] = field(default_factory=list)
+    first: str = ""
+
+    def __post_init__(self):
+        self.first = self.first or self.relation or self.name
 
     def has_pronoun(self) -> bool:
         """Whether "he", "she" or "it" can stand for this; not for "my keys"."""
@@ -62,7 +65,7 @@ class Entity:
         """The handles that the user can use and be understood."""
         if self.linked:
             return [self.relation, self.name]
-        return [self.relation or self.name]
+        return [self.first]
 
     def who(self, handle: str) -> Who:
         keep = self.name if self.name in handle else ""
@@ -127,9 +130,9 @@ class Cast:
         gender = "he" if relation.split(" ")[-1] in MALE else gender
         gender = "she" if relation.split(" ")[-1] in FEMALE else gender
         own = "our " if about == "pet" and rng.random() < 0.35 else "my "
-        entity = Entity(f"{about}{len(self.all)}", about, gender, relation and own + relation)
-        if not relation:
-            entity.name = self.name(gender)
+        name = "" if relation else self.name(gender)
+        handle = own + relation if relation else ""
+        entity = Entity(f"{about}{len(self.all)}", about, gender, handle, name)
         self.all.append(entity)
         return entity
 

@@ -44,20 +44,22 @@ def join(rng: Random, clauses: Sequence[str]) -> str:
     return text
 
 
-_FLIPS = (
-    (r"\byou are\b", "I am"),
-    (r"\byou're\b", "I'm"),
-    (r"\byou were\b", "I was"),
-    (
-        r"\b(to|for|with|of|at|about|from|on|by|than|gave|give|gives|told|calls?|near) you\b",
-        r"\1 me",
-    ),
-    (r"\byou$", "me"),
-    (r"\byou\b", "I"),
-    (r"\byour\b", "my"),
-    (r"\byours\b", "mine"),
-    (r"\byourself\b", "myself"),
-)
+# The assistant's words about the user, and the user's own.
+_FLIPS = {
+    "you are": "I am",
+    "you're": "I'm",
+    "you were": "I was",
+    "you": "I",
+    "your": "my",
+    "yours": "mine",
+    "yourself": "myself",
+    "me": "you",
+    "my": "your",
+}
+_BEFORE_OBJECT = """to for with of at about from on by than near gave give gives told call calls pay
+pays pick picks owe owes send sent sends lend lent meet meets"""
+_OBJECT = re.compile(rf"\b({'|'.join(_BEFORE_OBJECT.split())}) you\b|\byou$")
+_FLIP = re.compile(r"\b(you are|you're|you were|you|your|yours|yourself|me|my)\b")
 
 
 def as_user(parts: Parts) -> Parts:
@@ -65,12 +67,19 @@ def as_user(parts: Parts) -> Parts:
     out = []
     for i, part in enumerate(parts):
         if isinstance(part, str):
-            for pattern, new in _FLIPS:
-                if pattern.endswith("$") and i < len(parts) - 1:
-                    continue
-                part = re.sub(pattern, new, part)
+            last = i == len(parts) - 1
+            text = _FLIP.sub(lambda m: _FLIPS[m[0]], _hide_objects(part, last))
+            part = text.replace("\0", "me")
         out.append(part)
     return tuple(out)
+
+
+def _hide_objects(text: str, last: bool) -> str:
+    """Puts a zero byte for each "you" that is an object: it becomes "me"."""
+    return _OBJECT.sub(
+        lambda m: f"{m[1]} \0" if m[1] else "\0" if last else m[0],
+        text,
+    )
 
 
 def marked_answer(text: str, slot: str, form: str) -> tuple[str, tuple[tuple[int, int], ...]]:

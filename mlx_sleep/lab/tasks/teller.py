@@ -194,10 +194,12 @@ class Teller:
                     self.cast.relations |= ties(fact.scene)
                     if fact.scene.id in NAMES:
                         fact.entity.linked = True
-                if clause.handle:
-                    clause.entity.handles.append(clause.handle)
 
         draft.changes.append(happen)
+        told = dict.fromkeys((f.entity, f.scene.id) for c in clauses for f in c.facts)
+        scenes = [(entity, self.library.scenes[name]) for entity, name in told]
+        if not any(scene.id in NAMES or self.world.told(e, scene) for e, scene in scenes):
+            draft.told = tuple(scenes)
         beings = {c.entity for c in clauses}
         being = beings.pop() if len(beings) == 1 else None
         if being is not None and being.has_pronoun():
@@ -205,7 +207,7 @@ class Teller:
         return draft
 
     def tell(self) -> Draft | None:
-        """A message with 1 to 4 facts."""
+        """A message with 1 to 4 facts; now and then the rest of what the turn before told."""
         rng, told = self.rng, self.told
         topic = told.topic
         count = rng.choices((1, 2, 3, 4), told.level.facts_per_message)[0]
@@ -219,21 +221,32 @@ class Teller:
                 entity = clauses[-1].entity
             if entity is not None and entity.about == "none":
                 entity = None
-            found = self.pick(entity)
+            found = None
+            if i == 0 and len(told.last) == 1 and rng.random() < 0.25:
+                found = self.rest(*told.last[0])
+            found = found or self.pick(entity)
             if found is None:
                 continue
             entity, usable, wording = found
             scene = usable.scene
-            near = {scene.id, *self.library.rivals[scene.id]}
-            if any((entity.id, name) in taken for name in near):
+            owner = "user" if entity.about in ("thing", "none") else entity.id
+            near = {(owner, name) for name in (scene.id, *self.library.rivals[scene.id])}
+            if near & taken:
                 continue
-            taken |= {(entity.id, name) for name in near}
+            taken |= near
             before = clauses[-1].entity if clauses else topic[0] if topic else None
             pronoun = entity is before and rng.random() < (0.75 if clauses else 0.5)
             if not entity.has_pronoun() or not wording.mentions("s"):
                 pronoun = False
             clauses.append(self.told_clause(entity, usable, wording, pronoun))
         return self.say(clauses) if clauses else None
+
+    def rest(self, entity: Entity, scene: Scene) -> tuple[Entity, Usable, Wording] | None:
+        """A wording that tells what the turn before left out of a scene."""
+        usable = self.library.usable(scene, self.told.split)
+        have = set(self.world.values(entity, scene))
+        wordings = [w for w in self.free(entity, usable) if not w.slots & have or len(have) > 1]
+        return (entity, usable, self.rng.choice(wordings)) if wordings else None
 
     def told_clause(
         self, entity: Entity, usable: Usable, wording: Wording, pronoun: bool = False
@@ -323,27 +336,28 @@ class Teller:
         opener = rng.choice(speech.FIX_OPENERS)
         return self.place(Draft([self.message([clause], "fix", opener)]), [clause])
 
-    def forget(self, fact: Fact, at_once: bool) -> Draft | None:
-        """A request to forget all of a fact's scene. at_once: "forget that", right after it."""
+    def forget(self, fact: Fact) -> Draft | None:
+        """A request to forget all of a fact's scene."""
         rng, scene, entity = self.rng, fact.scene, fact.entity
-        if scene.id in NAMES:
-            return None
         what = scene.whats.get(scene.main) or scene.whats.get("")
-        if at_once:
-            text = rng.choice(speech.FORGET_THAT)
-        elif what is None:
+        if scene.id in NAMES or what is None:
             return None
-        else:
-            who = None
-            if entity.about in ("person", "pet", "thing"):
-                who = entity.who(self.handle_known(entity))
-            clause = templates.fill(as_user(what), {"w": entity.name}, who)
-            text = rng.choice(speech.FORGET).format(x=clause)
-        user, _ = self.told.type(sentence_case(text))
-        keys = [f.key for f in self.world.facts.values() if f.entity is entity and f.scene is scene]
-        events = tuple(Event(k, None, True) for k in sorted(keys))
-        turn = Turn(user, rng.choice(speech.FORGET_ACKS), "forget", ACK_WEIGHT, (), events)
-        return Draft([turn], [lambda: self.world.forget(entity, scene)])
+        who = None
+        if entity.about in ("person", "pet", "thing"):
+            who = entity.who(rng.choice(entity.known_as()))
+        clause = templates.fill(as_user(what), {"w": entity.name}, who)
+        text = rng.choice(speech.FORGET).format(x=clause)
+        return self.forgetting(text, ((entity, scene),))
 
-    def handle_known(self, entity: Entity) -> str:
-        return self.rng.choice(entity.known_as())
+    def forget_that(self) -> Draft:
+        """A request to forget what the turn before told."""
+        return self.forgetting(self.rng.choice(speech.FORGET_THAT), self.told.last)
+
+    def forgetting(self, text: str, told: Sequence[tuple[Entity, Scene]]) -> Draft:
+        user, _ = self.told.type(sentence_case(text))
+        facts = self.world.facts.values()
+        keys = [f.key for f in facts if any(f.entity is e and f.scene is s for e, s in told)]
+        events = tuple(Event(key, None, True) for key in sorted(keys))
+        reply = self.rng.choice(speech.FORGET_ACKS)
+        turn = Turn(user, reply, "forget", ACK_WEIGHT, (), events)
+        return Draft([turn], [lambda: [self.world.forget(*pair) for pair in told]])
