@@ -14,7 +14,7 @@ import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from ...utils.errors import UserError
@@ -27,7 +27,7 @@ from .noise import typed
 from .old_kinds import old_kinds
 from .teller import ACK_WEIGHT, Teller
 from .templates import plain
-from .world import Turn
+from .world import Fact, Turn
 
 CHAT_WEIGHT = 0.3
 SYSTEM_PROMPT = 0.85  # share of lives that open with the template's system prompt
@@ -39,6 +39,8 @@ THEMES = {
     "last": {"tell": 0.1, "fix": 0.05, "forget": 0.02, "ask": 0.75, "chat": 0.08},
 }
 FORGET_THAT = 0.03  # share of tellings that are taken back at once
+INSIST = 0.25  # share of wrong answers that the user puts right
+MIXED = 0.06  # share of questions that stand in a message which also tells something
 CHAT = Sequence[Sequence[tuple[str, str]]]
 
 
@@ -116,7 +118,8 @@ class LifeWriter(Told):
         self.teller, self.asker = Teller(self), Asker(self)
         self.carry = Pieces()  # what a boundary inside a turn left for the next window
         self.told_here = 0
-        self.favourites: list = []
+        self.favourites: list = []  # keys of the facts that this life comes back to
+        self.denied: Fact | None = None  # what the assistant has just got wrong
 
     def life(self, index: int = 0) -> Life:
         return Life(index, [self.write(i, self.theme(i)) for i in range(self.level.windows)])
@@ -135,7 +138,7 @@ class LifeWriter(Told):
     def write(self, i: int, theme: str) -> Window:
         """One window, filled up to its capacity."""
         rng, level = self.rng, self.level
-        self.window, self.topic, self.last, self.asked_here = i, None, (), set()
+        self.window, self.topic, self.last, self.denied, self.asked_here = i, None, (), None, set()
         window = Window(kl=theme == "ordinary")
         if i == 0 and rng.random() < SYSTEM_PROMPT:
             window.pieces.add(self.encoder.opening())
@@ -179,6 +182,10 @@ class LifeWriter(Told):
         window.turns += draft.turns
         self.topic = draft.topic
         self.last = draft.told if draft.turns[-1].kind == "tell" else ()
+        asked = draft.turns[-1].asked
+        self.denied = self.world.facts.get(asked.key) if asked and asked.wrong else None
+        if self.denied and not self.denied.slot:
+            self.denied = None
         self.told_here += sum(turn.kind == "tell" for turn in draft.turns)
 
     # --- what is said next ---
@@ -189,6 +196,8 @@ class LifeWriter(Told):
             return self.ordinary(long=True)
         if self.last and theme != "asking" and rng.random() < FORGET_THAT:
             return self.teller.forget_that()
+        if self.denied and rng.random() < INSIST:
+            return self.teller.insist(self.denied)
         acts = THEMES[theme]
         act = rng.choices(list(acts), list(acts.values()))[0]
         if act == "tell" and self.told_here >= self.limit:
@@ -215,10 +224,26 @@ class LifeWriter(Told):
         else:
             fact = self.again() if theme == "asking" else self.asker.fact()
             draft = self.asker.ask(fact) if fact else None
+            if draft and theme != "asking" and rng.random() < MIXED:
+                draft = self.told_and_asked(draft)
         wrong = self.window < self.level.windows - 1 and rng.random() < self.level.wrong
         return self.asker.wrong(draft) if draft and wrong else draft
 
-    def again(self):
+    def told_and_asked(self, question: Draft) -> Draft:
+        """The question in a message that tells something else first."""
+        telling = self.teller.tell()
+        turn, asked = question.turns[0], question.turns[0].asked
+        if telling is None or asked.pronoun:
+            return question
+        told = telling.turns[0]
+        if any(event.key[:2] == asked.key[:2] for event in told.events):
+            return question
+        user = f"{told.user.rstrip('.!?')}. {turn.user}"
+        both = replace(turn, user=user, events=told.events)
+        changes = [*telling.changes, *question.changes]
+        return Draft([both], changes, question.topic, whole=True)
+
+    def again(self) -> Fact:
         """A fact of the few that this life comes back to, or any."""
         rng = self.rng
         if rng.random() >= self.level.re_asked:

@@ -55,6 +55,10 @@ update:_|scratch that,_|I was mistaken,_|oh no,_|not quite,_|sorry,_|hang on,_|m
 I need to correct myself:_|that's changed:_|ah, I told you something wrong,_|wait,_|hmm, no,_|
 it's different now:_|I should correct that:_|forget what I said before,_|oops,_|small change:_|
 news:_|change of plan:_|well, actually,_""")
+# After a wrong answer of the assistant.
+INSIST_OPENERS = _lines("""no,_|no, I told you,_|that's wrong,_|wrong,_|no, that's not right,_|
+nope,_|I don't think so,_|not at all,_|no no,_|that's not what I said,_|hmm, no,_|
+you got that wrong,_|come on,_|that can't be,_|I told you already,_|you forgot:_""")
 # A correction in the same breath; {x} is the new value.
 FIX_SHORT = _lines("""sorry, I meant {x}|no, {x}|I mean {x}|make that {x}|oops, I meant {x}|
 wait, no, {x}|no wait, {x}|sorry, {x}|not that, {x}|scratch that, {x}|correction, {x}|

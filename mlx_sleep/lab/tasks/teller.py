@@ -320,6 +320,18 @@ class Teller:
         draft.changes.append(lambda: [self.world.doubt(k) for k in doubted])
         return draft
 
+    def insist(self, fact: Fact) -> Draft | None:
+        """Tells a fact again, after the assistant got it wrong."""
+        usable = self.library.usable(fact.scene, self.told.split)
+        values = self.world.values(fact.entity, fact.scene)
+        options = [w for w in usable.tells if fact.slot in w.slots and w.slots <= set(values)]
+        options = [w for w in options if not speech.SELF_OPENED.match(w.text)]
+        if fact.scene.id in NAMES or not options:
+            return None
+        clause = self.clause(fact.entity, fact.scene, self.rng.choice(options), values)
+        turn = self.message([clause], "fix", self.rng.choice(speech.INSIST_OPENERS))
+        return self.place(Draft([turn]), [clause])
+
     def change_trait(self, fact: Fact) -> Draft | None:
         """A counter-trait of the same group."""
         rng = self.rng
