@@ -105,6 +105,8 @@ def test_two_scenes_of_one_name(tmp_path):
         ("[town]\nOslo", r"pools.txt:1: there is a pool town already"),
         ("[price]\ncompose: {number} {coin}", r"pools.txt:1: .* unknown pool coin"),
         ("[fruit]\ntell: an apple", r"pools.txt:1: pool fruit has a strange value"),
+        ("[spot]\n", r"pools.txt:1: there is a pool spot already"),
+        ("[nook]\non the bed | on my bed", r"pools.txt:1: pool nook has a value with my or our"),
     ],
 )
 def test_faults_of_pools(tmp_path, pools, message):

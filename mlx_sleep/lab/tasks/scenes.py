@@ -149,6 +149,9 @@ def read_pools(paths: Iterable[Path], faults: Faults) -> Pools:
         for value in pool.values:
             if re.search(r"[{}\[\]]|: ", value):
                 faults.add(pool.where, f"pool {pool.name} has a strange value: {value}")
+            elif re.search(r"\b(my|our)\b(?! (friend|lord|lady|stars))", value):
+                # The assistant says values as they are, and "my desk" is not its own.
+                faults.add(pool.where, f"pool {pool.name} has a value with my or our: {value}")
     return found
 
 
