@@ -33,6 +33,10 @@ JOINTS = _lines("""_and_|_and_|_and_|, and_|, and_|,_|;_|_and also_|, plus_|, oh
 # Between two sentences of one message.
 BREAKS = _lines("""._|._|._|._|._|. Also,_|. Oh, and_|. And_|. Also_|. Besides,_|. Another thing:_|
 . Then there's this:_|. By the way,_|..._|!_|. Plus,_|. And yes,_|. Btw_""")
+# What may follow an opener such as "you should know that": a clause with a subject.
+SUBJECTS = re.compile(
+    r"(?i)(I|I'm|I've|I'd|I'll|my|our|we|we've|we're|the|it's|it|there's|there|he|she)\b"
+)
 # A clause that begins so stands without an opener.
 SELF_OPENED = re.compile(
     r"(?i)(btw|by the way|oh\b|so\b|did\b|do\b|hey|hi\b|guess|well\b|fun fact|fyi|just\b|also|"

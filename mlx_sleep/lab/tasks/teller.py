@@ -143,6 +143,9 @@ class Teller:
         opened = speech.SELF_OPENED.match(plain(text))
         if not opener and not opened and rng.random() < 0.22:
             opener = rng.choice(speech.TELL_OPENERS)
+            bound = opener.endswith(("that ", "out ", "but "))
+            if bound and not speech.SUBJECTS.match(plain(text)):
+                opener = ""
         if opener:
             text = opener + lower_first(text)
         if plain(text)[-1:] not in ".!?" and rng.random() < 0.07 and kind == "tell":
