@@ -58,7 +58,7 @@ class Level:
 
     windows: int = 2
     window_tokens: int = 192
-    facts: tuple[int, int] = (1, 6)
+    facts: tuple[int, int] = (1, 8)
     facts_per_message: tuple[float, ...] = (0.55, 0.27, 0.12, 0.06)
     untold: float = 0.17
     wrong: float = 0.1
@@ -186,7 +186,8 @@ class LifeWriter(Told):
         self.denied = self.world.facts.get(asked.key) if asked and asked.wrong else None
         if self.denied and not self.denied.slot:
             self.denied = None
-        self.told_here += sum(turn.kind == "tell" for turn in draft.turns)
+        told = {e.key[:2] for t in draft.turns if t.kind != "fix" for e in t.events if e.value}
+        self.told_here += len(told)
 
     # --- what is said next ---
 
@@ -222,8 +223,10 @@ class LifeWriter(Told):
         if rng.random() < self.level.untold or not self.world.facts:
             draft = self.asker.untold()
         else:
-            fact = self.again() if theme == "asking" else self.asker.fact()
-            draft = self.asker.ask(fact) if fact else None
+            for _ in range(4):  # not every fact can be asked for in the words of every split
+                draft = self.asker.ask(self.again() if theme == "asking" else self.asker.fact())
+                if draft:
+                    break
             if draft and theme != "asking" and rng.random() < MIXED:
                 draft = self.told_and_asked(draft)
         wrong = self.window < self.level.windows - 1 and rng.random() < self.level.wrong
