@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from . import speech, templates
 from .drafts import Draft, Told
-from .library import NAMES, Usable, slots_mentioned, ties
+from .library import NAMES, Usable, slots_mentioned
 from .people import Entity, spoken_by_assistant
 from .scenes import Question, Scene
 from .sentences import as_user, lower_first, marked_answer, stop
@@ -41,17 +41,37 @@ class Asker:
 
     # --- questions ---
 
-    def questions(self, usable: Usable, slot: str, values: Mapping[str, str]) -> dict[str, list]:
-        """Questions on a slot by form, of those that need no untold slot."""
+    def questions(
+        self,
+        entity: Entity,
+        usable: Usable,
+        slot: str,
+        fact: Fact | None,
+        values: Mapping[str, str],
+        others: Mapping[str, str],
+    ) -> dict[str, list[Question]]:
+        """Questions on a slot by form: those that need no untold slot, and say whom they are about
+        unless the turn before did."""
+        topic = self.told.topic
+        named = entity.about in ("me", "none") or (topic is not None and topic[0] is entity)
+        known = {*values, slot} if fact is None else set(values)
         by_form: dict[str, list[Question]] = {}
-        for question in (*usable.questions.get(slot, ()), *(usable.questions.get("", ()))):
-            needed = slots_mentioned(question) & set(usable.scene.slots)
-            if needed <= set(values):
+        for question in (*usable.questions.get(slot, ()), *usable.questions.get("", ())):
+            if fact is None and slot in question.wording.slots:
+                continue
+            if not slots_mentioned(question) & set(usable.scene.slots) <= known:
+                continue
+            if not (named or usable.scene.id in NAMES or question.wording.names_subject):
+                continue
+            if question.wording.others <= set(others):
                 by_form.setdefault(question.kind, []).append(question)
+        if fact is None and self.world.told(entity, usable.scene):
+            by_form.pop("q", None)  # what is told of the scene may answer it
         return by_form
 
     def others(self, scene: Scene, slot: str, fact: Fact | None, values: Mapping) -> dict:
-        """What {v~} stands for: an older value, one told of something else, or any other."""
+        """What {v~} stands for: an older value, one told of something else, or any other. A slot
+        whose pool has no other value is left out."""
         found = {}
         for name, pool in scene.slots.items():
             now = values.get(name, "").casefold()
@@ -70,12 +90,12 @@ class Asker:
                 found[name] = self.rng.choice(old)
             elif pool_values and r < 0.7:
                 found[name] = self.rng.choice(pool_values)
-            else:
+            elif self.library.pools.usable(pool, self.told.split):
                 for _ in range(20):
                     value = self.library.pools.draw(self.rng, pool, self.told.split)
                     if not overlap(value.casefold(), now):
+                        found[name] = value
                         break
-                found[name] = value
         return found
 
     def form(self, by_form: Mapping[str, list], recall: bool) -> str:
@@ -110,92 +130,88 @@ class Asker:
     def write(
         self, entity: Entity, usable: Usable, slot: str, fact: Fact | None, pronoun: bool = True
     ) -> Draft | None:
-        """A question on a slot ("" for a trait) and its answer; a refusal where fact is None."""
+        """A question on a slot ("" for a trait) and its answer; a refusal where fact is None. None
+        where the split's wordings do not suffice."""
         rng, scene, told = self.rng, usable.scene, self.told
-        values = dict(self.world.values(entity, scene))
-        if fact is None:  # a question about something untold may mention details
-            for name, pool in scene.slots.items():
-                if name != slot and name not in values and scene.id not in NAMES:
-                    values[name] = told.draw_value(pool)
-            if scene.id in NAMES:
-                values = {"r": entity.relation.split(" ", 1)[-1], "v": entity.name}
-                values.pop(slot)
-        by_form = self.questions(usable, slot, {**values, **({slot: ""} if not fact else {})})
-        if fact is None:
-            by_form = {
-                f: [q for q in qs if slot not in q.wording.slots] for f, qs in by_form.items()
-            }
-            if self.world.told(entity, scene):
-                by_form.pop("q", None)  # what is told of the scene may answer it
+        values = self.values(entity, scene, slot, fact)
+        others = self.others(scene, slot, fact, values)
+        by_form = self.questions(entity, usable, slot, fact, values, others)
         what = scene.whats.get(slot) or (scene.whats.get("") if not slot else None)
         form = self.form(by_form, recall=what is not None and told.split == "train")
         if not form:
             return None
-        topic, handle, hops, by_pronoun = told.topic, "", 1, False
-        who = None
-        if entity.about in ("person", "pet", "thing") and scene.id not in NAMES:
-            handle = self.handle(entity, fact)
-            who = self.who(entity, handle)
-            if topic and topic[0] is entity and pronoun and rng.random() < 0.5:
-                who, handle, by_pronoun = Who.pronoun(entity.gender), topic[1], True
-                if entity.linked and handle not in entity.known_as():
-                    handle = entity.relation
-            if fact and fact.handle in (entity.relation, entity.name) and handle != fact.handle:
-                hops = 2
-        fields = {**values, "w": entity.name}
-        others = self.others(scene, slot, fact, values)
-        question = None
-        if form == "recall":
+        question = None if form == "recall" else rng.choice(by_form[form])
+        who, handle, by_pronoun = self.speak_of(entity, scene, fact, pronoun)
+        fields = {**others, **values, "w": entity.name}
+        if question is None:
             clause = templates.fill(as_user(what), fields, who)
             text = rng.choice(speech.RECALL).format(x=clause)
         else:
-            question = rng.choice(by_form[form])
-            if slot in others and fact is None:
-                fields[slot] = others[slot]
             text = templates.fill(question.wording.parts, fields, who, others, mark="-")
             text = self.decorate(text)
         if text in told.asked_here and rng.random() < 0.85:
             return None
         user, lowered = told.type(sentence_case(text))
-        said = spoken_by_assistant(handle)
         if lowered:
-            said = said.lower()
-            if entity.about == "word" and entity.name:
-                fields["w"] = entity.name.lower()
+            fields["w"] = fields["w"].lower()
+        said = spoken_by_assistant(handle.lower() if lowered else handle)
         answerer = self.who(entity, said)
         if fact is None:
             if form == "q":
                 what = scene.whats.get("")
             answer, found = self.refusal(what, fields, answerer)
-            value = ""
         else:
-            if question is None or question.answer is None:
-                parts = self.say(scene, slot, values)
-            else:
-                parts = question.answer
+            fixed = question.answer if question else None
+            parts = fixed or self.say(scene, slot, values)
             if parts is None:
                 return None
             marked = templates.fill(parts, fields, answerer, others, mark=slot)
             answer, found = marked_answer(marked, slot, form)
-            value = fact.value if fact.slot else ""
+        told_by = fact.handle if fact else ""
         asked = Asked(
             form,
             key_of(entity, scene, slot),
-            fact is not None,
-            value,
-            answer,
-            told.window - fact.window if fact else 0,
-            hops,
-            by_pronoun,
-            bool(fact and fact.old),
+            told=fact is not None,
+            value=fact.value if fact and fact.slot else "",
+            answer=answer,
+            age=told.window - fact.window if fact else 0,
+            hops=2 if told_by in entity.known_as() and handle not in ("", told_by) else 1,
+            pronoun=by_pronoun,
+            corrected=bool(fact and fact.old),
         )
-        turn = Turn(user, answer, "ask", 1.0, found, (), asked)
-        draft = Draft([turn], [lambda: told.asked_here.add(text)], whole=True)
-        if entity.has_pronoun() and handle:
-            draft.topic = entity, handle
-        elif scene.id in NAMES:
-            draft.topic = entity, rng.choice(entity.known_as())
+        draft = Draft([Turn(user, answer, "ask", 1.0, found, (), asked)], whole=True)
+        draft.changes.append(lambda: told.asked_here.add(text))
+        if entity.has_pronoun():
+            draft.topic = entity, handle or rng.choice(entity.known_as())
         return draft
+
+    def values(self, entity: Entity, scene: Scene, slot: str, fact: Fact | None) -> dict[str, str]:
+        """The slots that a question may mention: those told and, in a question about something
+        untold, invented ones."""
+        if fact is None and scene.id in NAMES:
+            names = {"r": entity.relation.split(" ", 1)[-1], "v": entity.name}
+            return {name: value for name, value in names.items() if name != slot}
+        values = self.world.values(entity, scene)
+        if fact is None:
+            for name, pool in scene.slots.items():
+                if name != slot and name not in values:
+                    values[name] = self.told.draw_value(pool)
+        return values
+
+    def speak_of(
+        self, entity: Entity, scene: Scene, fact: Fact | None, pronoun: bool
+    ) -> tuple[Who | None, str, bool]:
+        """How the question calls its subject, which handle the answer uses, and whether the
+        question uses a pronoun."""
+        if entity.about not in ("person", "pet", "thing") or scene.id in NAMES:
+            return None, "", False
+        topic = self.told.topic
+        if pronoun and topic and topic[0] is entity and self.rng.random() < 0.5:
+            known = entity.known_as()
+            handle = topic[1] if topic[1] in known else known[0]
+            return Who.pronoun(entity.gender), handle, True
+        handle = self.handle(entity, fact)
+        return self.who(entity, handle), handle, False
 
     def say(self, scene: Scene, slot: str, values: Mapping[str, str]) -> templates.Parts | None:
         """An answer that names no untold slot; the first is the usual one."""
@@ -227,7 +243,7 @@ class Asker:
         if asked.told and asked.value and self.rng.random() < 0.7:
             pool = self.library.scenes.get(asked.key[1])
             other = pool and self.others(pool, asked.key[2], None, {asked.key[2]: asked.value})
-            if other:
+            if other and asked.key[2] in other:
                 reply = turn.reply.replace(asked.value, other[asked.key[2]])
         elif not asked.told:
             values = [f.value for f in self.world.facts.values() if f.slot]
@@ -238,84 +254,6 @@ class Asker:
             turn, reply=reply, weight=0.0, spans=(), asked=replace(asked, wrong=True)
         )
         return draft
-
-    # --- never told ---
-
-    def untold(self) -> Draft | None:
-        """A question about something that was not told, mostly near to what was."""
-        rng = self.rng
-        for _ in range(20):
-            found = self.near_miss(rng.random())
-            if found is None:
-                continue
-            entity, usable, slot = found
-            scene = usable.scene
-            if not self.is_untold(entity, scene, slot):
-                continue
-            draft = self.write(entity, usable, slot, None)
-            if draft is not None:
-                return draft
-        return None
-
-    def is_untold(self, entity: Entity, scene: Scene, slot: str) -> bool:
-        """Nothing told answers it, nor nearly does."""
-        key = key_of(entity, scene, slot)
-        if key in self.world.facts or key in self.world.unclear:
-            return False
-        if not self.world.told(entity, scene) and self.cast.taken(ties(scene)):
-            return False
-        return not self.world.near(entity) & self.library.rivals[scene.id]
-
-    def near_miss(self, r: float) -> tuple[Entity, Usable, str] | None:
-        rng, told = self.rng, self.told
-        facts = list(self.world.facts.values())
-        if self.world.forgotten and r < 0.35:
-            fact = rng.choice(list(self.world.forgotten.values()))
-            return fact.entity, self.library.usable(fact.scene, told.split), fact.slot
-        if facts and r < 0.8:
-            fact = rng.choice(facts)
-            scene, entity = fact.scene, fact.entity
-            usable = self.library.usable(scene, told.split)
-            untold = [s for s in scene.slots if key_of(entity, scene, s) not in self.world.facts]
-            if untold and rng.random() < 0.5:
-                return entity, usable, rng.choice(untold)
-            if scene.about in ("person", "pet", "word") and rng.random() < 0.6:
-                other = self.other(entity)
-                return other and (other, usable, fact.slot)
-            if entity.about in ("none",) or scene.id in NAMES:
-                return None
-            usable = self.library.draw(rng, told.split, entity.about)
-            if usable is None:
-                return None
-            scene = usable.scene
-            if not told.teller.fits(entity, scene):
-                return None
-            return entity, usable, rng.choice(list(scene.slots) or [""])
-        usable = self.library.draw(rng, told.split)
-        scene = usable.scene
-        if scene.id in NAMES:
-            beings = [e for e in self.cast.of(NAMES[scene.id]) if not e.linked]
-            being = rng.choice(beings) if beings else None
-            return being and (being, usable, "v" if being.first == being.relation else "r")
-        if scene.about == "me":
-            entity = self.cast.me
-        elif scene.about == "thing":
-            entity = self.cast.thing(rng.choice(scene.subjects))
-        elif scene.about == "none":
-            entity = self.cast.none(scene.id)
-        else:
-            entity = self.other(None, scene.about)
-        if entity is None:
-            return None
-        return entity, usable, rng.choice(list(scene.slots) or [""])
-
-    def other(self, entity: Entity | None, about: str = "") -> Entity | None:
-        """Somebody else of the same sort, known or not."""
-        about = entity.about if entity else about
-        known = [e for e in self.cast.of(about) if e is not entity]
-        if known and self.rng.random() < 0.6:
-            return self.rng.choice(known)
-        return self.cast.word() if about == "word" else self.cast.being(about)
 
 
 def overlap(a: str, b: str) -> bool:

@@ -27,6 +27,7 @@ from .noise import typed
 from .old_kinds import old_kinds
 from .teller import ACK_WEIGHT, Teller
 from .templates import plain
+from .untold import Untold
 from .world import Fact, Turn
 
 CHAT_WEIGHT = 0.3
@@ -116,6 +117,7 @@ class LifeWriter(Told):
         super().__init__(library, split, level, rng)
         self.encoder, self.chat, self.lengths = encoder, *chat
         self.teller, self.asker = Teller(self), Asker(self)
+        self.untold = Untold(self, self.teller, self.asker)
         self.carry = Pieces()  # what a boundary inside a turn left for the next window
         self.told_here = 0
         self.favourites: list = []  # keys of the facts that this life comes back to
@@ -221,7 +223,7 @@ class LifeWriter(Told):
     def question(self, theme: str) -> Draft | None:
         rng = self.rng
         if rng.random() < self.level.untold or not self.world.facts:
-            draft = self.asker.untold()
+            draft = self.untold.ask()
         else:
             for _ in range(4):  # not every fact can be asked for in the words of every split
                 draft = self.asker.ask(self.again() if theme == "asking" else self.asker.fact())

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ...utils.errors import UserError
@@ -44,6 +45,16 @@ class Wording:
 
     def mentions(self, name: str) -> bool:
         return any(isinstance(p, Field) and p.name == name for p in self.parts)
+
+    @cached_property
+    def names_subject(self) -> bool:
+        """Whether it says whom or what it is about, not by a pronoun alone."""
+        return self.mentions("s") or self.mentions("w")
+
+    @cached_property
+    def others(self) -> frozenset[str]:
+        """Slots that it mentions with another value, {v~}."""
+        return frozenset(p.name for p in self.parts if isinstance(p, Field) and p.case == "~")
 
 
 @dataclass(frozen=True)
@@ -279,8 +290,7 @@ class _Reader:
         wording, parts = self.wording(where, question), self.parts(where, answer)
         if wording is None or parts is None:
             return
-        other = any(isinstance(p, Field) and p.case == "~" for p in wording.parts)
-        if key == "no" and not other:
+        if key == "no" and not wording.others:
             self.faults.add(where, f"a `no` question asks for another value: {{{slot}~}}")
         elif key == "yes" and slot not in wording.slots:
             self.faults.add(where, f"a `yes` question holds the true value: {{{slot}}}")

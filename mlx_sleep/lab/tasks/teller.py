@@ -59,9 +59,14 @@ class Teller:
         if any(key_of(entity, scene, s) in self.world.unclear for s in scene.slots):
             return []
         have = set(self.world.values(entity, scene))
-        if not scene.slots:
-            return list(usable.tells)
-        return [w for w in usable.tells if w.slots - have]
+        topic = self.told.topic
+        named = entity.about in ("me", "none") or (topic is not None and topic[0] is entity)
+        return [
+            w
+            for w in usable.tells
+            if (w.slots - have or not scene.slots)
+            and (named or scene.id in NAMES or w.names_subject)
+        ]
 
     def pick(
         self, entity: Entity | None = None, kind: str | None = None
