@@ -331,3 +331,17 @@ def test_after_16_sleeps():
 def test_unknown_case():
     with pytest.raises(ValueError, match="never_told"):
         next(examples(TRAIN, "unknown"))
+
+
+def test_makes_batches_without_mlx():
+    """A machine with PyTorch alone makes the same data."""
+    code = (
+        "import sys\n"
+        "for name in ('mlx', 'mlx.core', 'mlx_lm', 'torch', 'tokenizers'):\n"
+        "    sys.modules[name] = None\n"
+        "from tests.lives import LEVELS, make\n"
+        "from mlx_sleep.lab.tasks.life_batches import batch\n"
+        "print(batch(make()[0], range(2), LEVELS[0])['tokens'].shape)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.startswith("(2, 1, "), run.stderr

@@ -93,6 +93,19 @@ def test_tells_faults_by_file_and_line(tmp_path, old, new, message):
     assert re.match(message, fault(tmp_path, SCENE.replace(old, new, 1)))
 
 
+@pytest.mark.parametrize(
+    "about, line, message",
+    [
+        ("person", "tell: {he} lives in {v}", r"scenes.txt:4: whom .* {s} is missing"),
+        ("pet", "q: is {he} old? => No, {he} is not.", r"scenes.txt:4: whom .* {s} is missing"),
+        ("word", "ask v: what is that?", r"scenes.txt:4: whom .* {w} is missing"),
+    ],
+)
+def test_a_wording_says_whom_it_is_about(tmp_path, about, line, message):
+    text = f"[x]\nabout: {about}\nslots: v=town\n{line}\n"
+    assert re.match(message, fault(tmp_path, text))
+
+
 def test_two_scenes_of_one_name(tmp_path):
     assert "there is a scene me.lives_in already" in fault(tmp_path, SCENE + SCENE)
 

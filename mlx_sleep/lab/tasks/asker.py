@@ -50,18 +50,13 @@ class Asker:
         values: Mapping[str, str],
         others: Mapping[str, str],
     ) -> dict[str, list[Question]]:
-        """Questions on a slot by form: those that need no untold slot, and say whom they are about
-        unless the turn before did."""
-        topic = self.told.topic
-        named = entity.about in ("me", "none") or (topic is not None and topic[0] is entity)
+        """Questions on a slot by form: those that need no untold slot."""
         known = {*values, slot} if fact is None else set(values)
         by_form: dict[str, list[Question]] = {}
         for question in (*usable.questions.get(slot, ()), *usable.questions.get("", ())):
             if fact is None and slot in question.wording.slots:
                 continue
             if not slots_mentioned(question) & set(usable.scene.slots) <= known:
-                continue
-            if not (named or usable.scene.id in NAMES or question.wording.names_subject):
                 continue
             if question.wording.others <= set(others):
                 by_form.setdefault(question.kind, []).append(question)

@@ -47,11 +47,6 @@ class Wording:
         return any(isinstance(p, Field) and p.name == name for p in self.parts)
 
     @cached_property
-    def names_subject(self) -> bool:
-        """Whether it says whom or what it is about, not by a pronoun alone."""
-        return self.mentions("s") or self.mentions("w")
-
-    @cached_property
     def others(self) -> frozenset[str]:
         """Slots that it mentions with another value, {v~}."""
         return frozenset(p.name for p in self.parts if isinstance(p, Field) and p.case == "~")
@@ -236,6 +231,10 @@ class _Reader:
             return None
         fields = [p for p in parts if isinstance(p, Field)]
         slots = frozenset(f.name for f in fields if f.name in self.scene.slots and f.case != "~")
+        subject = {"word": "w", "me": "", "none": ""}.get(self.scene.about, "s")
+        named = {f.name for f in fields}
+        if subject and subject not in named and not (subject == "w" and slots):
+            self.faults.add(where, f"whom or what is it about? {{{subject}}} is missing")
         return Wording(text, parts, slots, split_of(text))
 
     def body(self, where: str, key: str, slot: str, rest: str) -> None:

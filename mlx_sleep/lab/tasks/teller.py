@@ -59,14 +59,7 @@ class Teller:
         if any(key_of(entity, scene, s) in self.world.unclear for s in scene.slots):
             return []
         have = set(self.world.values(entity, scene))
-        topic = self.told.topic
-        named = entity.about in ("me", "none") or (topic is not None and topic[0] is entity)
-        return [
-            w
-            for w in usable.tells
-            if (w.slots - have or not scene.slots)
-            and (named or scene.id in NAMES or w.names_subject)
-        ]
+        return [w for w in usable.tells if w.slots - have or not scene.slots]
 
     def pick(
         self, entity: Entity | None = None, kind: str | None = None
