@@ -199,6 +199,15 @@ def test_arrays():
     assert all((same[name] == out[name]).all() for name in out)
 
 
+def test_no_window_is_longer_than_the_level_says():
+    long = [[("a question?", "word " * 90)]]
+    for level in LEVELS:
+        lives, _ = make(chat=[*CHAT, *long])
+        for index in range(24 // level.windows + 1):
+            for window in lives.life(index, level).windows:
+                assert 0 < len(window.pieces) <= level.window_tokens
+
+
 def test_little_of_a_batch_is_padding():
     out = batch(TRAIN, range(16), Level(windows=4, window_tokens=192))
     assert out["mask"].mean() > 0.75

@@ -144,14 +144,14 @@ class LifeWriter(Told):
         window = Window(kl=theme == "ordinary")
         if i == 0 and rng.random() < SYSTEM_PROMPT:
             window.pieces.add(self.encoder.opening())
-        window.pieces.add(self.carry)
-        self.carry = Pieces()
+        rest, self.carry = self.carry.cut(level.window_tokens)
+        window.pieces.add(rest)
         room = 0.45 if rng.random() < 0.08 else 0.85
         capacity = int(level.window_tokens * rng.uniform(room, 1.0))
         capacity = max(capacity, 64, len(window.pieces))
         self.limit, self.told_here = rng.randint(*level.facts), 0
         failures = 0
-        while failures < 6:
+        while failures < 6 and not self.carry:
             draft = self.draft(theme)
             if draft is None:
                 failures += 1
@@ -168,11 +168,10 @@ class LifeWriter(Told):
                     self.happen(draft, window)
                     head, self.carry = pieces.cut(left)
                     window.pieces.add(head)
-                    break
                 continue
             self.happen(draft, window)
             window.pieces.add(pieces)
-        if not window.turns:  # nothing fitted: no window is empty
+        if not any(window.pieces.reply):  # nothing fitted: no window is empty
             draft = self.ordinary(long=False)
             self.happen(draft, window)
             window.pieces.add(self.encoder.turn(draft.turns[0]))
