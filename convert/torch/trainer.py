@@ -1,0 +1,306 @@
+"""Trains the sleep layers of a retrofit: a run is a folder, and can be stopped and gone on with.
+
+    folder/recipe.json        the settings; a folder goes on with the same ones alone
+    folder/metrics.jsonl      a line for every step, and one for every evaluation
+    folder/checkpoint.pt      parameters, optimizers, budget spent, replaced whole
+    folder/adapters.safetensors, adapter_config.json    what came of it (adapter.py)
+
+Muon for the matrices of the sleep layers, AdamW for the rest. Nothing here knows where the
+batches come from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ...utils.errors import UserError
+from ...training.schedule import Budget, cosine, stage_at
+from .adapter import save_adapter
+from .feed import Feed
+from .loss import LifeBatch, life_loss
+from .muon import Muon
+from .retrofit import Retrofit
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is: shares (of the budget) has an entry for each stage of the curriculum."""
+
+    shares: tuple[float, ...] = (1.0,)
+    muon_lr: float = 5e-3
+    adamw_lr: float = 2e-3
+    warmup: int = 30
+    clip: float = 1.0
+    value_weight: float = 4.0
+    kl_weight: float = 1.0
+
+
+class Trainer:
+    """feed: where batches come from. evaluate(model): figures for the log, once at the end and
+    every `evaluate_every` seconds. about: more that must be the same when a run is resumed."""
+
+    def __init__(
+        self,
+        model: Retrofit,
+        folder: Path,
+        feed: Feed,
+        budget: Budget,
+        settings: Settings,
+        *,
+        evaluate: Callable[[Retrofit], dict] | None = None,
+        evaluate_every: float = 600.0,
+        save_every: float = 300.0,
+        about: dict | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.model, self.folder, self.feed = model, Path(folder), feed
+        self.budget, self.settings, self.say = budget, settings, say
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.save_every = save_every
+        self.device = model.embedding.device
+        self.recipe = json.loads(json.dumps({**asdict(settings), **(about or {})}))
+        muon = [p for n, p in model.named_parameters() if _is_projection(n, p)]
+        rest = [p for n, p in model.named_parameters() if not _is_projection(n, p)]
+        self.muon = Muon(muon, settings.muon_lr)
+        self.adamw = torch.optim.AdamW(
+            rest, settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
+        )
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.asked: deque[int] = deque()  # stages of the batches that are under way
+        self.stop = False
+
+    @property
+    def progress(self) -> float:
+        return self.budget.progress(self.tokens, self.seconds)
+
+    def run(self, resume: bool = False) -> dict:
+        """Trains until the budget is spent, or SIGINT or SIGTERM comes: the last figures.
+
+        Either way a checkpoint and the adapter are written. UserError where the folder holds
+        another run, and at a loss or gradient that isn't finite; the checkpoint before it stays.
+        """
+        self._open(resume)
+        before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._train()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.feed.close()
+
+    def _interrupted(self, *_) -> None:
+        self.stop = True
+
+    def _train(self) -> dict:
+        figures: dict = {}
+        resumed = list(self.asked)
+        self.asked.clear()
+        for stage in resumed:
+            self._ask(stage)
+        self._ask_ahead()
+        started, spent = time.perf_counter(), self.seconds
+        saved = evaluated = time.perf_counter()
+        rows: list[dict] = []
+        batch = self._take() if self.progress < 1 else None
+        with open(self.folder / "metrics.jsonl", "a") as metrics:
+            while self.progress < 1 and not self.stop:
+                rate = cosine(self.step, self.progress, self.settings.warmup)
+                loss, norm, sums = self._update(batch, rate)
+                self.step += 1
+                self.tokens += batch.real
+                self._ask_ahead()
+                batch = self._take()  # made and copied while the device computes
+                self._check(loss, norm)
+                self.seconds = spent + time.perf_counter() - started
+                row = {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "seconds": round(self.seconds, 3),
+                    "stage": self.stage,
+                    "rate": rate,
+                    "loss": loss.item(),
+                    "grad_norm": norm.item(),
+                    **{name: x.item() for name, x in sums.items()},
+                }
+                metrics.write(json.dumps(row) + "\n")
+                rows.append(row)
+                if self.step % LOG_EVERY == 0:
+                    metrics.flush()
+                    self.say(_line(rows))
+                    rows = rows[-1:]
+                now = time.perf_counter()
+                if now - saved > self.save_every:
+                    self.save()
+                    saved = now
+                if self.evaluate and now - evaluated > self.evaluate_every:
+                    figures = self._evaluate(metrics)
+                    evaluated = time.perf_counter()
+                    started += evaluated - now  # the budget is for training
+            self.save()
+            if self.evaluate and not self.stop:
+                figures = self._evaluate(metrics)
+        trained = {"tokens": self.tokens, "steps": self.step, "figures": figures}
+        save_adapter(self.folder, self.model, trained)
+        if self.stop:
+            self.say(f"stopped after step {self.step}; the same command with --resume goes on")
+        return figures
+
+    def _evaluate(self, metrics) -> dict:
+        figures = self.evaluate(self.model)
+        metrics.write(json.dumps({"step": self.step, "tokens": self.tokens, **figures}) + "\n")
+        metrics.flush()
+        self.say("evaluation: " + ", ".join(f"{n} {_figure(x)}" for n, x in figures.items()))
+        return figures
+
+    # --- one step ---
+
+    def _ask(self, stage: int) -> None:
+        self.feed.ask(self.step + len(self.asked), stage)
+        self.asked.append(stage)
+
+    def _ask_ahead(self) -> None:
+        while len(self.asked) <= self.feed.ahead:
+            self._ask(stage_at(self.settings.shares, self.progress))
+
+    def _take(self) -> LifeBatch:
+        arrays = self.feed.take()
+        return LifeBatch.from_arrays(arrays, self.device, self.settings.value_weight)
+
+    def _update(self, batch: LifeBatch, rate: float):
+        self.stage = self.asked.popleft()
+        for optimizer, lr in (
+            (self.muon, self.settings.muon_lr),
+            (self.adamw, self.settings.adamw_lr),
+        ):
+            optimizer.param_groups[0]["lr"] = lr * rate
+        loss, sums = life_loss(self.model, batch, self.settings.kl_weight)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        for optimizer in (self.muon, self.adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach(), norm, sums
+
+    def _check(self, loss, norm) -> None:
+        for what, x in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(x.item()):
+                raise UserError(
+                    f"the {what} is not finite at step {self.step}; lower the learning rates and "
+                    f"start again with another --out (the checkpoint before it is kept)"
+                )
+
+    # --- the folder ---
+
+    def _open(self, resume: bool) -> None:
+        recipe = self.folder / "recipe.json"
+        if resume:
+            if not recipe.exists():
+                raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
+            if json.loads(recipe.read_text()) != self.recipe:
+                raise UserError(
+                    f"{self.folder} holds a run with other settings; give the same ones, or "
+                    "another --out"
+                )
+            self._load()
+        else:
+            if recipe.exists():
+                raise UserError(
+                    f"{self.folder} holds a run already; add --resume to go on with it, or choose "
+                    "another --out"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            recipe.write_text(json.dumps(self.recipe, indent=2))
+        self._cut_metrics()
+
+    def _cut_metrics(self) -> None:
+        """Drops the rows after the checkpoint, and a last row that a crash cut short."""
+        path, rows = self.folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except ValueError:
+                break
+            rows.append(line + "\n")
+        path.write_text("".join(rows))
+
+    def save(self) -> None:
+        """Writes folder/checkpoint.pt, whole or not at all."""
+        new = self.folder / "checkpoint.new"
+        state = {
+            "model": self.model.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adamw": self.adamw.state_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "asked": list(self.asked),
+        }
+        try:
+            torch.save(state, new)
+            with open(new, "rb") as file:
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder} ({error}); free some space there, "
+                "and --resume goes on from the one before"
+            ) from error
+        new.replace(self.folder / "checkpoint.pt")
+
+    def _load(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return  # stopped before the first one
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.muon.load_state_dict(state["muon"])
+            self.adamw.load_state_dict(state["adamw"])
+        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); remove the folder and start again"
+            ) from error
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.asked = deque(state["asked"])
+
+
+def _is_projection(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon trains it: the square projections of a sleep layer, and not its gates' rows."""
+    projections = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
+    return name.startswith("sleep_layers.") and name.split(".")[-2] in projections
+
+
+def _line(rows: Sequence[dict]) -> str:
+    """The log line of some steps; the first row is only where the clock started, if it can be."""
+    counted = rows[1:] if len(rows) > LOG_EVERY else rows
+
+    def share(what: str) -> str:
+        n = sum(row[what] for row in counted)
+        return f"{sum(row[what + '_right'] for row in counted) / n:.3f}" if n else "-"
+
+    seconds = rows[-1]["seconds"] - rows[0]["seconds"]
+    speed = (rows[-1]["tokens"] - rows[0]["tokens"]) / max(seconds, 1e-9)
+    mean = {n: sum(row[n] for row in counted) / len(counted) for n in ("loss", "kl")}
+    last = rows[-1]
+    return (
+        f"step {last['step']}: loss {mean['loss']:.3f}, kl {mean['kl']:.3f}, values right "
+        f"{share('values')}, refusals right {share('refusals')}, stage {last['stage']}, "
+        f"{last['tokens'] / 1e6:.2f}M tokens, {speed:.0f} tokens/s, {last['seconds']:.0f} s"
+    )
+
+
+def _figure(x) -> str:
+    return f"{x:.3f}" if isinstance(x, float) else str(x)
