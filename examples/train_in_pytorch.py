@@ -1,21 +1,29 @@
 """Train a model that sleeps in PyTorch, and talk to it here.
 
+    python examples/train_in_pytorch.py toy --out trained
+    mlx-sleep convert trained remembers --verify
+    mlx-sleep chat --model remembers        # amy blue tom red eva grey, then /sleep, then tom
+
 The toy task: the model is told three facts ("amy blue tom red eva grey"), sleeps over them, and
 is asked for one ("tom"). Nothing but the fast weights crosses the sleep, so what it answers it
 has learned to fold into them. The steps are Algorithm 1 of arXiv 2605.26099: windows without a
 loss are consolidated in N passes, windows with one are run once, and the gradient goes through
-all of it.
-
-    python examples/train_in_pytorch.py --out trained
-    mlx-sleep convert trained remembers --verify
-    mlx-sleep chat --model remembers        # amy blue tom red eva grey, then /sleep, then tom
-
-The model's definition is one file that needs only PyTorch,
+all of it. The model's definition is one file that needs only PyTorch,
 convert/torch/sleep_hybrid.py: copy it to the machine that you train on.
+
+    mlx-sleep models get smollm2
+    python examples/train_in_pytorch.py retrofit MODEL --out adapter --hours 1
+
+A retrofit trains sleep layers in a model that stays frozen, so that it remembers what it is told
+(convert/torch/retrofit.py). MODEL is a folder: a Llama-like model of Hugging Face, or one that
+`mlx-sleep` wrote. Ctrl-C stops it with a checkpoint; --resume goes on.
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,12 +31,23 @@ from safetensors.torch import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
+from mlx_sleep.convert.torch.base import BaseConfig, read_weights
+from mlx_sleep.convert.torch.delta_rule import best_rule
+from mlx_sleep.convert.torch.evaluate import evaluate
+from mlx_sleep.convert.torch.loss import mark_refusals
+from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit
 from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid
+from mlx_sleep.convert.torch.trainer import Settings, Trainer
+from mlx_sleep.lab.tasks.curriculum import SHARES, batches, held_out
+from mlx_sleep.lab.tasks.life_batches import Source, read_chat
+from mlx_sleep.training.schedule import Budget
+from mlx_sleep.utils.errors import UserError
 
 NAMES = "amy tom eva max ida leo zoe ben".split()
 COLOURS = "blue red grey green white black pink gold".split()
 WORDS = ["<unk>", "<end>", *NAMES, *COLOURS]
 END, FACTS = 1, 3
+REFUSAL = "You have not told me"  # how the answer begins when nothing was told
 
 CONFIG = {
     "model_type": "sleep_hybrid",
@@ -81,11 +100,7 @@ def save(model, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+def toy(options):
     torch.manual_seed(0)
     model = SleepHybrid(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -100,6 +115,98 @@ def main():
                 f"step {step}: loss {loss.item():.3f}, right answers {right.item():.0%}", flush=True
             )
     save(model, options.out)
+
+
+def retrofit(options):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = BaseConfig.from_folder(options.model)
+    adapter = AdapterConfig(
+        before=tuple(options.before),
+        num_heads=base.num_attention_heads,
+        head_dim=base.head_dim,
+        passes=options.passes,
+        fold=options.fold,
+        lora_rank=options.lora_rank,
+    )
+    torch.manual_seed(options.seed)
+    model = Retrofit(
+        base,
+        read_weights(options.model),
+        adapter,
+        gain=options.gain,
+        seed=options.seed,
+        device=device,
+        dtype=torch.bfloat16,
+        rule=best_rule(device),
+    )
+    if device == "cuda" or options.compile:
+        model.compile()
+    chat = read_chat(options.chat) if options.chat else ()
+    tokenizer = options.model / "tokenizer.json"
+    train, valid = (
+        Source(str(tokenizer), split, options.seed, chat) for split in ("train", "valid")
+    )
+    opening = Tokenizer.from_file(str(tokenizer)).encode(REFUSAL, add_special_tokens=False).ids
+
+    def marked(batches) -> Iterator[dict]:
+        for arrays in batches:
+            yield {**arrays, "refusal": mark_refusals(arrays, opening)}
+
+    unseen = list(marked(held_out(valid)))
+    about = {
+        "model": base.fingerprint or base.name,
+        "batch": options.batch,
+        "seed": options.seed,
+        "gain": options.gain,
+        "adapter": asdict(adapter),
+    }
+    trainer = Trainer(
+        model,
+        options.out,
+        lambda jobs: marked(batches(train, jobs, options.batch, options.workers)),
+        Budget(tokens=options.tokens, seconds=options.hours and options.hours * 3600),
+        Settings(SHARES, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
+        evaluate=lambda model: evaluate(model, unseen),
+        evaluate_every=options.evaluate_every,
+        about=about,
+        say=lambda line: print(line, flush=True),
+    )
+    trainer.run(options.resume)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a model that sleeps, in PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    small = commands.add_parser("toy", help="a tiny model on a toy task, in a minute")
+    small.add_argument("--steps", type=int, default=400)
+    small.add_argument("--out", type=Path, required=True)
+    large = commands.add_parser("retrofit", help="sleep layers in a frozen model")
+    large.add_argument("model", type=Path, help="folder of the base model")
+    large.add_argument("--out", type=Path, required=True, help="folder of the run")
+    budget = large.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--hours", type=float)
+    budget.add_argument("--tokens", type=int)
+    large.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    large.add_argument("--batch", type=int, default=4096, help="tokens a step, with padding")
+    large.add_argument("--before", type=int, nargs="+", default=[6, 10, 14, 18, 22, 26])
+    large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
+    large.add_argument("--fold", choices=("all", "user"), default="all", help="what S is made of")
+    large.add_argument("--lora-rank", type=int, default=0)
+    large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")
+    large.add_argument("--muon-lr", type=float, default=5e-3)
+    large.add_argument("--adamw-lr", type=float, default=2e-3)
+    large.add_argument(
+        "--chat", type=Path, help="ordinary chat of the base (convert/torch/chat.py)"
+    )
+    large.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    large.add_argument("--evaluate-every", type=float, default=600, help="seconds")
+    large.add_argument("--compile", action="store_true", help="also on the CPU")
+    large.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        {"toy": toy, "retrofit": retrofit}[options.command](options)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,12 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
     config = {
         "format": FORMAT,
         "sleep_layers": [{"before": i, **layer} for i in a.before],
-        "sleep": {"passes": a.passes, "window": a.window, "eviction": "hard"},
+        "sleep": {
+            "passes": a.passes,
+            "window": a.window,
+            "eviction": "hard",
+            "fold": a.fold,
+        },
         "lora_rank": a.lora_rank,
         "base": {"fingerprint": base.fingerprint, "name": base.name},
         "trained": trained,
@@ -68,6 +73,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], 
         *(shapes[0][key] for key in ("num_heads", "head_dim", "conv_size", "norm_eps")),
         passes=sleep["passes"],
         window=sleep["window"],
+        fold=sleep["fold"],
         lora_rank=config["lora_rank"],
     )
     try:

@@ -30,12 +30,14 @@ def evaluate(model: Retrofit, batches: Iterable[dict[str, np.ndarray]]) -> dict[
         count[name] = count.get(name, 0) + hits.size
 
     for arrays in batches:
-        value, shape = arrays["value"], arrays["tokens"].shape
+        shape = arrays["tokens"].shape
+        value = arrays["value"] & (arrays["weight"] > 0) & ~arrays["kl"][..., None]
         hits = predicted(model, arrays)
+        if "refusal" in arrays:
+            value &= ~arrays["refusal"]
+            add("refusals", whole(hits, arrays["refusal"]))
         add("values", hits[value])
         add("whole_values", whole(hits, value))
-        if "refusal" in arrays:
-            add("refusals", whole(hits, arrays["refusal"]))
         alone = {n: x.reshape(-1, 1, *x.shape[2:]) for n, x in arrays.items()}
         add("zeroed", predicted(model, alone).reshape(shape)[value])
         age = arrays.get("age")
@@ -50,7 +52,7 @@ def evaluate(model: Retrofit, batches: Iterable[dict[str, np.ndarray]]) -> dict[
 
 def predicted(model: Retrofit, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """[B, W, T] bool: which tokens with a weight are the model's argmax (False for the others)."""
-    batch = LifeBatch.from_arrays(arrays, model.embedding.device)
+    batch = LifeBatch.from_arrays(arrays, model.embedding.device, fold=model.adapter.fold)
     h, _ = model.hidden(batch.tokens, batch.mask, writes=batch.writes)
     rows = h.flatten(0, 2)[batch.at].split(ROWS)
     best = [model.logits(part).argmax(-1) for part in rows]

@@ -6,6 +6,7 @@ a time: the logits of a batch are never held at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,10 +40,18 @@ class LifeBatch:
     real: int
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], device="cpu", value_weight: float = 4.0):
+    def from_arrays(
+        cls,
+        arrays: dict[str, np.ndarray],
+        device="cpu",
+        value_weight: float = 4.0,
+        fold: str = "all",
+    ):
         """From the arrays of a task: tokens [B, W, T] int32 padded on the right, mask bool, weight
         float32 (of predicting token t from those before it in its window), value bool, reply bool,
-        kl [B, W] bool; `write` and `refusal` [B, W, T] bool may be there too.
+        kl [B, W] bool; and perhaps refusal [B, W, T] bool (`mark_refusals`). Value tokens weigh
+        value_weight times as much, refusals don't. fold: "all", or "user" where the tokens of
+        replies write nothing into S.
         """
         tokens, weight = arrays["tokens"].astype(np.int64), arrays["weight"]
         if weight[..., 0].any():
@@ -57,16 +66,19 @@ class LifeBatch:
         replies = arrays["reply"].reshape(-1, T)[kl_windows].copy()
         replies[:, 0] = False
         window, position = np.nonzero(replies)
-        value = arrays["value"].reshape(-1)[target]
+        if refusal is None:
+            refusal = np.zeros_like(arrays["value"])
+        refusal = refusal.reshape(-1)[target]
+        value = arrays["value"].reshape(-1)[target] & ~refusal
         on_device = {
             "tokens": tokens,
             "mask": arrays["mask"],
-            "writes": arrays.get("write"),
+            "writes": ~arrays["reply"] if fold == "user" else None,
             "at": target - 1,
             "targets": tokens.reshape(-1)[target],
             "weights": weight.reshape(-1)[target] * np.where(value, value_weight, 1.0),
             "value": value,
-            "refusal": np.zeros_like(value) if refusal is None else refusal.reshape(-1)[target],
+            "refusal": refusal,
             "kl_windows": kl_windows,
             "kl_at": kl_windows[window] * T + position - 1,
             "kl_base_at": window * T + position - 1,
@@ -75,6 +87,18 @@ class LifeBatch:
             **{name: None if x is None else _to(x, device) for name, x in on_device.items()},
             real=int(arrays["mask"].sum()),
         )
+
+
+def mark_refusals(arrays: dict[str, np.ndarray], opening: Sequence[int]) -> np.ndarray:
+    """[B, W, T] bool: the tokens that begin a refusal, `opening`, where a loss is."""
+    tokens, marks = arrays["tokens"], np.zeros_like(arrays["mask"])
+    last = tokens.shape[-1] - len(opening) + 1
+    found = np.ones_like(marks[..., :last])
+    for i, token in enumerate(opening):
+        found &= (tokens[..., i : last + i] == token) & (arrays["weight"][..., i : last + i] > 0)
+    for i in range(len(opening)):
+        marks[..., i : last + i] |= found
+    return marks
 
 
 def _to(x: np.ndarray, device) -> torch.Tensor:

@@ -31,7 +31,8 @@ HALF_LIVES = 700.0, 40_000.0  # tokens: of the first and the last head at the st
 class AdapterConfig:
     """What is added to a base. before: the blocks that a sleep layer stands before, ascending.
 
-    passes (N), window (most tokens): how the model sleeps. lora_rank: 0 for none.
+    passes (N), window (most tokens): how the model sleeps. fold: which tokens write into S, "all"
+    or "user" (those that the assistant didn't say). lora_rank: 0 for none.
     """
 
     before: tuple[int, ...] = (6, 10, 14, 18, 22, 26)
@@ -41,6 +42,7 @@ class AdapterConfig:
     norm_eps: float = 1e-5
     passes: int = 1
     window: int = 512
+    fold: str = "all"
     lora_rank: int = 0
 
 

@@ -18,21 +18,26 @@ import pickle
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ...utils.errors import UserError
 from ...training.schedule import Budget, cosine, stage_at
+from ...utils.errors import UserError
 from .adapter import save_adapter
-from .feed import Feed
 from .loss import LifeBatch, life_loss
 from .muon import Muon
 from .retrofit import Retrofit
 
 LOG_EVERY = 10  # steps
+
+Jobs = Iterator[tuple[int, int]]
+"""(step, stage of the curriculum) of one batch after another."""
+Batches = Callable[[Jobs], Iterable[dict[str, np.ndarray]]]
+"""Makes them, in order and perhaps some ahead of time; `LifeBatch.from_arrays` takes each."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,14 @@ class Settings:
 
 
 class Trainer:
-    """feed: where batches come from. evaluate(model): figures for the log, once at the end and
+    """batches: where they come from. evaluate(model): figures for the log, once at the end and
     every `evaluate_every` seconds. about: more that must be the same when a run is resumed."""
 
     def __init__(
         self,
         model: Retrofit,
         folder: Path,
-        feed: Feed,
+        batches: Batches,
         budget: Budget,
         settings: Settings,
         *,
@@ -66,7 +71,7 @@ class Trainer:
         about: dict | None = None,
         say: Callable[[str], None] = print,
     ):
-        self.model, self.folder, self.feed = model, Path(folder), feed
+        self.model, self.folder, self.batches = model, Path(folder), batches
         self.budget, self.settings, self.say = budget, settings, say
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.save_every = save_every
@@ -99,30 +104,24 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.feed.close()
 
     def _interrupted(self, *_) -> None:
         self.stop = True
 
     def _train(self) -> dict:
         figures: dict = {}
-        resumed = list(self.asked)
-        self.asked.clear()
-        for stage in resumed:
-            self._ask(stage)
-        self._ask_ahead()
+        made = iter(self.batches(self._jobs()))
         started, spent = time.perf_counter(), self.seconds
         saved = evaluated = time.perf_counter()
         rows: list[dict] = []
-        batch = self._take() if self.progress < 1 else None
+        batch = self._take(made) if self.progress < 1 else None
         with open(self.folder / "metrics.jsonl", "a") as metrics:
             while self.progress < 1 and not self.stop:
                 rate = cosine(self.step, self.progress, self.settings.warmup)
                 loss, norm, sums = self._update(batch, rate)
                 self.step += 1
                 self.tokens += batch.real
-                self._ask_ahead()
-                batch = self._take()  # made and copied while the device computes
+                batch = self._take(made)  # made and copied while the device computes
                 self._check(loss, norm)
                 self.seconds = spent + time.perf_counter() - started
                 row = {
@@ -167,17 +166,19 @@ class Trainer:
 
     # --- one step ---
 
-    def _ask(self, stage: int) -> None:
-        self.feed.ask(self.step + len(self.asked), stage)
-        self.asked.append(stage)
+    def _jobs(self) -> Jobs:
+        """What is to be made, without end: after a resumption first what was under way."""
+        resumed, self.asked = self.asked, deque()
+        while True:
+            shares = self.settings.shares
+            stage = resumed.popleft() if resumed else stage_at(shares, self.progress)
+            self.asked.append(stage)
+            yield self.step + len(self.asked) - 1, stage
 
-    def _ask_ahead(self) -> None:
-        while len(self.asked) <= self.feed.ahead:
-            self._ask(stage_at(self.settings.shares, self.progress))
-
-    def _take(self) -> LifeBatch:
-        arrays = self.feed.take()
-        return LifeBatch.from_arrays(arrays, self.device, self.settings.value_weight)
+    def _take(self, made: Iterator[dict[str, np.ndarray]]) -> LifeBatch:
+        return LifeBatch.from_arrays(
+            next(made), self.device, self.settings.value_weight, self.model.adapter.fold
+        )
 
     def _update(self, batch: LifeBatch, rate: float):
         self.stage = self.asked.popleft()
