@@ -205,7 +205,15 @@ def test_verify_with_the_models_of_parity(tmp_path, config):
 
 def test_the_training_script_writes_what_convert_takes(tmp_path):
     script = ROOT / "examples" / "train_in_pytorch.py"
-    command = [sys.executable, str(script), "--steps", "3", "--out", str(tmp_path / "trained")]
+    command = [
+        sys.executable,
+        str(script),
+        "toy",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "trained"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     convert(tmp_path / "trained", tmp_path / "model")
