@@ -249,10 +249,12 @@ class Retrofit(nn.Module):
 
     def compile(self) -> None:
         """Compiles what stands around attention and the delta rule, which have kernels already."""
-        inputs, output, self.project, self.finish = (
-            torch.compile(part, dynamic=True)
-            for part in (mixer_inputs, mixer_output, project, finish)
-        )
+        # Some shapes still need code of their own (a single row); the usual limit is 8.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.project = _compiled(project, {0: 2, 3: 1, 4: 1})
+        self.finish = _compiled(finish, {0: 2, 1: 2})
+        inputs = _compiled(mixer_inputs, {0: 3, 7: 3})
+        output = _compiled(mixer_output, {0: 3, 1: 3})
         for layer in self.sleep_layers:
             layer.mixer.inputs, layer.mixer.output = inputs, output
 
@@ -324,6 +326,19 @@ class Retrofit(nn.Module):
             rest = block.o, block.mlp_norm, block.gate_up, block.down
             h = self.finish(h, o, *rest, c.rms_norm_eps, change)
         return h.view(shape)
+
+
+def _compiled(part, varying: dict[int, int]):
+    """part compiled. varying: of which arguments the first how many dimensions differ from batch
+    to batch, so that they are compiled once and not for every shape."""
+    fast = torch.compile(part)
+
+    def run(*arguments):
+        for i, dims in varying.items():
+            torch._dynamo.maybe_mark_dynamic(arguments[i], list(range(dims)))
+        return fast(*arguments)
+
+    return run
 
 
 def _angles(c: BaseConfig, T: int, device, dtype):
