@@ -90,7 +90,7 @@ def lives(rng, rows: int = B, windows: int = W, width: int = T) -> dict[str, np.
     lengths[0, 0] = width
     mask = np.arange(width) < lengths[..., None]
     reply = mask & (rng.random(mask.shape) < 0.5)
-    reply[-1, -1, 1] = True
+    reply[0, 0, 1] = reply[-1, -1, 1] = True
     weight = np.where(reply, rng.choice([0.0, 0.1, 1.0], mask.shape), 0.0).astype(np.float32)
     weight[..., 0] = 0
     weight[0, 0, 1] = 1

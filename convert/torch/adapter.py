@@ -70,7 +70,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], 
     sleep = config["sleep"]
     adapter = AdapterConfig(
         tuple(layer["before"] for layer in layers),
-        *(shapes[0][key] for key in ("num_heads", "head_dim", "conv_size", "norm_eps")),
+        **{key: shapes[0][key] for key in ("num_heads", "head_dim", "conv_size", "norm_eps")},
         passes=sleep["passes"],
         window=sleep["window"],
         fold=sleep["fold"],

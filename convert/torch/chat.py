@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from ...utils.errors import UserError
 from .base import BaseConfig, read_weights
 
 SYSTEM = (
@@ -44,7 +45,10 @@ class Chatter:
     def __init__(self, folder: Path, device: str = "cpu", dtype=torch.bfloat16):
         self.config = c = BaseConfig.from_folder(folder)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.end = self.tokenizer.token_to_id(END)
+        end = self.tokenizer.token_to_id(END)
+        if end is None:
+            raise UserError(f"the tokenizer in {folder} has no {END}; chat needs ChatML's marks")
+        self.end: int = end
         self.device = device
         self.weights = {n: x.to(device, dtype) for n, x in read_weights(folder).items()}
         self.frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim)

@@ -98,7 +98,8 @@ def errors(rule: Rule, device, dtype=torch.bfloat16, T: int = 300, seed: int = 0
     weights = [w.to(device) for w in weights]
     inputs = [x.to(device, dtype) for x in (q, k, v)] + [x.to(device) for x in (g, beta, S)]
     found = []
-    for run in (chunked, rule):
+    runs: tuple[Rule, ...] = (chunked, rule)
+    for run in runs:
         leaves = [x.clone().requires_grad_() for x in inputs]
         o, new = run(*leaves)
         ((o * weights[0]).sum() + (new * weights[1]).sum()).backward()

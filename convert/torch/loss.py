@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class LifeBatch:
             refusal = np.zeros_like(arrays["value"])
         refusal = refusal.reshape(-1)[target]
         value = arrays["value"].reshape(-1)[target] & ~refusal
-        on_device = {
+        arrays_of_fields = {
             "tokens": tokens,
             "mask": arrays["mask"],
             "writes": ~arrays["reply"] if fold == "user" else None,
@@ -83,10 +84,10 @@ class LifeBatch:
             "kl_at": kl_windows[window] * T + position - 1,
             "kl_base_at": window * T + position - 1,
         }
-        return cls(
-            **{name: None if x is None else _to(x, device) for name, x in on_device.items()},
-            real=int(arrays["mask"].sum()),
-        )
+        fields: dict[str, Any] = {
+            name: None if x is None else _to(x, device) for name, x in arrays_of_fields.items()
+        }
+        return cls(**fields, real=int(arrays["mask"].sum()))
 
 
 def mark_refusals(arrays: dict[str, np.ndarray], opening: Sequence[int]) -> np.ndarray:
@@ -102,10 +103,10 @@ def mark_refusals(arrays: dict[str, np.ndarray], opening: Sequence[int]) -> np.n
 
 
 def _to(x: np.ndarray, device) -> torch.Tensor:
-    x = torch.from_numpy(x.astype(np.float32) if x.dtype == np.float64 else x)
+    tensor = torch.from_numpy(x.astype(np.float32) if x.dtype == np.float64 else x)
     if torch.device(device).type == "cuda":  # so that the copy waits for nobody
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def life_loss(model, batch: LifeBatch, kl_weight: float = 1.0, passes: int | None = None):

@@ -65,7 +65,7 @@ class DeltaAttention(nn.Module):
         self.b_proj = nn.Linear(D, H)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.conv_weight = nn.Parameter(torch.empty(3 * H * d, c.conv_size))  # of q, k, v
-        self.o_norm = nn.RMSNorm(d, eps=c.norm_eps)
+        self.o_norm, self.eps = nn.RMSNorm(d, eps=c.norm_eps), c.norm_eps
 
         self.inputs, self.output = mixer_inputs, mixer_output
 
@@ -78,7 +78,7 @@ class DeltaAttention(nn.Module):
         *qkvgb, gate = self.inputs(x, weight, self.conv_weight, *rates, writes)
         o, S = rule(*(y.flatten(1, 2) for y in qkvgb), S)
         o = o.view(B, W, T, self.H, self.d)
-        return self.output(o, gate, self.o_norm.weight, self.o_proj.weight, self.o_norm.eps), S
+        return self.output(o, gate, self.o_norm.weight, self.o_proj.weight, self.eps), S
 
 
 def mixer_inputs(x, qkvg, conv, a_proj, dt_bias, b_proj, b_bias, writes):
@@ -148,7 +148,8 @@ class SleepLayer(nn.Module):
         for projection in (mixer.a_proj, mixer.b_proj):
             projection.weight.copy_(0.02 * torch.randn(projection.weight.shape, generator=make))
         mixer.b_proj.bias.zero_()
-        rate = math.log(2) / torch.logspace(*(math.log10(x) for x in HALF_LIVES), H)
+        shortest, longest = (math.log10(x) for x in HALF_LIVES)
+        rate = math.log(2) / torch.logspace(shortest, longest, H)
         mixer.dt_bias.copy_(torch.log(torch.expm1(rate)))  # softplus(dt_bias) = rate
         mixer.conv_weight.copy_(0.02 * torch.randn(mixer.conv_weight.shape, generator=make))
         mixer.conv_weight[:, -1] += 1
@@ -234,9 +235,11 @@ class Retrofit(nn.Module):
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
         self.blocks = [_block(weights, f"model.layers.{i}.") for i in range(c.num_hidden_layers)]
-        self.sleep_layers = nn.ModuleList(SleepLayer(c.hidden_size, a) for _ in a.before)
+        layers = [SleepLayer(c.hidden_size, a) for _ in a.before]
+        self.sleep_layers = nn.ModuleList(layers)
+        self.mixers = [layer.mixer for layer in layers]
         make = torch.Generator().manual_seed(seed)
-        for layer, i in zip(self.sleep_layers, a.before, strict=True):
+        for layer, i in zip(layers, a.before, strict=True):
             layer.start(self.blocks[i], c.num_key_value_heads, gain, make)
         self.layers = nn.ModuleDict()
         if a.lora_rank:
@@ -255,12 +258,12 @@ class Retrofit(nn.Module):
         self.finish = _compiled(finish, {0: 2, 1: 2})
         inputs = _compiled(mixer_inputs, {0: 3, 7: 3})
         output = _compiled(mixer_output, {0: 3, 1: 3})
-        for layer in self.sleep_layers:
-            layer.mixer.inputs, layer.mixer.output = inputs, output
+        for mixer in self.mixers:
+            mixer.inputs, mixer.output = inputs, output
 
     def fresh(self, B: int) -> list[torch.Tensor]:
         """The fast weights of a model that has seen nothing: S [B, H, d, d] for each layer."""
-        a, like = self.adapter, self.sleep_layers[0].gain
+        a, like = self.adapter, self.mixers[0].dt_bias
         return [like.new_zeros(B, a.num_heads, a.head_dim, a.head_dim) for _ in a.before]
 
     def hidden(self, tokens, mask, state=None, writes=None, passes: int | None = None):

@@ -5,7 +5,7 @@
     folder/checkpoint.pt      parameters, optimizers, budget spent, replaced whole
     folder/adapters.safetensors, adapter_config.json    what came of it (adapter.py)
 
-Muon for the matrices of the sleep layers, AdamW for the rest. Nothing here knows where the
+Muon for the projections of the sleep layers, AdamW for the rest. Nothing here knows where the
 batches come from.
 """
 
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Settings:
     shares: tuple[float, ...] = (1.0,)
     muon_lr: float = 5e-3
     adamw_lr: float = 2e-3
+    lora_lr: float = 5e-4
     warmup: int = 30
     clip: float = 1.0
     value_weight: float = 4.0
@@ -77,11 +79,18 @@ class Trainer:
         self.save_every = save_every
         self.device = model.embedding.device
         self.recipe = json.loads(json.dumps({**asdict(settings), **(about or {})}))
-        muon = [p for n, p in model.named_parameters() if _is_projection(n, p)]
-        rest = [p for n, p in model.named_parameters() if not _is_projection(n, p)]
-        self.muon = Muon(muon, settings.muon_lr)
+        projections: list[torch.nn.Parameter] = []
+        loras: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
+        for name, p in model.named_parameters():
+            kind = loras if "lora" in name else projections if _is_projection(name) else rest
+            kind.append(p)
+        groups = [{"params": rest, "base": settings.adamw_lr}]
+        if loras:
+            groups.append({"params": loras, "base": settings.lora_lr})
+        self.muon = Muon([{"params": projections, "base": settings.muon_lr}], settings.muon_lr)
         self.adamw = torch.optim.AdamW(
-            rest, settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
+            groups, settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.asked: deque[int] = deque()  # stages of the batches that are under way
@@ -114,7 +123,7 @@ class Trainer:
         started, spent = time.perf_counter(), self.seconds
         saved = evaluated = time.perf_counter()
         rows: list[dict] = []
-        batch = self._take(made) if self.progress < 1 else None
+        batch = self._take(made)
         with open(self.folder / "metrics.jsonl", "a") as metrics:
             while self.progress < 1 and not self.stop:
                 rate = cosine(self.step, self.progress, self.settings.warmup)
@@ -145,20 +154,20 @@ class Trainer:
                     self.save()
                     saved = now
                 if self.evaluate and now - evaluated > self.evaluate_every:
-                    figures = self._evaluate(metrics)
+                    figures = self._evaluate(metrics, self.evaluate)
                     evaluated = time.perf_counter()
                     started += evaluated - now  # the budget is for training
             self.save()
             if self.evaluate and not self.stop:
-                figures = self._evaluate(metrics)
+                figures = self._evaluate(metrics, self.evaluate)
         trained = {"tokens": self.tokens, "steps": self.step, "figures": figures}
         save_adapter(self.folder, self.model, trained)
         if self.stop:
             self.say(f"stopped after step {self.step}; the same command with --resume goes on")
         return figures
 
-    def _evaluate(self, metrics) -> dict:
-        figures = self.evaluate(self.model)
+    def _evaluate(self, metrics: TextIO, evaluate: Callable[[Retrofit], dict]) -> dict:
+        figures = evaluate(self.model)
         metrics.write(json.dumps({"step": self.step, "tokens": self.tokens, **figures}) + "\n")
         metrics.flush()
         self.say("evaluation: " + ", ".join(f"{n} {_figure(x)}" for n, x in figures.items()))
@@ -182,11 +191,8 @@ class Trainer:
 
     def _update(self, batch: LifeBatch, rate: float):
         self.stage = self.asked.popleft()
-        for optimizer, lr in (
-            (self.muon, self.settings.muon_lr),
-            (self.adamw, self.settings.adamw_lr),
-        ):
-            optimizer.param_groups[0]["lr"] = lr * rate
+        for group in (*self.muon.param_groups, *self.adamw.param_groups):
+            group["lr"] = group["base"] * rate
         loss, sums = life_loss(self.model, batch, self.settings.kl_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -278,10 +284,10 @@ class Trainer:
         self.asked = deque(state["asked"])
 
 
-def _is_projection(name: str, p: torch.Tensor) -> bool:
+def _is_projection(name: str) -> bool:
     """Whether Muon trains it: the square projections of a sleep layer, and not its gates' rows."""
     projections = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
-    return name.startswith("sleep_layers.") and name.split(".")[-2] in projections
+    return name.split(".")[-2] in projections
 
 
 def _line(rows: Sequence[dict]) -> str:

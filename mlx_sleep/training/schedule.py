@@ -24,8 +24,10 @@ class Budget:
 
     def progress(self, tokens: int, seconds: float) -> float:
         """The share that is spent, in [0, 1]."""
-        spent = tokens / self.tokens if self.tokens else seconds / self.seconds
-        return min(1.0, spent)
+        if self.tokens is not None:
+            return min(1.0, tokens / max(1, self.tokens))
+        assert self.seconds is not None
+        return min(1.0, seconds / max(1e-9, self.seconds))
 
 
 def stage_at(shares: Sequence[float], progress: float) -> int:
