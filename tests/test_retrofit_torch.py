@@ -24,7 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from mlx_sleep.convert.torch import chat  # noqa: E402
 from mlx_sleep.convert.torch.adapter import read_adapter, save_adapter  # noqa: E402
 from mlx_sleep.convert.torch.base import BaseConfig, dequantize, read_weights  # noqa: E402
-from mlx_sleep.convert.torch.delta_rule import chunked, errors, naive  # noqa: E402
+from mlx_sleep.convert.torch.delta_rule import best_rule, chunked, errors, naive  # noqa: E402
 from mlx_sleep.convert.torch.evaluate import evaluate, predicted, whole  # noqa: E402
 from mlx_sleep.convert.torch.loss import (  # noqa: E402
     HeadCrossEntropy,
@@ -491,6 +491,33 @@ def test_adapters_come_back(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"format": "peft"}')
     with pytest.raises(UserError, match="holds no mlx-sleep-adapter"):
         read_adapter(tmp_path)
+
+
+# --- CUDA ------------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@cuda
+def test_the_rule_that_cuda_gets_is_right():
+    assert max(errors(best_rule("cuda"), "cuda", T=1000).values()) < 0.02
+
+
+@cuda
+def test_compiled_gradients_are_eager_ones(rng, device="cuda"):
+    model = tiny(dtype=torch.float32, device=device)
+    eager = model.project, model.finish, model.mixers[0].inputs, model.mixers[0].output
+    model.compile()
+    compiled = model.project, model.finish, model.mixers[0].inputs, model.mixers[0].output
+    for shape in ((3, 3, 16), (4, 2, 32), (2, 4, 48)):
+        batch, grads = LifeBatch.from_arrays(lives(rng, *shape), device), []
+        for model.project, model.finish, *parts in (eager, compiled):
+            for mixer in model.mixers:
+                mixer.inputs, mixer.output = parts
+            loss, _ = life_loss(model, batch)
+            grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        for a, b in zip(*grads, strict=True):
+            assert (a - b).norm() < 1e-3 * a.norm()
 
 
 # --- bases on disk ---------------------------------------------------------------------------
