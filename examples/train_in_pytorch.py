@@ -31,7 +31,7 @@ from safetensors.torch import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
-from mlx_sleep.convert.torch.base import BaseConfig, read_weights
+from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
 from mlx_sleep.convert.torch.delta_rule import best_rule
 from mlx_sleep.convert.torch.evaluate import evaluate
 from mlx_sleep.convert.torch.loss import mark_refusals
@@ -77,7 +77,7 @@ def examples(batch):
 
 
 def loss_of(model, facts, answer):
-    """Cross-entropy of the answer behind the sleep, and of saying nothing to the facts."""
+    """Cross-entropy of the answer after the sleep, and of saying nothing to the facts."""
     fresh = model.fresh()
     told, _ = model(facts[:, :-1], fresh)
     state = model.consolidate(facts, fresh)  # N passes, no loss
@@ -142,11 +142,9 @@ def retrofit(options):
     if device == "cuda" or options.compile:
         model.compile()
     chat = read_chat(options.chat) if options.chat else ()
-    tokenizer = options.model / "tokenizer.json"
-    train, valid = (
-        Source(str(tokenizer), split, options.seed, chat) for split in ("train", "valid")
-    )
-    opening = Tokenizer.from_file(str(tokenizer)).encode(REFUSAL, add_special_tokens=False).ids
+    opening = read_tokenizer(options.model).encode(REFUSAL, add_special_tokens=False).ids
+    tokenizer = str(options.model / "tokenizer.json")
+    train, valid = (Source(tokenizer, split, options.seed, chat) for split in ("train", "valid"))
 
     def marked(batches) -> Iterator[dict]:
         for arrays in batches:

@@ -23,7 +23,12 @@ from safetensors.torch import save_file  # noqa: E402
 
 from mlx_sleep.convert.torch import chat  # noqa: E402
 from mlx_sleep.convert.torch.adapter import read_adapter, save_adapter  # noqa: E402
-from mlx_sleep.convert.torch.base import BaseConfig, dequantize, read_weights  # noqa: E402
+from mlx_sleep.convert.torch.base import (  # noqa: E402
+    BaseConfig,
+    dequantize,
+    read_tokenizer,
+    read_weights,
+)
 from mlx_sleep.convert.torch.delta_rule import best_rule, chunked, errors, naive  # noqa: E402
 from mlx_sleep.convert.torch.evaluate import evaluate, predicted, whole  # noqa: E402
 from mlx_sleep.convert.torch.loss import (  # noqa: E402
@@ -563,6 +568,15 @@ def test_bases_that_cannot_be_retrofitted(tmp_path):
     (tmp_path / "a" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="convert the model again"):
         read_weights(folder)
+    for text in (None, "{"):
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        if text:
+            (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match="tokenizer.json.* convert the model again"):
+            read_tokenizer(folder)
+    for before in ((), (3, 1), (1, 4)):
+        with pytest.raises(UserError, match="give numbers from 0 to 3"):
+            tiny(replace(ADAPTER, before=before))
 
 
 def test_chat_continues_greedily_as_the_model_does(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from ...utils.errors import UserError
 from ...utils.files import read_json
@@ -97,6 +98,17 @@ def read_weights(folder: Path, dtype=torch.float32) -> dict[str, torch.Tensor]:
             x = dequantize(x, scales, biases, settings["bits"])
         weights[name] = x.to(dtype)
     return weights
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a folder. UserError where there is none, or it's damaged."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no tokenizer.json; convert the model again")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"cannot read {path} ({error}); convert the model again") from error
 
 
 def dequantize(packed, scales, biases, bits: int):

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from ...utils.errors import UserError
-from .base import BaseConfig, read_weights
+from .base import BaseConfig, read_tokenizer, read_weights
 
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -44,7 +43,7 @@ class Chatter:
 
     def __init__(self, folder: Path, device: str = "cpu", dtype=torch.bfloat16):
         self.config = c = BaseConfig.from_folder(folder)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(folder)
         end = self.tokenizer.token_to_id(END)
         if end is None:
             raise UserError(f"the tokenizer in {folder} has no {END}; chat needs ChatML's marks")

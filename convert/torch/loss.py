@@ -146,7 +146,7 @@ def life_loss(model, batch: LifeBatch, kl_weight: float = 1.0, passes: int | Non
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """(sum of weighted cross-entropies, which targets are the argmax) behind a frozen head.
+    """(sum of weighted cross-entropies, which targets are the argmax) of a frozen head.
 
     h [N, D], head [V, D], targets [N], weights [N]; gradient for h alone.
     """
@@ -178,7 +178,7 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 
 class HeadKL(torch.autograd.Function):
-    """Sum over rows of KL(p_base || p) behind a frozen head: h, base [N, D], head [V, D]."""
+    """Sum over rows of KL(p_base || p) of a frozen head: h, base [N, D], head [V, D]."""
 
     @staticmethod
     def forward(ctx, h, base, head):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...utils.errors import UserError
 from .base import BaseConfig
 from .delta_rule import Rule, chunked
 
@@ -29,7 +30,7 @@ HALF_LIVES = 700.0, 40_000.0  # tokens: of the first and the last head at the st
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is added to a base. before: the blocks that a sleep layer stands before, ascending.
+    """What is added to a base. before: the blocks that have a sleep layer before them, ascending.
 
     passes (N), window (most tokens): how the model sleeps. fold: which tokens write into S, "all"
     or "user" (those that the assistant didn't say). lora_rank: 0 for none.
@@ -231,6 +232,11 @@ class Retrofit(nn.Module):
         super().__init__()
         self.config, self.adapter, self.rule = config, adapter or AdapterConfig(), rule
         c, a = config, self.adapter
+        if not a.before or sorted({*a.before} & {*range(c.num_hidden_layers)}) != [*a.before]:
+            raise UserError(
+                f"there cannot be sleep layers before blocks {[*a.before]}: give numbers from 0 to "
+                f"{c.num_hidden_layers - 1}, ascending"
+            )
         weights = {name: x.to(device, dtype) for name, x in weights.items()}
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
@@ -251,7 +257,7 @@ class Retrofit(nn.Module):
         self.project, self.finish = project, finish
 
     def compile(self) -> None:
-        """Compiles what stands around attention and the delta rule, which have kernels already."""
+        """Compiles all but attention and the delta rule, which have kernels already."""
         # Some shapes still need code of their own (a single row); the usual limit is 8.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.project = _compiled(project, {0: 2, 3: 1, 4: 1})

@@ -110,6 +110,11 @@ class Trainer:
         before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._train()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder} ({error}); free some space there, and --resume "
+                "goes on from the last checkpoint"
+            ) from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
