@@ -4,7 +4,7 @@
 
 A sleep layer starts as a copy of the attention of its block, reads and writes fast weights S, and
 is all that survives the end of a window (arXiv 2605.26099, hard eviction). This file is the
-definition that the MLX model is compared to; it needs PyTorch alone.
+definition that the MLX model is compared to.
 
 A batch of lives is [B, W, T]: B rows of W windows of T tokens, padded on the right. In each window
 attention sees that window alone, positions start at 0, and the short convolution has zeros to its
