@@ -29,7 +29,7 @@ from mlx_sleep.convert.torch.base import (  # noqa: E402
     read_tokenizer,
     read_weights,
 )
-from mlx_sleep.convert.torch.delta_rule import best_rule, chunked, errors, naive  # noqa: E402
+from mlx_sleep.convert.torch.delta_rule import UnitLowerInverse, best_rule, chunked, errors, naive  # noqa: E402
 from mlx_sleep.convert.torch.evaluate import evaluate, predicted, whole  # noqa: E402
 from mlx_sleep.convert.torch.loss import (  # noqa: E402
     HeadCrossEntropy,
@@ -625,3 +625,11 @@ def test_the_example_trains_a_retrofit(tmp_path):
     again = go()
     assert again.returncode == 1 and again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
+
+
+def test_the_inverse_made_of_products_is_the_triangular_solve():
+    make = torch.Generator().manual_seed(0)
+    below, rows = (torch.randn(3, 16, 16, generator=make, dtype=torch.float64) for _ in range(2))
+    solved = torch.linalg.solve_triangular(below, rows, upper=False, unitriangular=True)
+    torch.testing.assert_close(UnitLowerInverse.apply(below) @ rows, solved)
+    assert torch.autograd.gradcheck(UnitLowerInverse.apply, below[:1, :8, :8].requires_grad_())

@@ -33,36 +33,95 @@ def naive(q, k, v, g, beta, S):
 
 
 def chunked(q, k, v, g, beta, S, chunk: int = CHUNK):
-    """By chunks, in the WY form: all chunks at once but for the chain of their S."""
+    """By chunks, in the WY form: everything of all chunks at once, but for the chain of their S."""
     wide = torch.promote_types(q.dtype, torch.float32)
     B, T, H, Dk = k.shape
     extra = -T % chunk
 
     def split(x):
-        """[B, T, H, ...] to [B, H, N, C, ...], the last chunk filled with zeros."""
+        """[B, T, H, ...] to [N, B, H, C, ...], the last chunk filled with zeros."""
         x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, extra]).to(wide)
-        return x.unflatten(1, (-1, chunk)).movedim(3, 1)
+        return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, *range(4, x.ndim + 1)).contiguous()
 
     q, k, v, g, beta = (split(x) for x in (q, k, v, g[..., None], beta[..., None]))
-    G = g.cumsum(-2)  # [B, H, N, C, 1]
+    G = g.cumsum(-2)  # [N, B, H, C, 1]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=k.device).triu(1)
     decay = (G - G.mT).masked_fill(later, -torch.inf).exp()
-    # The solver reads only what is below the diagonal.
     below = beta * decay * (k @ k.mT)
     rows = torch.cat([beta * v, beta * G.exp() * k], -1)
-    solved = torch.linalg.solve_triangular(below, rows, upper=False, unitriangular=True)
-    values, reads = solved.split([v.shape[-1], Dk], -1)
+    values, reads = solve_unit_lower(below, rows).split([v.shape[-1], Dk], -1)
     to_end = (G[..., -1:, :] - G).exp() * k
-    last = G[..., -1:, :].exp()
-    starts, news = [], []
-    S = S.to(wide)
-    for n in range(q.shape[2]):
-        new = values[:, :, n] - reads[:, :, n] @ S.mT
-        starts.append(S)
-        news.append(new)
-        S = last[:, :, n] * S + new.mT @ to_end[:, :, n]
-    o = (G.exp() * q) @ torch.stack(starts, 2).mT + (decay * (q @ k.mT)) @ torch.stack(news, 2)
-    return o.movedim(1, 3).flatten(1, 2)[:, :T], S
+    # S at the end of a chunk is S at its start times a matrix, plus another.
+    keep = torch.diag_embed(G[..., -1, :].exp().expand(*G.shape[:-2], Dk)) - reads.mT @ to_end
+    states = Chain.apply(S.to(wide), keep, values.mT @ to_end)
+    starts = states[:-1]
+    news = values - reads @ starts.mT
+    o = (G.exp() * q) @ starts.mT + (decay * (q @ k.mT)) @ news
+    return o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T], states[-1]
+
+
+class Chain(torch.autograd.Function):
+    """S_{n+1} = S_n keep_n + add_n for n = 0 to N - 1, one product a step in each direction.
+
+    S [B, H, Dv, Dk]; keep [N, B, H, Dk, Dk]; add [N, B, H, Dv, Dk]. All S [N + 1, B, H, Dv, Dk].
+    """
+
+    @staticmethod
+    def forward(ctx, S, keep, add):
+        states = torch.empty(len(add) + 1, *S.shape, dtype=S.dtype, device=S.device)
+        states[0] = S
+        flat = states.flatten(1, 2)
+        for n, (k, a) in enumerate(zip(keep.flatten(1, 2), add.flatten(1, 2), strict=True)):
+            torch.baddbmm(a, flat[n], k, out=flat[n + 1])
+        ctx.save_for_backward(states, keep)
+        return states
+
+    @staticmethod
+    def backward(ctx, grad):
+        states, keep = ctx.saved_tensors
+        grads = grad.clone(memory_format=torch.contiguous_format)
+        flat, keeps = grads.flatten(1, 2), keep.flatten(1, 2)
+        for n in reversed(range(len(keep))):
+            flat[n].baddbmm_(flat[n + 1], keeps[n].mT)
+        return grads[0], states[:-1].mT @ grads[1:], grads[1:]
+
+
+def solve_unit_lower(below, rows):
+    """(I + A)^-1 rows, where A [..., C, C] is what `below` has under its diagonal.
+
+    CUDA's triangular solver is slow for many small matrices: there the inverse is made of products.
+    """
+    if below.is_cuda and below.shape[-1] & (below.shape[-1] - 1) == 0:
+        return UnitLowerInverse.apply(below) @ rows
+    return torch.linalg.solve_triangular(below, rows, upper=False, unitriangular=True)
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """(I + A)^-1, where A [..., C, C] is what x has under its diagonal; C is a power of two.
+
+    Neighbouring blocks are merged, [[P, 0], [R, Q]]^-1 = [[P', 0], [-Q' R P', Q']] with ' for the
+    inverse, until there is one. (The power series loses its digits where keys repeat.)
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        C = x.shape[-1]
+        at = torch.arange(C, device=x.device)
+        inverse = torch.eye(C, dtype=x.dtype, device=x.device)
+        size = 1
+        while size < C:
+            block = at // size
+            merged = (block[:, None] > block) & (block[:, None] // 2 == block // 2)
+            off = x.masked_fill(~merged, 0)
+            inverse = inverse - (off if size == 1 else inverse @ (off @ inverse))
+            size *= 2
+        ctx.save_for_backward(inverse)
+        return inverse.expand_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
 def fla(q, k, v, g, beta, S):
