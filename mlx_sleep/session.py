@@ -1,7 +1,7 @@
 """One conversation with a model that sleeps: it feeds turns, streams replies, and sleeps.
 
-A session holds two states. The snapshot stood at the START of the window; the working state is
-the snapshot after the window's tokens went through the model once each. A sleep consolidates the
+A session holds two states. The snapshot is the state at the START of the window; the working state
+is the snapshot after the window's tokens went through the model once each. A sleep consolidates the
 window from the snapshot and replaces both. The session knows its window and its durable memory;
 it knows no terminal and starts no thread. Only one thread may call it at a time (every array it
 keeps is evaluated, so that it need not always be the same one).
@@ -164,8 +164,8 @@ class Session:
         """Takes a user's turn and streams the reply, in pieces of text as they are generated.
 
         The turn is in the journal and on the disk when this returns; the reply, when it ends.
-        A reply that is not read to its end (close the iterator to stop it) is closed where it
-        stands and stays in the window like any other. UserError for a text that is empty or
+        A reply that is not read to its end (close the iterator to stop it) ends there, and stays
+        in the window like any other. UserError for a text that is empty or
         not valid Unicode.
 
         on_pass and should_stop are those of `sleep`, for a window that fills up on the way.
@@ -281,7 +281,7 @@ class Session:
                     window=self.window,
                 )
             except BaseException:
-                # A KeyboardInterrupt may land behind the rename: the sleep is then on the disk.
+                # A KeyboardInterrupt may come after the rename: the sleep is then on the disk.
                 if self.memory.header.sleeps > sleeps:
                     self._adopt(state, window, rest)
                 raise
@@ -332,13 +332,20 @@ class Session:
             if self._fed == self.window:
                 self._consolidate(self.window, on_pass, should_stop)
                 continue
-            chunk = self._pending[self._fed : self.window]
-            logits, state = self.model(mx.array([chunk]), self._state)
-            # Some models have more rows than their tokenizer has tokens.
-            logits = logits[0, -1, : len(self.tokenizer)].astype(mx.float32)
-            mx.eval(logits, state)
+            tokens = self._pending[self._fed : self.window]
+            # MLX appends to a KV cache in place only when nothing else holds the old arrays.
+            state, self._state = self._state, []
+            try:
+                h, state = self.model.hidden(mx.array([tokens]), state)
+                # Some models have more rows than their tokenizer has tokens.
+                logits = self.model.head(h[:, -1:])[0, -1, : len(self.tokenizer)]
+                logits = logits.astype(mx.float32)
+                mx.eval(logits, state)
+            except BaseException:
+                self._rewind()  # the old state is gone: the next call reads the window again
+                raise
             self._state, self._logits = state, logits
-            self._fed += len(chunk)
+            self._fed += len(tokens)
         return self._logits
 
     def _record(self, ids: list[int]):

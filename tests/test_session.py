@@ -63,15 +63,15 @@ def fold(state, tokens, passes=2):
 
 
 def test_a_reply_is_one_forward_pass_a_token_over_turn_and_reply(monkeypatch):
+    session = Session(MODEL, TOKENIZER)
     calls = []
-    original = type(MODEL).__call__
+    original = type(MODEL).hidden
 
     def spy(self, tokens, state=None, mask=None):
         calls.append(tokens.shape[1])
         return original(self, tokens, state, mask)
 
-    monkeypatch.setattr(type(MODEL), "__call__", spy)
-    session = Session(MODEL, TOKENIZER)
+    monkeypatch.setattr(type(MODEL), "hidden", spy)
     said = text(20)
     script(session, "I see")
     assert session.ask(said) == "I see"
