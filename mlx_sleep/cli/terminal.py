@@ -7,14 +7,14 @@ the same time: the main thread leaves it alone from `IdleSleeper.start` to `.sto
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..utils.errors import UserError
-from . import common, slash
+from . import output, slash
+from .sleeping import Interrupts, SleepProgress, describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -49,7 +49,7 @@ class IdleSleeper:
         self._key.set()
 
     def stop(self):
-        """Cancels a sleep under way and waits for its end. Raises what the thread died of.
+        """Cancels a sleep under way and waits for its end. Raises what ended the thread.
 
         A Ctrl-C waits too: it is raised when the session is the caller's again, not before.
         """
@@ -72,7 +72,7 @@ class IdleSleeper:
                 else:
                     self._sleep()
         except UserError as error:  # not again before the next turn
-            self._show(f"error: {error}")
+            self._show(f"error: {output.clean(str(error))}")
         except BaseException as error:
             self._error = error
         finally:
@@ -81,7 +81,7 @@ class IdleSleeper:
     def _sleep(self):
         from ..sleep import SleepCancelled
 
-        progress = common.Progress(self._session, self._show)
+        progress = SleepProgress(self._session, self._show)
 
         def should_stop():
             progress.step()
@@ -93,7 +93,7 @@ class IdleSleeper:
             self._show(f"sleep cancelled, nothing is lost; again after {self._idle:g} s")
         else:
             self._show(_window(self._session))
-            self._note(common.describe(report, self._session))
+            self._note(describe(report, self._session))
 
 
 class Terminal:
@@ -101,18 +101,17 @@ class Terminal:
 
     def __init__(self, session: Session, model: str, idle: float):
         from prompt_toolkit import PromptSession
-        from rich.console import Console
 
         self._session, self._model = session, model
         self._idle = idle if session.can_sleep else 0
-        self._console = Console(highlight=False)
+        self._console = output.stdout()
+        self._progress = output.StatusLine(self._console)
         self._prompt = PromptSession("> ", bottom_toolbar=lambda: self._status)
         self._prompt.app.key_processor.before_key_press += self._on_key
         self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
         self._sleeper: IdleSleeper | None = None
         self._status = ""
         self._in_line = False  # a reply has begun a line and not ended it
-        self._over = False  # the line holds a status that the next text replaces
 
     def run(self):
         try:
@@ -151,8 +150,9 @@ class Terminal:
 
     def _greet(self):
         name = self._session.memory.name
+        model = output.clean(self._model)
         self._console.print(
-            f"mlx-sleep {__version__}, model {self._model}, memory '{name}': "
+            f"mlx-sleep {__version__}, model {model}, memory '{name}': "
             f"{slash.holdings(self._session)}",
             style="bold",
             markup=False,
@@ -187,21 +187,21 @@ class Terminal:
         """Streams a reply. Returns how often Ctrl-C was pressed; the first one cancels it."""
         from ..sleep import SleepCancelled
 
-        self._session.on_sleep = lambda report: self._note(common.describe(report, self._session))
-        progress = common.Progress(self._session, self._show_sleep)
+        self._session.on_sleep = lambda report: self._note(describe(report, self._session))
+        progress = SleepProgress(self._session, self._show_sleep)
         taken = False
 
         def should_stop():
             progress.step()
             return ctrl_c.count > 0
 
-        with common.Interrupts() as ctrl_c:
+        with Interrupts() as ctrl_c:
             try:
                 pieces = self._session.say(text, progress.on_pass, should_stop)
                 taken = True
                 with contextlib.closing(pieces):
                     for piece in pieces:
-                        self._write(common.printable(piece))
+                        self._write(piece)
                         if ctrl_c.count:
                             break
             except SleepCancelled:  # of a window that was full
@@ -220,28 +220,22 @@ class Terminal:
     def _show_sleep(self, status: str):
         """Progress of a sleep in the middle of a turn, in the place of the prompt."""
         if not self._in_line:
-            sys.stdout.write(f"\r\x1b[K{status}")
-            sys.stdout.flush()
-            self._over = True
+            self._progress.show(status)
 
     def _write(self, text: str):
-        if self._over:
-            sys.stdout.write("\r\x1b[K")
-            self._over = False
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        self._progress.clear()
+        output.piece(text)
         if text:
             self._in_line = not text.endswith("\n")
 
     def _end_line(self):
+        self._progress.clear()
         if self._in_line:
             self._write("\n")
-        elif self._over:
-            self._write("")
 
     def _note(self, text: str, style: str = "dim"):
         self._end_line()
-        self._console.print(text, style=style, markup=False)
+        self._console.print(output.clean(text), style=style, markup=False)
 
     def _confirm(self) -> bool:
         name = self._session.memory.name
@@ -258,23 +252,23 @@ class Terminal:
 
         waiting = len(self._session.pending)
         try:
-            report = common.watch(
+            report = watch(
                 self._session,
                 lambda on_pass, should_stop: self._session.close(
                     on_pass=on_pass, should_stop=should_stop
                 ),
             )
         except SleepCancelled:
-            self._note(f"left without sleeping; {common.count(waiting, 'token')} kept for later")
+            self._note(f"left without sleeping; {output.count(waiting, 'token')} kept for later")
         else:
             if report:
-                self._note(common.describe(report, self._session))
+                self._note(describe(report, self._session))
 
 
 def _window(session: Session) -> str:
     """ "window 134/256 tokens, KV cache 123 KB" """
     stats = session.stats()
     return (
-        f"window {stats.window_tokens}/{common.count(stats.window, 'token')}, "
-        f"KV cache {common.size(stats.kv_bytes)}"
+        f"window {stats.window_tokens}/{output.count(stats.window, 'token')}, "
+        f"KV cache {output.size(stats.kv_bytes)}"
     )

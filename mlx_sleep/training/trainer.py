@@ -205,7 +205,7 @@ class Trainer:
                     "tokens": self.tokens,
                     "passes": passes,
                     "loss": loss.item(),
-                    "right": right.item(),
+                    "accuracy": right.item(),
                     "grad_norm": norm.item(),
                     "tokens_per_second": count / seconds,
                     "seconds": seconds,
