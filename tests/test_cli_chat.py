@@ -319,7 +319,7 @@ def test_ctrl_c_never_leaves_the_session_to_two_threads():
     main_thread = threading.main_thread().ident
 
     def interrupt():
-        while not sleeper._stopped:  # until the main thread waits
+        while not sleeper.stopping:  # until the main thread waits
             time.sleep(0.01)
         signal.pthread_kill(main_thread, signal.SIGINT)
         interrupted.set()

@@ -10,7 +10,7 @@ import errno
 import importlib
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -58,7 +58,7 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _print_version(wanted: bool):
+def _print_version(wanted: bool) -> None:
     if wanted:
         output.line(f"mlx-sleep {__version__}")
         raise typer.Exit()
@@ -77,7 +77,7 @@ def _root(
 
 
 # typer's own class, or click's in a typer that has none: what both raise for a wrong option.
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def main() -> NoReturn:
@@ -117,7 +117,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-def _open_standard_streams():
+def _open_standard_streams() -> None:
     """Gives a stream that the caller closed (`<&-`) the null device.
 
     Else the next file would get its number: MLX cannot read from file 0, and a library that

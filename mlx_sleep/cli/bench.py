@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -164,7 +164,8 @@ def convert(
 def _load(model: str | None) -> SleepModel:
     from ..models.load import EMBEDDED, load_model
 
-    return load_model(EMBEDDED if model is None else model)[0]
+    loaded, _ = load_model(EMBEDDED if model is None else model)
+    return cast("SleepModel", loaded)
 
 
 def _run(

@@ -73,7 +73,7 @@ def generate(
 # --- in a pipe -----------------------------------------------------------------------------
 
 
-def _run_in_pipe(session: Session):
+def _run_in_pipe(session: Session) -> None:
     """A turn for each line until the end of the input; then it sleeps."""
     with _closing(session):
         for line in _lines():
@@ -111,7 +111,7 @@ def _closing(session: Session) -> Iterator[None]:
     session.close()
 
 
-def _print_reply(session: Session, text: str, ctrl_c: Interrupts):
+def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
     from ..sleep import SleepCancelled
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -95,10 +95,10 @@ def convert(
         layers=tuple(map(_layer_choice, q_layer or ())),
         dtype=dtype,
     )
-    sleep = {"passes": passes, "window": window, "eviction": eviction}
+    sleep: dict[str, Any] = {"passes": passes, "window": window, "eviction": eviction}
     if loop_range is not None:
         sleep["loop_range"] = list(loop_range)
-    inserted = None
+    inserted: dict[str, Any] | None = None
     if insert is not None or insert_before is not None:
         inserted = {"kind": insert_kind, "count": insert}
         if insert_before is not None:
@@ -137,7 +137,7 @@ def export(
     line(f"wrote {dest}: {count(len(names), 'tensor')}")
 
 
-def _describe(report: Report, dest: Path, group_size: int, verbose: bool):
+def _describe(report: Report, dest: Path, group_size: int, verbose: bool) -> None:
     for remark in report.notes:
         line(f"note: {remark}")
     if verbose:
@@ -155,7 +155,7 @@ def _describe(report: Report, dest: Path, group_size: int, verbose: bool):
         )
 
 
-def _verify(source: str, dest: Path):
+def _verify(source: str, dest: Path) -> None:
     from ..convert.verify import TOKENS, verify
 
     found = verify(source, dest)

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from importlib import metadata, resources
+from typing import Any
 
 import typer
 
@@ -43,7 +44,7 @@ def doctor(
 
 def examine() -> dict:
     """Everything that doctor prints, as JSON-able values."""
-    report = {
+    report: dict[str, Any] = {
         "command": "doctor",
         "versions": _versions(),
         "device": None,

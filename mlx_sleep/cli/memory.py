@@ -39,18 +39,16 @@ def list_(home: options.Home = None, as_json: options.Json = False):
     if not memories:
         line(f"no memories in {data_dir(home)}; `mlx-sleep chat` makes one")
         return
-    rows = [("NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "UPDATED")]
+    rows = [["NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "UPDATED"]]
     for memory in memories:
         header = memory.header
-        numbers = (header.sleeps, header.tokens, memory.pending) if header else ("?", "?", "?")
+        counters = [header.sleeps, header.tokens, memory.pending] if header else ["?"] * 3
         updated = header.updated[:16].replace("T", " ") if header else ""
-        rows.append((memory.name, *map(str, numbers), output.size(memory.bytes), updated))
+        rows.append([memory.name, *map(str, counters), output.size(memory.bytes), updated])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        name, *numbers, updated = row
-        cells = [name.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False)]
-        line("  ".join([*cells, updated]).rstrip())
+    for name, *cells, updated in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)]
+        line("  ".join([name.ljust(widths[0]), *right, updated]).rstrip())
     for memory in memories:
         if memory.problem:
             line(f"{memory.name}: {memory.problem}")
@@ -68,7 +66,7 @@ def show(name: Name, home: options.Home = None, as_json: options.Json = False):
     if as_json:
         output.print_json(_as_dict(memory))
         return
-    lines = {"name": name, "size": output.size(memory.bytes)}
+    lines: dict[str, object] = {"name": name, "size": output.size(memory.bytes)}
     if header := memory.header:
         lines |= {
             "model": f"{header.model or '?'} (fingerprint {header.fingerprint[:12]})",

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -104,9 +104,9 @@ def with_session_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command for typer: its parameter `options` becomes an option for each field."""
     names = [field.name for field in fields(SessionOptions)]
 
-    def run(**values):
+    def run(**values: Any) -> None:
         options = SessionOptions(**{name: values.pop(name) for name in names})
-        return command(options=options, **values)
+        command(options=options, **values)
 
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -124,7 +124,7 @@ def with_session_options(command: Callable[..., None]) -> Callable[..., None]:
         )
         for field in fields(SessionOptions)
     ]
-    run.__signature__ = inspect.Signature([*own, *shared])
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]  # a function may have one
     run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run

@@ -164,9 +164,7 @@ def progress_bar(
 
         def update(done: int, total: int | None = None, text: str | None = None) -> None:
             fields = {} if text is None else {"text": clean(text)}
-            if total is not None:
-                fields["total"] = total
-            bar.update(task, completed=done, **fields)
+            bar.update(task, completed=done, total=total, **fields)  # type: ignore[arg-type]
 
         yield update
 
@@ -199,7 +197,7 @@ def table(rows: list[dict]) -> Table:
     return result
 
 
-def _cell(name: str, value: object) -> str:
+def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):

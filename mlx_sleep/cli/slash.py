@@ -34,7 +34,7 @@ def answer(session: Session, word: str, confirm: Callable[[], bool]) -> Iterator
     elif word == "/sleep":
         yield _sleep_now(session)
     elif word == "/memory":
-        yield f"memory '{session.memory.name}': {holdings(session)}"
+        yield f"memory '{memory_name(session)}': {holdings(session)}"
     elif word == "/stats":
         stats = session.stats()
         yield f"window        {stats.window_tokens} of {count(stats.window, 'token')}"
@@ -60,6 +60,12 @@ def _sleep_now(session: Session) -> str:
     except SleepCancelled:
         return "sleep cancelled; nothing is lost"
     return describe(report, session) if report else "nothing to sleep over"
+
+
+def memory_name(session: Session) -> str:
+    """Of a chat, which always has a memory."""
+    assert session.memory is not None
+    return session.memory.name
 
 
 def holdings(session: Session) -> str:

@@ -10,6 +10,7 @@ import json
 import struct
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -133,12 +134,10 @@ def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
             )
         try:
             start, sha256 = _sha256(raw)
-            header = Header(
-                **{
-                    f.name: (int if f.type == "int" else str)(metadata[f.name])
-                    for f in fields(Header)
-                }
-            )
+            values: dict[str, Any] = {
+                f.name: (int if f.type == "int" else str)(metadata[f.name]) for f in fields(Header)
+            }
+            header = Header(**values)
         except (KeyError, ValueError) as error:
             raise Damaged("it lacks what every memory has") from error
         if raw[start : start + 64] != sha256.encode():
