@@ -17,10 +17,7 @@ if TYPE_CHECKING:  # it imports MLX
 
 
 class Numbers(tuple[int, ...]):
-    """Whole numbers of an option; shown as they are typed: "1,2,4"."""
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self))
+    """Whole numbers of an option, typed as 1,2,4."""
 
 
 def numbers(
