@@ -131,40 +131,29 @@ class StatusLine:
 def progress_bar(
     doing: str, *, total: int | None = None, unit: str = "", shown: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, nothing elsewhere: update(done, total=None, text=None) moves it.
+    """A bar on a terminal, nothing elsewhere: update(done, total=None, text="") moves it.
 
-    unit "bytes" counts in MB with the rate; any other counts in so many of it.
+    unit is what is counted; "bytes" are shown in MB.
     """
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    counter: ProgressColumn = TextColumn(f"{{task.completed}}/{{task.total}} {unit}".rstrip())
-    if unit == "bytes":
-        counter = DownloadColumn()
-    elif total is None:
-        counter = TextColumn(f"{{task.completed}} {unit}".rstrip())
+    counter = TextColumn("{task.fields[counter]}")
     console = stderr()
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        counter,
+        DownloadColumn() if unit == "bytes" else counter,
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}", markup=False),
         console=console,
         transient=True,
         disable=not (shown and console.is_terminal),
     ) as bar:
-        task = bar.add_task(doing, total=total, text="")
+        task = bar.add_task(doing, total=total, counter="", text="")
 
-        def update(done: int, total: int | None = None, text: str | None = None) -> None:
-            fields = {} if text is None else {"text": clean(text)}
-            bar.update(task, completed=done, total=total, **fields)  # type: ignore[arg-type]
+        def update(done: int, total: int | None = total, text: str = "") -> None:
+            counted = f"{done} {unit}" if total is None else f"{done}/{total} {unit}"
+            bar.update(task, completed=done, total=total, counter=counted, text=clean(text))
 
         yield update
 
