@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
@@ -41,12 +42,12 @@ class ChatTokenizer:
         marks = set(self.end_ids[:1]) & set(tokenizer.all_special_ids)
         self.stop_ids: frozenset[int] = frozenset(tokenizer.eos_token_ids) | marks
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._size
 
     def turn(self, text: str, first: bool) -> list[int]:
@@ -85,7 +86,9 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
         logging.set_verbosity(verbosity)
 
 
-def _take_template_apart(tokenizer) -> tuple[tuple[str, str], tuple[str, str], str]:
+def _take_template_apart(
+    tokenizer: tokenizer_utils.TokenizerWrapper,
+) -> tuple[tuple[str, str], tuple[str, str], str]:
     """(before, after) the user's text in the first turn and in later ones, and a reply's end.
 
     A base model without a chat template gets its text as it is.
@@ -93,7 +96,7 @@ def _take_template_apart(tokenizer) -> tuple[tuple[str, str], tuple[str, str], s
     if not tokenizer.has_chat_template:
         return ("", ""), ("", ""), ""
 
-    def render(texts, prompt):
+    def render(texts: list[str], prompt: bool) -> str:
         messages = [
             {"role": role, "content": text}
             for text, role in zip(texts, ("user", "assistant", "user"), strict=False)

@@ -1,7 +1,7 @@
 """One conversation with a model that sleeps: it feeds turns, streams replies, and sleeps.
 
-A session holds two states. The snapshot stood at the START of the window; the working state is
-the snapshot after the window's tokens went through the model once each. A sleep consolidates the
+A session holds two states. The snapshot is the state at the START of the window; the working state
+is the snapshot after the window's tokens went through the model once each. A sleep consolidates the
 window from the snapshot and replaces both. The session knows its window and its durable memory;
 it knows no terminal and starts no thread. Only one thread may call it at a time (every array it
 keeps is evaluated, so that it need not always be the same one).
@@ -9,16 +9,22 @@ keeps is evaluated, so that it need not always be the same one).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chat_template import ChatTokenizer
 from .memory import Memory
 from .models.base import (
     SleepConfig,
+    SleepModel,
     State,
     fast_weight_bytes,
     flatten_state,
@@ -68,6 +74,8 @@ class Session:
     seed            of the sampling; None leaves MLX's random state alone
     on_sleep        called with the SleepReport of every sleep, those of a full window included
 
+    `sampler` may be replaced by any of mlx-lm's: log-probabilities [1, V] -> token ids [1].
+
     It sleeps by itself when a turn would not fit in the window, and on `close`. A memory with
     tokens that no sleep has folded in yet is replayed through the model. Errors are UserErrors;
     whatever raises leaves the states and the memory consistent.
@@ -78,8 +86,8 @@ class Session:
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: SleepModel,
+        tokenizer: ChatTokenizer | TokenizerWrapper,
         memory: Memory | None = None,
         *,
         passes: int | None = None,
@@ -109,7 +117,7 @@ class Session:
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
         self.max_tokens, self.on_sleep = max_tokens, on_sleep
-        self._sampler = make_sampler(temp=temp, top_p=top_p)
+        self.sampler: Callable[[mx.array], mx.array] = make_sampler(temp=temp, top_p=top_p)
         if seed is not None:
             mx.random.seed(seed)
         # Loaded weights are lazy, and a lazy array can only be evaluated by its own thread.
@@ -133,7 +141,14 @@ class Session:
         self._feed()
 
     @classmethod
-    def open(cls, model_path=None, memory: str | None = None, *, home=None, **options) -> Session:
+    def open(
+        cls,
+        model_path: str | Path | None = None,
+        memory: str | None = None,
+        *,
+        home: str | os.PathLike | None = None,
+        **options: Any,
+    ) -> Session:
         """Loads a model folder (None is the embedded model) and opens a memory by name.
 
         home is the folder of the memories; options are those of `Session`. UserError when the
@@ -142,7 +157,8 @@ class Session:
         from .models.load import EMBEDDED, fingerprint, load
 
         path = EMBEDDED if model_path is None else model_path
-        model, tokenizer, _ = load(path)
+        loaded, tokenizer, _ = load(path)
+        model = cast(SleepModel, loaded)
         if memory is None:
             return cls(model, tokenizer, **options)
         name = "embedded" if model_path is None else str(model_path)
@@ -160,12 +176,12 @@ class Session:
         text: str,
         on_pass: OnPass | None = None,
         should_stop: ShouldStop | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Takes a user's turn and streams the reply, in pieces of text as they are generated.
 
         The turn is in the journal and on the disk when this returns; the reply, when it ends.
-        A reply that is not read to its end (close the iterator to stop it) is closed where it
-        stands and stays in the window like any other. UserError for a text that is empty or
+        A reply that is not read to its end (close the iterator to stop it) ends there, and stays
+        in the window like any other. UserError for a text that is empty or
         not valid Unicode.
 
         on_pass and should_stop are those of `sleep`, for a window that fills up on the way.
@@ -200,15 +216,17 @@ class Session:
 
     tell = ask
 
-    def _reply(self, this: object, on_pass, should_stop) -> Iterator[str]:
+    def _reply(
+        self, this: object, on_pass: OnPass | None, should_stop: ShouldStop | None
+    ) -> Generator[str]:
         """Samples tokens until a stop id, one forward pass each."""
         detokenizer = self.tokenizer.detokenizer
         try:
             for _ in range(self.max_tokens):
                 if self._open_reply is not this:  # another turn or a sleep came in between
                     return
-                logits = self._feed(on_pass, should_stop)
-                token = self._sampler((logits - mx.logsumexp(logits))[None]).item()
+                self._feed(on_pass, should_stop)
+                token = self._sample()
                 if token in self.tokenizer.stop_ids or self._no_room(1):
                     break
                 self._record([token])
@@ -221,6 +239,11 @@ class Session:
         finally:
             if self._open_reply is this:
                 self._end_reply()
+
+    def _sample(self) -> int:
+        assert self._logits is not None  # a turn has been fed
+        logprobs = self._logits - mx.logsumexp(self._logits)
+        return cast(int, self.sampler(logprobs[None]).item())
 
     def _no_room(self, tokens: int) -> bool:
         """Whether so many and a reply's end don't fit in the window, and no sleep can make room."""
@@ -281,7 +304,7 @@ class Session:
                     window=self.window,
                 )
             except BaseException:
-                # A KeyboardInterrupt may land behind the rename: the sleep is then on the disk.
+                # A KeyboardInterrupt may come after the rename: the sleep is then on the disk.
                 if self.memory.header.sleeps > sleeps:
                     self._adopt(state, window, rest)
                 raise
@@ -290,7 +313,7 @@ class Session:
             self.on_sleep(report)
         return report
 
-    def _adopt(self, state: State, folded: list[int], rest: list[int]):
+    def _adopt(self, state: State, folded: list[int], rest: list[int]) -> None:
         """Takes a sleep's result for the snapshot; `rest` is the new window."""
         self._snapshot, self._pending = state, rest
         self._tokens += len(folded)
@@ -304,6 +327,16 @@ class Session:
         """Ids of the tokens that no sleep has folded in yet."""
         return tuple(self._pending)
 
+    @property
+    def snapshot(self) -> State:
+        """The state at the start of the window, which the next sleep starts from."""
+        return self._snapshot
+
+    @property
+    def state(self) -> State:
+        """The working state. Its KV cache is copied while anybody holds it: don't keep it."""
+        return self._state
+
     def stats(self) -> Stats:
         return Stats(
             window_tokens=len(self._pending),
@@ -315,16 +348,14 @@ class Session:
             sleeps=self._sleeps,
         )
 
-    def _rewind(self):
+    def _rewind(self) -> None:
         """The working state goes back to the start of the window."""
         self._state: State = self._snapshot
         self._fed = 0  # how many of the pending tokens the working state has seen
-        self._logits: mx.array | None = None
+        self._logits: mx.array | None = None  # [V], after the last token fed
 
-    def _feed(
-        self, on_pass: OnPass | None = None, should_stop: ShouldStop | None = None
-    ) -> mx.array | None:
-        """Runs the pending tokens that the working state has not seen: logits [V] of the last.
+    def _feed(self, on_pass: OnPass | None = None, should_stop: ShouldStop | None = None) -> None:
+        """Runs the pending tokens that the working state has not seen; keeps the last one's logits.
 
         It sleeps when the window is full and more is to come.
         """
@@ -332,26 +363,32 @@ class Session:
             if self._fed == self.window:
                 self._consolidate(self.window, on_pass, should_stop)
                 continue
-            chunk = self._pending[self._fed : self.window]
-            logits, state = self.model(mx.array([chunk]), self._state)
-            # Some models have more rows than their tokenizer has tokens.
-            logits = logits[0, -1, : len(self.tokenizer)].astype(mx.float32)
-            mx.eval(logits, state)
+            tokens = self._pending[self._fed : self.window]
+            # MLX appends to a KV cache in place only when nothing else holds the old arrays.
+            state, self._state = self._state, []
+            try:
+                h, state = self.model.hidden(mx.array([tokens]), state)
+                # Some models have more rows than their tokenizer has tokens.
+                logits = self.model.head(h[:, -1:])[0, -1, : len(self.tokenizer)]
+                logits = logits.astype(mx.float32)
+                mx.eval(logits, state)
+            except BaseException:
+                self._rewind()  # the old state is gone: the next call reads the window again
+                raise
             self._state, self._logits = state, logits
-            self._fed += len(chunk)
-        return self._logits
+            self._fed += len(tokens)
 
-    def _record(self, ids: list[int]):
+    def _record(self, ids: list[int]) -> None:
         """Puts tokens into the journal and the window. Nothing has changed if it raises."""
         if self.memory is not None:
             self.memory.append(ids)
         self._pending.extend(ids)
 
-    def _sync(self):
+    def _sync(self) -> None:
         if self.memory is not None:
             self.memory.sync()
 
-    def _end_reply(self):
+    def _end_reply(self) -> None:
         """Closes an open reply, however it came to its end, so that the format stays legal."""
         if self._open_reply is not None:
             self._record(self.tokenizer.end_ids)
@@ -360,7 +397,7 @@ class Session:
 
     # --- the end ---------------------------------------------------------------------------
 
-    def forget(self):
+    def forget(self) -> None:
         """Empties the memory, on the disk too, and starts from nothing."""
         if self.memory is not None:
             self.memory.forget()
@@ -389,5 +426,10 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close(sleep=kind is None)

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from mlx_sleep.cli import COMMANDS, common, slash
+from mlx_sleep.cli import COMMANDS, output, slash, sleeping
 from mlx_sleep.cli.terminal import IdleSleeper
 from mlx_sleep.memory import show_memory
 from mlx_sleep.sleep import SleepCancelled
@@ -146,7 +146,8 @@ def test_a_sleep_that_ctrl_c_cancels_says_so(run, refused, model, tmp_path, monk
     refused("chat", *options, "--max-tokens", 4, stdin=b"hello\n\xff\n")
     waiting = show_memory("default", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(common.Progress, "step", lambda self: signal.raise_signal(signal.SIGINT))
+        interrupt = lambda self: signal.raise_signal(signal.SIGINT)  # noqa: E731
+        patch.setattr(sleeping.SleepProgress, "step", interrupt)
         assert run("sleep", *options) == (130, "", "sleep cancelled; nothing is lost\n")
     assert show_memory("default", tmp_path) == waiting
 
@@ -233,22 +234,31 @@ def test_bad_input(refused, run, model, other_model, tmp_path):
 
 def test_version_and_help_are_quick_and_help_has_examples(run):
     assert run("--version")[1].startswith("mlx-sleep ")
-    code = "import sys; from mlx_sleep.cli import main; sys.argv = ['x', 'chat', '--help']\n"
-    code += "try: main()\nexcept SystemExit: print('mlx.core' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT)
-    assert out.stdout.splitlines()[-1] == b"False"
     more = ["", "memory list", "memory show", "memory fork", "memory import", "memory rm"]
+    asked = [["--version"], *([*c.split(), "--help"] for c in (*more, *COMMANDS))]
+    code = (
+        "import sys; from mlx_sleep.cli import main\n"
+        f"for arguments in {asked}:\n"
+        "    sys.argv = ['mlx-sleep', *arguments]\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code, arguments\n"
+        "print([name for name in ('mlx.core', 'transformers') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT)
+    assert out.stdout.splitlines()[-1] == b"[]", out.stderr
     for command in [*more, *COMMANDS]:
         code, out, _ = run(*command.split(), "--help")
         assert code == 0 and "Example" in out, command
 
 
 def test_words():
-    sizes = [common.size(n) for n in (0, 999, 1000, 9949, 9960, 123_456, 999_600, 1_234_567)]
+    sizes = [output.size(n) for n in (0, 999, 1000, 9949, 9960, 123_456, 999_600, 1_234_567)]
     assert sizes == ["0 B", "999 B", "1.0 KB", "9.9 KB", "10 KB", "123 KB", "1.0 MB", "1.2 MB"]
-    assert [common.count(n, "pass") for n in (1, 4)] == ["1 pass", "4 passes"]
-    assert common.count(1, "token") == "1 token" and common.count(1234, "token") == "1,234 tokens"
-    assert common.printable("a\x1b[31mb\x07\x9bc\n\té…") == "a[31mbc\n\té…"
+    assert [output.count(n, "pass") for n in (1, 4)] == ["1 pass", "4 passes"]
+    assert output.count(1, "token") == "1 token" and output.count(1234, "token") == "1,234 tokens"
+    assert output.clean("a\x1b[31mb\x07\x9bc\n\té…") == "a[31mbc\n\té…"
+    turned = "a\u202egpj.exe\u202c \u2066b\u2069\u200f\u061c\r"  # direction marks
+    assert output.clean(turned) == "agpj.exe b"
     assert slash.command("/sleep") == "/sleep" and slash.command("/x y") == "/x"
     assert slash.command("/") == "/"
     assert slash.command("/etc/hosts is a file") is None
@@ -309,7 +319,7 @@ def test_ctrl_c_never_leaves_the_session_to_two_threads():
     main_thread = threading.main_thread().ident
 
     def interrupt():
-        while not sleeper._stopped:  # until the main thread waits
+        while not sleeper.stopping:  # until the main thread waits
             time.sleep(0.01)
         signal.pthread_kill(main_thread, signal.SIGINT)
         interrupted.set()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,12 +21,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_sleep import memory
 from mlx_sleep.memory import Memory
 from mlx_sleep.memory import format as memory_format
-from mlx_sleep.memory import store as memory
+from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
+from tests.fakes import fake_model, fake_tokenizer
 
 ROOT = Path(memory.__file__).parents[2]
+TOKENIZER = fake_tokenizer()
 SLEEP = {"passes": 2, "eviction": "hard", "window": 64}
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -47,7 +51,7 @@ def ids(n: int) -> list[int]:
 
 
 def make(home, name="ada", fingerprint="model-a") -> tuple[dict[str, mx.array], list[int]]:
-    """A memory with one sleep behind it: two tokens left over in the file, three journalled."""
+    """A memory that slept once: two tokens left over in the file, three journalled."""
     arrays, tokens = some_arrays(), ids(9)
     with Memory.open(name, fingerprint, model="some/model", home=home) as m:
         m.append(tokens[:6])
@@ -57,7 +61,7 @@ def make(home, name="ada", fingerprint="model-a") -> tuple[dict[str, mx.array], 
 
 
 def check(home, name, arrays, pending, fingerprint="model-a") -> memory.Header:
-    with Memory.open(name, fingerprint, home=home, create=False) as m:
+    with Memory.open(name, fingerprint, home=home) as m:
         assert {n: bits(a) for n, a in m.arrays.items()} == {n: bits(a) for n, a in arrays.items()}
         assert m.pending == pending
         return m.header
@@ -136,6 +140,29 @@ def test_the_file_is_plain_safetensors(tmp_path):
     assert metadata["fingerprint"] == "model-a" and metadata["sleeps"] == "1"
 
 
+OLD = Path(__file__).parent / "data" / "memory_format_1"
+
+
+def test_a_memory_of_the_first_version_opens_and_goes_on(tmp_path):
+    """Made at commit 3d397b4 by a session with the model of tests/fakes.py: two sleeps, then one
+    turn in the journal."""
+    folder = tmp_path / "memories"
+    shutil.copytree(OLD, folder)
+    arrays = mx.load(str(OLD / "old.safetensors"))
+    arrays.pop("pending")
+    said = (TOKENIZER.turn("And she is grey.", first=False), TOKENIZER.encode_text("Lovely."))
+    pending = [*said[0], *said[1], *TOKENIZER.end_ids]
+    header = check(tmp_path, "old", arrays, pending, "fingerprint")
+    assert (header.tokens, header.sleeps, header.passes) == (57, 2, 2)
+    assert (header.eviction, header.window, header.model) == ("hard", 64, "tiny")
+    assert header.created == header.updated == "2026-11-26T14:31:13+00:00"
+
+    with Session(fake_model(), TOKENIZER, Memory.open("old", "fingerprint", home=tmp_path)) as s:
+        assert list(s.pending) == pending and s.stats().fast_weight_bytes == 1024
+    listed = memory.show_memory("old", tmp_path)
+    assert (listed.header.tokens, listed.header.sleeps) == (57 + len(pending), 3)
+
+
 def test_what_cannot_be_stored_is_refused_and_nothing_changes(tmp_path):
     with Memory.open("ada", "model-a", home=tmp_path) as m:
         m.append([5, 6])
@@ -173,12 +200,6 @@ def test_forget_starts_anew_under_the_same_name(tmp_path):
 def test_another_model(tmp_path):
     make(tmp_path)
     refused(tmp_path, "another model .*some/model.*; load that model", fingerprint="model-b")
-
-
-def test_missing_without_create(tmp_path):
-    with pytest.raises(UserError, match="there is no memory 'ada'"):
-        Memory.open("ada", "model-a", home=tmp_path / "gone", create=False)
-    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_quota_of_a_container(files, cpus, tmp_path):
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert platform._cgroup_cpus(str(tmp_path)) == cpus
+    assert platform.cgroup_cpus(str(tmp_path)) == cpus
 
 
 @pytest.fixture

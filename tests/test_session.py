@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -44,7 +45,7 @@ def script(session: Session, reply: str | list[int]):
     """Makes the model say something. Its own samples from random weights have no end."""
     ids = TOKENIZER.encode_text(reply) if isinstance(reply, str) else reply
     stream = itertools.chain(ids, itertools.repeat(END[0]))
-    session._sampler = lambda logprobs: mx.array([next(stream)])
+    session.sampler = lambda logprobs: mx.array([next(stream)])
 
 
 def same(a, b, tolerance=0.0) -> bool:
@@ -63,15 +64,15 @@ def fold(state, tokens, passes=2):
 
 
 def test_a_reply_is_one_forward_pass_a_token_over_turn_and_reply(monkeypatch):
+    session = Session(MODEL, TOKENIZER)
     calls = []
-    original = type(MODEL).__call__
+    original = type(MODEL).hidden
 
     def spy(self, tokens, state=None, mask=None):
         calls.append(tokens.shape[1])
         return original(self, tokens, state, mask)
 
-    monkeypatch.setattr(type(MODEL), "__call__", spy)
-    session = Session(MODEL, TOKENIZER)
+    monkeypatch.setattr(type(MODEL), "hidden", spy)
     said = text(20)
     script(session, "I see")
     assert session.ask(said) == "I see"
@@ -81,12 +82,47 @@ def test_a_reply_is_one_forward_pass_a_token_over_turn_and_reply(monkeypatch):
     assert calls == [len(turn)] + [1] * len(reply)
 
     # What the next token is predicted from is what the model gives for all of it at once.
-    second = text(10)
+    second, seen = text(10), []
+    session.sampler = lambda logprobs: (seen.append(logprobs), mx.array([END[0]]))[1]
     session.ask(second)
     monkeypatch.undo()
     everything = turn + reply + END + TOKENIZER.turn(second, first=False)
-    logits, _ = MODEL(mx.array([everything]))
-    assert mx.allclose(session._logits, logits[0, -1, : len(TOKENIZER)], rtol=1e-3, atol=1e-4)
+    logits = MODEL(mx.array([everything]))[0][0, -1, : len(TOKENIZER)]
+    assert len(seen) == 1
+    assert mx.allclose(seen[0][0], logits - mx.logsumexp(logits), rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_is_added_to_the_kv_cache_in_place():
+    session = Session(MODEL, TOKENIZER, window=20_000, max_tokens=6)
+    script(session, "abcdef")
+    pieces = session.say("a" * 10_000)
+    next(pieces), next(pieces)  # the first ones make room
+    held = session.stats().kv_bytes
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    next(pieces)
+    assert mx.get_peak_memory() - before < held / 4
+
+
+def test_a_forward_pass_that_fails_is_done_again(monkeypatch):
+    session = Session(MODEL, TOKENIZER)
+    script(session, "I see")
+    pieces = session.say(text(20))
+    next(pieces)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(MODEL), "head", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(pieces)
+    heard = session.pending
+    script(session, "yes")
+    assert session.ask("well?") == "yes"
+    everything = [*heard, *TOKENIZER.turn("well?", first=False), *TOKENIZER.encode_text("yes")]
+    _, state = MODEL(mx.array([everything]))
+    assert same(session.state, state, tolerance=1e-4)
 
 
 def test_pieces_are_whole_characters_and_add_up():
@@ -191,13 +227,13 @@ def test_a_sleep_starts_from_the_snapshot_and_clears_the_kv(memory):
     for sleeps in (1, 2):
         script(session, text(20))
         session.tell(text(30))
-        working, window = session._state, session.pending
+        working, window = session.state, session.pending
         assert session.stats().kv_bytes > 0
         passes.clear()
         report = session.sleep(on_pass=lambda *pass_: passes.append(pass_))
         state = fold(state, window)
-        assert same(session._state, state) and not same(session._state, working)
-        assert same(session._state, fold(working, window)) is False
+        assert same(session.state, state) and not same(session.state, working)
+        assert same(session.state, fold(working, window)) is False
         assert [pass_[:2] for pass_ in passes] == [(1, 2), (2, 2)]
         assert report.moved == tuple(pass_[2] for pass_ in passes)
         assert report.tokens == len(window) and report.kv_bytes_freed > 0
@@ -217,7 +253,7 @@ def test_a_sleep_that_fails_changes_nothing(memory, tmp_path, monkeypatch, how):
     session.sleep()
     script(session, "good")
     session.tell(text(20))
-    before = (session._snapshot, session._state, session.pending, session.stats())
+    before = (session.snapshot, session.state, session.pending, session.stats())
     files = {p: p.read_bytes() for p in (tmp_path / "memories").iterdir()}
 
     calls = itertools.count()
@@ -243,23 +279,25 @@ def test_a_sleep_that_fails_changes_nothing(memory, tmp_path, monkeypatch, how):
         session.sleep(**options)
     monkeypatch.undo()
 
-    assert (session._snapshot, session._state, session.pending, session.stats()) == before
+    assert (session.snapshot, session.state, session.pending, session.stats()) == before
     assert {p: p.read_bytes() for p in (tmp_path / "memories").iterdir()} == files
-    expected = fold(session._snapshot, session.pending)
+    expected = fold(session.snapshot, session.pending)
     assert session.sleep().tokens == before[3].window_tokens
-    assert same(session._state, expected)
+    assert same(session.state, expected)
 
 
-def windows_of(session) -> list[list[int]]:
-    """The tokens of every sleep to come."""
-    windows, original = [], session._consolidate
+@contextlib.contextmanager
+def watched_windows():
+    """The tokens of every sleep in the block."""
+    windows, original = [], session_module.consolidate
 
-    def watched(count, *rest):
-        windows.append(session._pending[:count])
-        return original(count, *rest)
+    def watched(model, state, tokens, *rest, **options):
+        windows.append(tokens[0].tolist())
+        return original(model, state, tokens, *rest, **options)
 
-    session._consolidate = watched
-    return windows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "consolidate", watched)
+        yield windows
 
 
 @settings(max_examples=15, deadline=None)
@@ -268,17 +306,16 @@ def windows_of(session) -> list[list[int]]:
     turns=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 60)), min_size=1, max_size=4),
 )
 def test_whatever_the_lengths_every_token_is_folded_in_once_in_windows_that_fit(window, turns):
-    session = Session(MODEL, TOKENIZER, window=window, passes=1)
-    windows, expected = windows_of(session), []
-    for heard, said in turns:
-        turn, reply = "a" * heard, TOKENIZER.encode_text("b" * said)
-        expected += TOKENIZER.turn(turn, first=not expected) + reply + END
-        script(session, reply)
-        session.ask(turn)
-        assert session._fed <= window and session.stats().sleeps == len(windows)
-        if session.stats().kv_bytes:
-            assert session._state[0]["length"] == session._fed
-    session.sleep()
+    session, expected = Session(MODEL, TOKENIZER, window=window, passes=1), []
+    with watched_windows() as windows:
+        for heard, said in turns:
+            turn, reply = "a" * heard, TOKENIZER.encode_text("b" * said)
+            expected += TOKENIZER.turn(turn, first=not expected) + reply + END
+            script(session, reply)
+            session.ask(turn)
+            assert session.stats().sleeps == len(windows)
+            assert session.state[0].get("length", 0) <= min(window, len(session.pending))
+        session.sleep()
     assert [token for tokens in windows for token in tokens] == expected
     assert all(0 < len(tokens) <= window for tokens in windows)
     assert session.stats().tokens == len(expected) and session.stats().window_tokens == 0
@@ -286,7 +323,7 @@ def test_whatever_the_lengths_every_token_is_folded_in_once_in_windows_that_fit(
     state = MODEL.init_state()
     for tokens in windows:
         state = fold(state, tokens, passes=1)
-    assert same(session._state, state)
+    assert same(session.state, state)
 
 
 def test_a_turn_that_does_not_fit_sleeps_first_and_starts_a_window():
@@ -329,7 +366,7 @@ def test_a_sleep_within_a_turn_is_watched_and_can_be_cancelled(memory):
     state = fold(MODEL.init_state(), held, 3)
     for at in range(0, len(whole), 64):
         state = fold(state, whole[at : at + 64], 3)
-    assert same(session._snapshot, state)
+    assert same(session.snapshot, state)
 
 
 def test_sleep_in_another_thread(memory):
@@ -357,9 +394,9 @@ def test_after_a_sleep_and_a_restart_the_logits_are_the_same_to_the_bit(memory, 
     session.tell(text(25))
     session.close()
     other = reopen(tmp_path)
-    assert same(session._state, other._state) and other.stats() == session.stats()
+    assert same(session.state, other.state) and other.stats() == session.stats()
     question = mx.array([TOKENIZER.turn("who?", first=False)])
-    assert mx.array_equal(MODEL(question, session._state)[0], MODEL(question, other._state)[0])
+    assert mx.array_equal(MODEL(question, session.state)[0], MODEL(question, other.state)[0])
     other.close()
 
 
@@ -371,12 +408,12 @@ def test_pending_tokens_are_replayed_from_the_stored_state(memory, tmp_path):
         session.sleep()
     script(session, text(10))
     session.tell(text(20))
-    session._feed()
     session.close(sleep=False)
     other = reopen(tmp_path, window=200)
-    assert other.pending == session.pending and other.stats() == session.stats()
-    assert same(session._state, other._state, tolerance=1e-4)
-    assert not same(session._snapshot, other._state)
+    assert other.pending == session.pending
+    _, replayed = MODEL(mx.array([session.pending]), session.snapshot)
+    assert same(replayed, other.state, tolerance=1e-4)
+    assert not same(session.snapshot, other.state)
     other.close()
 
 
@@ -387,7 +424,7 @@ def test_a_journal_longer_than_the_window_sleeps_on_the_way(memory, tmp_path):
     session = reopen(tmp_path, window=40)
     assert session.stats().sleeps == 2 and list(session.pending) == tokens[80:]
     expected = fold(fold(MODEL.init_state(), tokens[:40]), tokens[40:80])
-    assert same(session._snapshot, expected)
+    assert same(session.snapshot, expected)
     session.close()
 
 
@@ -439,7 +476,7 @@ def test_forget(memory, tmp_path):
     session.tell("hello")
     session.forget()
     assert session.stats() == fresh and session.pending == ()
-    assert same(session._state, MODEL.init_state())
+    assert same(session.state, MODEL.init_state())
     session.close()
     assert reopen(tmp_path).stats() == fresh
 

@@ -10,13 +10,14 @@ import errno
 import importlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
 
 from .. import __version__
 from ..utils.errors import UserError
+from . import output
 
 # name -> module of this package and what it has: a function, or a Typer with commands of its own
 COMMANDS = {
@@ -57,9 +58,9 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _print_version(wanted: bool):
+def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mlx-sleep {__version__}")
+        output.line(f"mlx-sleep {__version__}")
         raise typer.Exit()
 
 
@@ -76,10 +77,10 @@ def _root(
 
 
 # typer's own class, or click's in a typer that has none: what both raise for a wrong option.
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def main():
+def main() -> NoReturn:
     """The entry point. An error is one line on standard error; the exit code is 2 where typer
     could not read the command line, 1 for a UserError."""
     _open_standard_streams()
@@ -91,7 +92,7 @@ def main():
     except _UsageError as error:
         message = error.format_message()
         if not message or "\n" in message:  # no error: a group called alone shows its help
-            print(message, end="")
+            output.line(message.rstrip("\n"))
             sys.exit(error.exit_code)
         command = error.ctx.command_path if getattr(error, "ctx", None) else "mlx-sleep"
         _fail(f"{message.rstrip('.')}; see {command} --help", error.exit_code)
@@ -100,8 +101,8 @@ def main():
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        # Nobody foresaw it where it came up: standard output on a full disk, for one. What could
-        # not be written must not be tried again when Python ends.
+        # Not foreseen where it came up, as standard output on a full disk. What could not be
+        # written must not be tried again when Python ends.
         sys.stdout = open(os.devnull, "w")
         where = error.filename or "standard input or output"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -111,12 +112,12 @@ def main():
         sys.exit(code)  # that of a typer.Exit; commands return None
 
 
-def _fail(message: str, code: int = 1):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int = 1) -> NoReturn:
+    output.note(f"error: {' '.join(message.split())}")
     sys.exit(code)
 
 
-def _open_standard_streams():
+def _open_standard_streams() -> None:
     """Gives a stream that the caller closed (`<&-`) the null device.
 
     Else the next file would get its number: MLX cannot read from file 0, and a library that

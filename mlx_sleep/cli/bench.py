@@ -1,23 +1,35 @@
-"""`mlx-sleep bench`: speed on this machine, measured in turn with what it is compared to."""
+"""`mlx-sleep bench`: speed on this machine; what is compared is timed in turn."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .common import Model, numbers
+from .options import Json, Model, Numbers, PassesToTry, numbers
+from .output import Plot, emit, progress_bar
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..models.base import SleepModel
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", help="Draw the rows into this file (.png, .svg, .pdf).")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are taken over them.")]
-Passes = Annotated[str, typer.Option(help="Passes to try, with commas.")]
+History = Annotated[
+    Numbers,
+    typer.Option(
+        parser=numbers("--history"), metavar="N,...", help="Tokens of history, with commas."
+    ),
+]
+
+
+PASSES, TRAINING_PASSES = Numbers((1, 2, 4, 8)), Numbers((1, 2, 4))
+HISTORY = Numbers((512, 1024, 2048, 4096, 8192, 16384))
 
 
 @app.callback()
@@ -67,10 +79,8 @@ def kernels(
 @app.command()
 def wake(
     model: Model = None,
-    passes: Passes = "1,2,4,8",
-    history: Annotated[
-        str, typer.Option(help="Tokens of history, with commas.")
-    ] = "512,1024,2048,4096,8192,16384",
+    passes: PassesToTry = PASSES,
+    history: History = HISTORY,
     json: Json = False,
     plot: PlotFile = None,
     repeats: Repeats = 5,
@@ -81,15 +91,14 @@ def wake(
     """
     from ..lab.bench import wake
 
-    many, histories = numbers("--passes", passes), numbers("--history", history)
     loaded = _load(model)
-    _run("bench wake", wake, wake.rows(loaded, many, histories, repeats), json, plot)
+    _run("bench wake", wake, wake.rows(loaded, passes, history, repeats), json, plot)
 
 
 @app.command()
 def sleep(
     model: Model = None,
-    passes: Passes = "1,2,4,8",
+    passes: PassesToTry = PASSES,
     json: Json = False,
     plot: PlotFile = None,
     repeats: Repeats = 5,
@@ -100,14 +109,13 @@ def sleep(
     """
     from ..lab.bench import sleep
 
-    many = numbers("--passes", passes)
     loaded = _load(model)
-    _run("bench sleep", sleep, sleep.rows(loaded, many, repeats=repeats), json, plot)
+    _run("bench sleep", sleep, sleep.rows(loaded, passes, repeats=repeats), json, plot)
 
 
 @app.command()
 def train(
-    passes: Passes = "1,2,4",
+    passes: PassesToTry = TRAINING_PASSES,
     json: Json = False,
     plot: PlotFile = None,
     repeats: Repeats = 5,
@@ -120,13 +128,12 @@ def train(
     """
     from ..lab.bench import train
 
-    many = numbers("--passes", passes)
-    _run("bench train", train, train.rows(many, repeats), json, plot)
+    _run("bench train", train, train.rows(passes, repeats), json, plot)
 
 
 @app.command()
 def data(json: Json = False, plot: PlotFile = None, repeats: Repeats = 5):
-    """Time the making of a training batch, for every plan of `mlx-sleep study`.
+    """Time how long a training batch takes to make, for every plan of `mlx-sleep study`.
 
     Example: mlx-sleep bench data
     """
@@ -154,25 +161,23 @@ def convert(
     _run("bench convert", convert, rows, json, None)
 
 
-def _load(model: str | None):
+def _load(model: str | None) -> SleepModel:
     from ..models.load import EMBEDDED, load_model
 
-    return load_model(EMBEDDED if model is None else model)[0]
+    loaded, _ = load_model(EMBEDDED if model is None else model)
+    return cast("SleepModel", loaded)
 
 
-def _run(command: str, bench, rows, json: bool, plot: Path | None) -> list[dict]:
+def _run(
+    command: str, bench: Any, rows: Iterable[dict], json: bool, plot: Path | None
+) -> list[dict]:
     """Measure, with a count of the rows on a terminal, show the result and return it."""
-    from .output import Plot, emit
-
     picture = Plot(plot) if plot else None
-    shown = sys.stderr.isatty()
-    measured = []
-    for row in rows:
-        measured.append(row)
-        if shown:
-            print(f"\r{command}: {len(measured)} rows", end="", file=sys.stderr, flush=True)
-    if shown:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    measured: list[dict] = []
+    with progress_bar(command, unit="rows") as update:
+        for row in rows:
+            measured.append(row)
+            update(len(measured))
     emit(command, measured, json)
     if picture:
         bench.plot(measured, picture.axes)

@@ -10,25 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.errors import UserError
-from . import common, slash
+from . import output, slash
+from .options import MemoryName, SessionOptions, with_session_options
+from .sleeping import Interrupts
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
 
 
+@with_session_options
 def chat(
-    model: common.Model = None,
-    memory: Annotated[str, typer.Option(help="The memory's name.")] = "default",
-    home: common.Home = None,
+    options: SessionOptions,
+    memory: MemoryName = "default",
     idle: Annotated[
         float, typer.Option(help="Seconds without a key press before it sleeps; 0 is never.")
     ] = 10.0,
-    passes: common.Passes = None,
-    window: common.Window = None,
-    max_tokens: common.MaxTokens = 256,
-    temp: common.Temp = 0.0,
-    top_p: common.TopP = 1.0,
-    seed: common.Seed = None,
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
 
@@ -38,39 +34,26 @@ def chat(
     """
     if not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if on_terminal:
-        sys.stdout.write(f"loading {model or 'the embedded model'} ...")
-        sys.stdout.flush()
-    try:
-        session = _open(model, memory, home, passes, window, max_tokens, temp, top_p, seed)
-    finally:
-        if on_terminal:
-            sys.stdout.write("\r\x1b[K")
-            sys.stdout.flush()
-    if on_terminal:
-        from .terminal import Terminal
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _run_in_pipe(options.open(memory))
+        return
+    with output.StatusLine() as status:
+        status.show(f"loading {options.model or 'the embedded model'} ...")
+        session = options.open(memory)
+    from .terminal import Terminal
 
-        Terminal(session, model or "embedded", idle).run()
-    else:
-        _run_in_pipe(session)
+    Terminal(session, options.model or "embedded", idle).run()
 
 
+@with_session_options
 def generate(
+    options: SessionOptions,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="What to say; - takes all of standard input.")
     ],
-    model: common.Model = None,
     memory: Annotated[
         str | None, typer.Option(help="The memory's name. (default: remember nothing)")
     ] = None,
-    home: common.Home = None,
-    passes: common.Passes = None,
-    window: common.Window = None,
-    max_tokens: common.MaxTokens = 256,
-    temp: common.Temp = 0.0,
-    top_p: common.TopP = 1.0,
-    seed: common.Seed = None,
 ):
     """Say one thing, print the reply, sleep, leave.
 
@@ -80,33 +63,17 @@ def generate(
         prompt = "".join(_lines())
     if not prompt.strip():
         raise UserError('the prompt is empty; give one with --prompt "..."')
-    session = _open(model, memory, home, passes, window, max_tokens, temp, top_p, seed)
-    with _closing(session), common.Interrupts() as ctrl_c:
+    session = options.open(memory)
+    with _closing(session), Interrupts() as ctrl_c:
         _print_reply(session, prompt, ctrl_c)
     if ctrl_c.count:
         raise typer.Exit(130)
 
 
-def _open(model, memory, home, passes, window, max_tokens, temp, top_p, seed) -> Session:
-    from ..session import Session
-
-    return Session.open(
-        model,
-        memory,
-        home=home,
-        passes=passes,
-        window=window,
-        max_tokens=max_tokens,
-        temp=temp,
-        top_p=top_p,
-        seed=seed,
-    )
-
-
 # --- in a pipe -----------------------------------------------------------------------------
 
 
-def _run_in_pipe(session: Session):
+def _run_in_pipe(session: Session) -> None:
     """A turn for each line until the end of the input; then it sleeps."""
     with _closing(session):
         for line in _lines():
@@ -117,9 +84,9 @@ def _run_in_pipe(session: Session):
                 if command == "/exit":
                     break
                 for out in slash.answer(session, command, confirm=lambda: True):
-                    print(out, flush=True)
+                    output.line(out)
                 continue
-            with common.Interrupts() as ctrl_c:
+            with Interrupts() as ctrl_c:
                 _print_reply(session, text, ctrl_c)
             if ctrl_c.count > 1:
                 break
@@ -136,7 +103,7 @@ def _closing(session: Session) -> Iterator[None]:
     except BrokenPipeError:
         session.close()
         kept = f"; memory '{session.memory.name}' keeps what was said" if session.memory else ""
-        print(f"error: nobody reads the output any more{kept}", file=sys.stderr)
+        output.note(f"error: nobody reads the output any more{kept}")
         raise
     except BaseException:
         session.close(sleep=False)
@@ -144,20 +111,19 @@ def _closing(session: Session) -> Iterator[None]:
     session.close()
 
 
-def _print_reply(session: Session, text: str, ctrl_c: common.Interrupts):
+def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
     from ..sleep import SleepCancelled
 
     try:
         said = session.say(text, should_stop=lambda: ctrl_c.count > 0)
         with contextlib.closing(said) as pieces:
             for piece in pieces:
-                sys.stdout.write(common.printable(piece))
-                sys.stdout.flush()
+                output.piece(piece)
                 if ctrl_c.count:
                     break
     except SleepCancelled:  # by Ctrl-C, while the window slept because it was full
         pass
-    print(flush=True)
+    output.line()
 
 
 def _lines() -> Iterator[str]:

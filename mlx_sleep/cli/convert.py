@@ -1,17 +1,15 @@
-"""`mlx-sleep convert` and `export`: checkpoints of PyTorch to model folders, and back."""
+"""`mlx-sleep convert` and `export`: PyTorch checkpoints to model folders, and back."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..utils.errors import UserError
-from .common import count
+from .options import Numbers, numbers
+from .output import count, line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
     from ..convert.pipeline import Report
@@ -53,26 +51,36 @@ def convert(
         typer.Option(help="What a sleep leaves of the KV cache: hard (nothing) or sliding."),
     ] = None,
     loop_range: Annotated[
-        str | None, typer.Option(help="LO,HI: the blocks that a sleep loops over, HI not included.")
+        Numbers | None,
+        typer.Option(
+            parser=numbers("--loop-range", least=0, example="7,21"),
+            metavar="LO,HI",
+            help="The blocks that a sleep loops over, HI not included.",
+        ),
     ] = None,
     insert: Annotated[
         int | None, typer.Option(min=1, help="Add so many silent sleep layers, evenly spaced.")
     ] = None,
     insert_kind: Annotated[str, typer.Option(help="Their kind: jet or gated_deltanet.")] = "jet",
     insert_before: Annotated[
-        str | None, typer.Option(help="The blocks to insert them before, with commas.")
+        Numbers | None,
+        typer.Option(
+            parser=numbers("--insert-before", least=0, example="2,6,10"),
+            metavar="N,...",
+            help="The blocks to insert them before, with commas.",
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare the result with the source, with PyTorch where it is.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Say what became of each tensor.")
+        bool, typer.Option("-v", "--verbose", help="List where each tensor comes from.")
     ] = False,
 ):
-    """Make a model folder of a checkpoint: of PyTorch, of llama.cpp, or of another model folder.
+    """Convert a checkpoint of PyTorch or llama.cpp, or another model folder, to a model folder.
 
-    What became of each tensor stands in convert.json in the new folder. Fast weights are float32
-    whatever the weights are.
+    convert.json in the new folder lists where each tensor comes from. Fast weights are always
+    float32.
 
     Example: mlx-sleep convert my-checkpoint my-model -q --q-bits 4
     """
@@ -87,16 +95,16 @@ def convert(
         layers=tuple(map(_layer_choice, q_layer or ())),
         dtype=dtype,
     )
-    sleep = {"passes": passes, "window": window, "eviction": eviction}
+    sleep: dict[str, Any] = {"passes": passes, "window": window, "eviction": eviction}
     if loop_range is not None:
-        sleep["loop_range"] = _whole("--loop-range", loop_range, "7,21")
-    inserted = None
+        sleep["loop_range"] = list(loop_range)
+    inserted: dict[str, Any] | None = None
     if insert is not None or insert_before is not None:
         inserted = {"kind": insert_kind, "count": insert}
         if insert_before is not None:
-            inserted["before"] = _whole("--insert-before", insert_before, "2,6,10")
+            inserted["before"] = list(insert_before)
     try:
-        with _progress("converting") as on_bytes:
+        with progress_bar("converting", unit="bytes") as on_bytes:
             report = run(
                 source,
                 dest,
@@ -106,8 +114,8 @@ def convert(
                 on_bytes=on_bytes,
             )
     except TensorError as error:
-        for line in error.details:
-            print(line, file=sys.stderr)
+        for detail in error.details:
+            note(detail)
         raise
     _describe(report, dest, q_group_size, verbose)
     if verify:
@@ -124,56 +132,41 @@ def export(
     """
     from ..convert.export import export as run
 
-    with _progress("exporting") as on_bytes:
+    with progress_bar("exporting", unit="bytes") as on_bytes:
         names = run(source, dest, on_bytes=on_bytes)
-    typer.echo(f"wrote {dest}: {count(len(names), 'tensor')}")
+    line(f"wrote {dest}: {count(len(names), 'tensor')}")
 
 
-@contextlib.contextmanager
-def _progress(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _describe(report: Report, dest: Path, group_size: int, verbose: bool):
-    for note in report.notes:
-        typer.echo(f"note: {note}")
+def _describe(report: Report, dest: Path, group_size: int, verbose: bool) -> None:
+    for remark in report.notes:
+        line(f"note: {remark}")
     if verbose:
         for row in report.tensors:
             shape = "x".join(map(str, row["shape"]))
             came = " + ".join(row["from"]) or "nothing"
-            typer.echo(f"{row['name']} {row['dtype']} {shape}: {row['how']}, from {came}")
+            line(f"{row['name']} {row['dtype']} {shape}: {row['how']}, from {came}")
     for name, why in report.dropped.items():
-        typer.echo(f"left out: {name} ({why})")
-    typer.echo(f"wrote {dest}: {report.architecture}, {count(len(report.tensors), 'tensor')}")
+        line(f"left out: {name} ({why})")
+    line(f"wrote {dest}: {report.architecture}, {count(len(report.tensors), 'tensor')}")
     if report.skipped:
-        typer.echo(
+        line(
             f"not quantized, groups of {group_size} do not divide their inputs: "
             + ", ".join(report.skipped)
         )
 
 
-def _verify(source: str, dest: Path):
+def _verify(source: str, dest: Path) -> None:
     from ..convert.verify import TOKENS, verify
 
     found = verify(source, dest)
-    typer.echo(
+    line(
         f"verified: {count(found.same_bytes, 'tensor')} with the source's bytes, "
         f"{found.rewritten:,} cast or computed, all as they were written"
     )
     if found.reference is None:
-        typer.echo(f"no logits were compared: {found.why}")
+        line(f"no logits were compared: {found.why}")
     else:
-        typer.echo(
+        line(
             f"against {found.reference}, {TOKENS} tokens: largest logit difference "
             f"{found.max_logit_error:.1e}, greedy tokens agree at {found.greedy_agreement:.1%}"
         )
@@ -186,12 +179,3 @@ def _layer_choice(text: str) -> tuple[str, int | None]:
             f"--q-layer takes PATTERN=BITS, as in lm_head=8 or v_proj=none, not {text!r}"
         )
     return pattern, None if bits == "none" else int(bits)
-
-
-def _whole(option: str, text: str, example: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"{option} takes whole numbers with commas, as in {example}; not {text!r}"
-        ) from None

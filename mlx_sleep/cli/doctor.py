@@ -1,30 +1,32 @@
 """`mlx-sleep doctor`: what this installation computes with, and what would make it faster.
 
-It looks and measures; it changes nothing.
+It only looks and measures.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform as python_platform
 import shutil
 import sys
 import tempfile
 from importlib import metadata, resources
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from .. import BLAS
 from ..utils import platform
 from ..utils.errors import UserError
+from ..utils.files import one_line
+from . import output
+from .options import Json
 
 _LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones stay below 1e-5
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ):
     """Say which backend, BLAS and kernels are in use, and what would make them faster.
 
@@ -34,15 +36,15 @@ def doctor(
     """
     report = examine()
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        output.print_json(report)
     else:
-        typer.echo("\n".join(_lines(report)))
+        output.line("\n".join(_lines(report)))
     raise typer.Exit(0 if report["usable"] else 1)
 
 
 def examine() -> dict:
     """Everything that doctor prints, as JSON-able values."""
-    report = {
+    report: dict[str, Any] = {
         "command": "doctor",
         "versions": _versions(),
         "device": None,
@@ -59,7 +61,7 @@ def examine() -> dict:
     try:
         import mlx.core as mx
     except ImportError as error:
-        problems.append(f"MLX cannot be imported: {_first_line(error)}")
+        problems.append(f"MLX cannot be imported: {one_line(error)}")
     else:
         report["backend"] = backend = _backend(mx)
         report["device"] = str(mx.device_info().get("device_name", mx.default_device()))
@@ -245,7 +247,3 @@ def _model_line(model: dict) -> str:
 
 def _in_brackets(text) -> str:
     return f" ({text})" if text else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

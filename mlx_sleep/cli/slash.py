@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from . import common
+from .output import count, size
+from .sleeping import describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -27,19 +28,19 @@ def command(text: str) -> str | None:
 
 
 def answer(session: Session, word: str, confirm: Callable[[], bool]) -> Iterator[str]:
-    """Does what a command says, and gives the lines to show."""
+    """Runs a command; the lines to show."""
     if word == "/help":
         yield HELP
     elif word == "/sleep":
         yield _sleep_now(session)
     elif word == "/memory":
-        yield f"memory '{session.memory.name}': {holdings(session)}"
+        yield f"memory '{memory_name(session)}': {holdings(session)}"
     elif word == "/stats":
         stats = session.stats()
-        yield f"window        {stats.window_tokens} of {common.count(stats.window, 'token')}"
-        yield f"KV cache      {common.size(stats.kv_bytes)}"
-        yield f"fast weights  {common.size(stats.fast_weight_bytes)}"
-        yield f"sleeps        {stats.sleeps}, of {common.count(stats.passes, 'pass')} from now on"
+        yield f"window        {stats.window_tokens} of {count(stats.window, 'token')}"
+        yield f"KV cache      {size(stats.kv_bytes)}"
+        yield f"fast weights  {size(stats.fast_weight_bytes)}"
+        yield f"sleeps        {stats.sleeps}, of {count(stats.passes, 'pass')} from now on"
         yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
     elif word == "/forget":
         if confirm():
@@ -55,10 +56,16 @@ def _sleep_now(session: Session) -> str:
     from ..sleep import SleepCancelled
 
     try:
-        report = common.watch(session, session.sleep)
+        report = watch(session, session.sleep)
     except SleepCancelled:
         return "sleep cancelled; nothing is lost"
-    return common.describe(report, session) if report else "nothing to sleep over"
+    return describe(report, session) if report else "nothing to sleep over"
+
+
+def memory_name(session: Session) -> str:
+    """Of a chat, which always has a memory."""
+    assert session.memory is not None
+    return session.memory.name
 
 
 def holdings(session: Session) -> str:
@@ -66,6 +73,6 @@ def holdings(session: Session) -> str:
     stats = session.stats()
     waiting = stats.window_tokens
     if not stats.sleeps:
-        return f"{common.count(waiting, 'token')} wait for the first sleep" if waiting else "empty"
-    slept = f"{common.count(stats.tokens, 'token')} in {common.count(stats.sleeps, 'sleep')}"
+        return f"{count(waiting, 'token')} wait for the first sleep" if waiting else "empty"
+    slept = f"{count(stats.tokens, 'token')} in {count(stats.sleeps, 'sleep')}"
     return f"{slept}, {waiting} more wait for the next" if waiting else slept

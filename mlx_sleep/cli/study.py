@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..utils.errors import UserError
-from .common import count, numbers
+from .options import Json, Numbers, names, numbers
+from .output import StatusLine, count, line, note, print_json
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..lab.study.plan import Run
 
 
 def study(
@@ -29,12 +33,17 @@ def study(
         str | None, typer.Option(help="Only these models, with commas. (default: all)")
     ] = None,
     passes: Annotated[
-        str | None, typer.Option(help="Only runs with these N, as in 1,4. (default: all)")
+        Numbers | None,
+        typer.Option(
+            parser=numbers("--passes"),
+            metavar="N,...",
+            help="Only runs with these N, as in 1,4. (default: all)",
+        ),
     ] = None,
     figures: Annotated[
         bool, typer.Option("--figures", help="Draw the figures too. Needs matplotlib.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+    json: Json = False,
 ):
     """Train and compare models that sleep longer or shorter, as the paper does.
 
@@ -62,8 +71,8 @@ def study(
     runs = make_runs(
         plan,
         data,
-        models=model.split(",") if model else None,
-        passes=numbers("--passes", passes) if passes else None,
+        models=names(model),
+        passes=list(passes) if passes else None,
     )
     show = _Progress(len(runs), quiet=json)
     try:
@@ -71,10 +80,10 @@ def study(
             runs, out, jobs or runner.default_jobs(), show.on_change, show.on_done
         )
     except KeyboardInterrupt:
-        show.clear()
-        print(f"stopped; the same command goes on from {out}", file=sys.stderr)
+        show.status.clear()
+        note(f"stopped; the same command goes on from {out}")
         raise typer.Exit(130) from None
-    show.clear()
+    show.status.clear()
     n = plan["evaluate"]["test"]
     extra = {
         "device": device(),
@@ -85,43 +94,35 @@ def study(
     table.write(out, found, plan)
     made = drawing.draw(found, out, plan["beyond"]["examples"]) if figures else []
     if json:
-        import json as encoder
-
-        print(encoder.dumps(found, indent=1, allow_nan=False))
+        print_json(found)
         return
-    print(table.markdown(found, plan))
-    print(f"wrote {', '.join(str(out / f) for f in ('results.json', 'results.md'))}")
+    line(table.markdown(found, plan))
+    line(f"wrote {', '.join(str(out / f) for f in ('results.json', 'results.md'))}")
     for path in made:
-        print(f"wrote {path}")
+        line(f"wrote {path}")
 
 
 class _Progress:
     """A line for each run that ends; on a terminal, below them, what is running."""
 
     def __init__(self, total: int, quiet: bool):
-        self.total, self.done = total, 0
-        self.quiet, self.live = quiet, sys.stderr.isatty() and not quiet
+        self.total, self.done, self.quiet = total, 0, quiet
+        self.status = StatusLine()
 
-    def on_change(self, waiting, running, done):
+    def on_change(self, waiting: Sequence, running: Sequence, done: int) -> None:
         self.done = done
-        if self.live:
+        if not self.quiet:
             now = ", ".join(f"{run.name} {step}/{run.settings['steps']}" for run, step in running)
-            text = f"{done}/{self.total} runs done; {now}"
-            print(f"\r\x1b[K{text[:150]}", end="", file=sys.stderr, flush=True)
+            self.status.show(f"{done}/{self.total} runs done; {now}")
 
-    def on_done(self, run, result):
+    def on_done(self, run: Run, result: dict) -> None:
         self.done += 1
         if self.quiet:
             return
-        self.clear()
+        self.status.clear()
         got = ", ".join(
             f"{row['accuracy']:.1%} at {row['difficulty']}, N = {row['passes']}"
             for row in result["rows"][:6]
         )
         left = count(self.total - self.done, "run") + " left"
-        line = f"{run.name}: {got} ({result['seconds'] / 60:.1f} min; {left})"
-        print(line, file=sys.stderr, flush=True)
-
-    def clear(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        note(f"{run.name}: {got} ({result['seconds'] / 60:.1f} min; {left})")

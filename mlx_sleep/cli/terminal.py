@@ -7,14 +7,14 @@ the same time: the main thread leaves it alone from `IdleSleeper.start` to `.sto
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..utils.errors import UserError
-from . import common, slash
+from . import output, slash
+from .sleeping import Interrupts, SleepProgress, describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -38,22 +38,22 @@ class IdleSleeper:
         self._session, self._idle, self._show, self._note = session, idle, show, note
         self._key = threading.Event()
         self._ended = threading.Event()
-        self._stopped = False
+        self.stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sleep", daemon=True)
 
-    def start(self):
+    def start(self) -> None:
         self._thread.start()
 
-    def key_pressed(self):
+    def key_pressed(self) -> None:
         self._key.set()
 
-    def stop(self):
-        """Cancels a sleep under way and waits for its end. Raises what the thread died of.
+    def stop(self) -> None:
+        """Cancels a sleep under way and waits for its end. Raises what ended the thread.
 
         A Ctrl-C waits too: it is raised when the session is the caller's again, not before.
         """
-        self._stopped = True
+        self.stopping = True
         self._key.set()
         interrupt = None
         while not self._ended.is_set():  # a join that Ctrl-C cuts short takes the thread for dead
@@ -61,29 +61,29 @@ class IdleSleeper:
                 self._ended.wait()
             except KeyboardInterrupt as error:
                 interrupt = error
-        if error := self._error or interrupt:
-            raise error
+        if failure := self._error or interrupt:
+            raise failure
 
-    def _run(self):
+    def _run(self) -> None:
         try:
-            while self._session.pending and not self._stopped:
+            while self._session.pending and not self.stopping:
                 if self._key.wait(self._idle or None):
                     self._key.clear()
                 else:
                     self._sleep()
         except UserError as error:  # not again before the next turn
-            self._show(f"error: {error}")
+            self._show(f"error: {output.clean(str(error))}")
         except BaseException as error:
             self._error = error
         finally:
             self._ended.set()
 
-    def _sleep(self):
+    def _sleep(self) -> None:
         from ..sleep import SleepCancelled
 
-        progress = common.Progress(self._session, self._show)
+        progress = SleepProgress(self._session, self._show)
 
-        def should_stop():
+        def should_stop() -> bool:
             progress.step()
             return self._key.is_set()
 
@@ -93,35 +93,35 @@ class IdleSleeper:
             self._show(f"sleep cancelled, nothing is lost; again after {self._idle:g} s")
         else:
             self._show(_window(self._session))
-            self._note(common.describe(report, self._session))
+            if report:
+                self._note(describe(report, self._session))
 
 
 class Terminal:
     """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
 
-    def __init__(self, session: Session, model: str, idle: float):
+    def __init__(self, session: Session, model: str, idle: float) -> None:
         from prompt_toolkit import PromptSession
-        from rich.console import Console
 
         self._session, self._model = session, model
         self._idle = idle if session.can_sleep else 0
-        self._console = Console(highlight=False)
-        self._prompt = PromptSession("> ", bottom_toolbar=lambda: self._status)
+        self._console = output.stdout()
+        self._progress = output.StatusLine(self._console)
+        self._prompt: PromptSession[str] = PromptSession("> ", bottom_toolbar=lambda: self._status)
         self._prompt.app.key_processor.before_key_press += self._on_key
         self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
         self._sleeper: IdleSleeper | None = None
         self._status = ""
         self._in_line = False  # a reply has begun a line and not ended it
-        self._over = False  # the line holds a status that the next text replaces
 
-    def run(self):
+    def run(self) -> None:
         try:
             self._greet()
             self._talk()
         finally:
             self._leave()
 
-    def _talk(self):
+    def _talk(self) -> None:
         interrupts = 0
         while interrupts < 2:
             try:
@@ -149,10 +149,11 @@ class Terminal:
             except UserError as error:
                 self._note(f"error: {error}", "red")
 
-    def _greet(self):
-        name = self._session.memory.name
+    def _greet(self) -> None:
+        name = slash.memory_name(self._session)
+        model = output.clean(self._model)
         self._console.print(
-            f"mlx-sleep {__version__}, model {self._model}, memory '{name}': "
+            f"mlx-sleep {__version__}, model {model}, memory '{name}': "
             f"{slash.holdings(self._session)}",
             style="bold",
             markup=False,
@@ -176,10 +177,11 @@ class Terminal:
             finally:
                 self._sleeper.stop()
 
-    def _on_key(self, _):
-        self._sleeper.key_pressed()
+    def _on_key(self, _: object) -> None:
+        if self._sleeper:
+            self._sleeper.key_pressed()
 
-    def _show(self, status: str):
+    def _show(self, status: str) -> None:
         self._status = status
         self._prompt.app.invalidate()
 
@@ -187,21 +189,21 @@ class Terminal:
         """Streams a reply. Returns how often Ctrl-C was pressed; the first one cancels it."""
         from ..sleep import SleepCancelled
 
-        self._session.on_sleep = lambda report: self._note(common.describe(report, self._session))
-        progress = common.Progress(self._session, self._show_sleep)
+        self._session.on_sleep = lambda report: self._note(describe(report, self._session))
+        progress = SleepProgress(self._session, self._show_sleep)
         taken = False
 
-        def should_stop():
+        def should_stop() -> bool:
             progress.step()
             return ctrl_c.count > 0
 
-        with common.Interrupts() as ctrl_c:
+        with Interrupts() as ctrl_c:
             try:
                 pieces = self._session.say(text, progress.on_pass, should_stop)
                 taken = True
                 with contextlib.closing(pieces):
                     for piece in pieces:
-                        self._write(common.printable(piece))
+                        self._write(piece)
                         if ctrl_c.count:
                             break
             except SleepCancelled:  # of a window that was full
@@ -217,34 +219,28 @@ class Terminal:
             )
         return ctrl_c.count
 
-    def _show_sleep(self, status: str):
+    def _show_sleep(self, status: str) -> None:
         """Progress of a sleep in the middle of a turn, in the place of the prompt."""
         if not self._in_line:
-            sys.stdout.write(f"\r\x1b[K{status}")
-            sys.stdout.flush()
-            self._over = True
+            self._progress.show(status)
 
-    def _write(self, text: str):
-        if self._over:
-            sys.stdout.write("\r\x1b[K")
-            self._over = False
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def _write(self, text: str) -> None:
+        self._progress.clear()
+        output.piece(text)
         if text:
             self._in_line = not text.endswith("\n")
 
-    def _end_line(self):
+    def _end_line(self) -> None:
+        self._progress.clear()
         if self._in_line:
             self._write("\n")
-        elif self._over:
-            self._write("")
 
-    def _note(self, text: str, style: str = "dim"):
+    def _note(self, text: str, style: str = "dim") -> None:
         self._end_line()
-        self._console.print(text, style=style, markup=False)
+        self._console.print(output.clean(text), style=style, markup=False)
 
     def _confirm(self) -> bool:
-        name = self._session.memory.name
+        name = slash.memory_name(self._session)
         try:
             answer = input(f"forget all of memory '{name}'? It can't be undone. [y/N] ")
         except (KeyboardInterrupt, EOFError):
@@ -252,29 +248,29 @@ class Terminal:
             return False
         return answer.strip().lower() in ("y", "yes")
 
-    def _leave(self):
+    def _leave(self) -> None:
         """Sleeps and lets go of the memory. Ctrl-C leaves at once; the journal has the window."""
         from ..sleep import SleepCancelled
 
         waiting = len(self._session.pending)
         try:
-            report = common.watch(
+            report = watch(
                 self._session,
                 lambda on_pass, should_stop: self._session.close(
                     on_pass=on_pass, should_stop=should_stop
                 ),
             )
         except SleepCancelled:
-            self._note(f"left without sleeping; {common.count(waiting, 'token')} kept for later")
+            self._note(f"left without sleeping; {output.count(waiting, 'token')} kept for later")
         else:
             if report:
-                self._note(common.describe(report, self._session))
+                self._note(describe(report, self._session))
 
 
 def _window(session: Session) -> str:
     """ "window 134/256 tokens, KV cache 123 KB" """
     stats = session.stats()
     return (
-        f"window {stats.window_tokens}/{common.count(stats.window, 'token')}, "
-        f"KV cache {common.size(stats.kv_bytes)}"
+        f"window {stats.window_tokens}/{output.count(stats.window, 'token')}, "
+        f"KV cache {output.size(stats.kv_bytes)}"
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..utils.errors import UserError
-from .common import Model, numbers
+from .options import Json, Model, Numbers, names, numbers
+from .output import emit, line, note, progress_bar, stderr
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..training.trainer import Trainer
 
 
 def train(
@@ -79,7 +84,7 @@ def train(
             trainer.run(on_step)
     except KeyboardInterrupt:
         if first:
-            print(f"stopped; the same command goes on from {out / 'checkpoint'}", file=sys.stderr)
+            note(f"stopped; the same command goes on from {out / 'checkpoint'}")
         raise typer.Exit(130) from None
     if first:
         _, _, specials = sentencepiece_encoder(EMBEDDED)
@@ -89,14 +94,19 @@ def train(
             "pad_token_id": specials[PAD],
         }
         save(out / "model", trainer.model, config, tokenizer_source=EMBEDDED, overwrite=True)
-        print(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")
+        line(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")
 
 
 def evaluate(
     task: Annotated[str, typer.Argument(help="The task: memory.")],
     model: Model = None,
     passes: Annotated[
-        str | None, typer.Option(help="Passes to try, as in 1,2,4. (default: the model's)")
+        Numbers | None,
+        typer.Option(
+            parser=numbers("--passes"),
+            metavar="N,...",
+            help="Passes to try, as in 1,2,4. (default: the model's)",
+        ),
     ] = None,
     case: Annotated[
         str | None, typer.Option(help="Only these cases, with commas. (default: all)")
@@ -104,7 +114,7 @@ def evaluate(
     n: Annotated[int, typer.Option(help="Conversations for each case.")] = 500,
     seed: Annotated[int, typer.Option(help="Picks the set of conversations.")] = 0,
     split: Annotated[str, typer.Option(help="Names and values of: train, valid, test.")] = "test",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+    json: Json = False,
 ):
     """Ask a model about what it was told before it slept; exact answers count.
 
@@ -118,13 +128,12 @@ def evaluate(
     from ..lab.tasks.words import SPLITS
     from ..models.load import EMBEDDED, load_model
     from ..training.recipe import TASKS
-    from .output import emit
 
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    cases = case.split(",") if case else list(CASES)
+    cases = names(case) or list(CASES)
     if unknown := sorted(set(cases) - set(CASES)):
         raise UserError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
     if n < 1:
@@ -132,69 +141,41 @@ def evaluate(
     folder = Path(model) if model else EMBEDDED
     loaded, _ = load_model(folder)
     encode, decode, specials = sentencepiece_encoder(folder)
-    rows = evaluate_memory(
-        loaded,
-        MemoryTask(encode, specials, split, seed=seed),
-        decode,
-        cases=cases,
-        passes=numbers("--passes", passes) if passes else [loaded.sleep.passes],
-        n=n,
-        on_batch=None if json or not sys.stderr.isatty() else _count,
-    )
+    with progress_bar("eval memory", unit="conversations", shown=not json) as update:
+        rows = evaluate_memory(
+            loaded,
+            MemoryTask(encode, specials, split, seed=seed),
+            decode,
+            cases=cases,
+            passes=passes or [loaded.sleep.passes],
+            n=n,
+            on_batch=update,
+        )
     emit("eval memory", rows, json)
 
 
-def _count(done: int, total: int):
-    end = "\n" if done == total else ""
-    print(f"\r{done}/{total} conversations", end=end, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _progress(trainer: Trainer, shown: bool) -> Iterator[Callable[[dict], None] | None]:
+    """on_step for a trainer: a bar on a terminal, a line now and then in a log."""
+    means: dict[str, float] = {}
 
-
-def _progress(trainer, shown: bool):
-    """A progress bar on a terminal, a line now and then in a log: a context with on_step."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    def text(row, loss, right):
+    def text(row: dict) -> str:
+        for name in ("loss", "accuracy"):  # over about the last 20 steps
+            means[name] = row[name] + 0.95 * (means.get(name, row[name]) - row[name])
         return (
-            f"loss {loss:.3f}  right {right:.3f}  N={row['passes']}  "
+            f"loss {means['loss']:.3f}  accuracy {means['accuracy']:.3f}  N={row['passes']}  "
             f"{row['tokens'] / 1e6:.2f}M tokens  {row['tokens_per_second']:,.0f} tokens/s"
         )
 
-    @contextmanager
-    def context():
-        means: dict[str, float] = {}
+    def log(row: dict) -> None:
+        now = text(row)
+        if row["step"] % 20 == 0 or row["step"] == trainer.steps:
+            note(f"step {row['step']}/{trainer.steps}  {now}")
 
-        def average(row):
-            for name in ("loss", "right"):  # over about the last 20 steps
-                means[name] = row[name] + 0.95 * (means.get(name, row[name]) - row[name])
-            return means["loss"], means["right"]
-
-        if not shown:
-            yield None
-        elif sys.stderr.isatty():
-            from rich.console import Console
-
-            bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=Console(stderr=True),
-            )
-            with bar:
-                job = bar.add_task("", total=trainer.steps)
-                yield lambda row: bar.update(
-                    job, completed=row["step"], description=text(row, *average(row))
-                )
-        else:
-
-            def log(row):
-                loss, right = average(row)
-                if row["step"] % 20 == 0 or row["step"] == trainer.steps:
-                    line = f"step {row['step']}/{trainer.steps}  {text(row, loss, right)}"
-                    print(line, file=sys.stderr, flush=True)
-
-            yield log
-
-    return context()
+    if not shown:
+        yield None
+    elif stderr().is_terminal:
+        with progress_bar("training", total=trainer.steps, unit="steps") as update:
+            yield lambda row: update(row["step"], text=text(row))
+    else:
+        yield log

@@ -1,10 +1,15 @@
-"""Durable memory: what a sleeping model keeps between processes, by name (store.py)."""
+"""Durable memory: what a sleeping model keeps between processes, by name.
+
+store.py     an open memory, and the order of its writes
+location.py  which files a name stands for; reading and creating them
+manage.py    list, show, fork, export, import, remove
+format.py, journal.py, lock.py  one kind of file each
+"""
 
 from .format import Header
-from .store import (
+from .location import data_dir
+from .manage import (
     Listing,
-    Memory,
-    data_dir,
     export_memory,
     fork,
     import_memory,
@@ -12,6 +17,7 @@ from .store import (
     remove,
     show_memory,
 )
+from .store import Memory
 
 __all__ = [
     "Header",

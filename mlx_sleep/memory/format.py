@@ -1,7 +1,6 @@
-"""The bytes of a memory: NAME.safetensors and NAME.journal (memory.py says what they are for).
+"""The bytes of a memory file, NAME.safetensors: header, arrays and pending tokens.
 
-Knows how a header, arrays and token ids are laid out and checked. Knows nothing of folders, locks
-or the order in which the two files are written.
+Knows how they are laid out and checked. Knows nothing of folders, locks or the journal.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +18,7 @@ import safetensors
 
 from ..utils.errors import UserError
 
-FORMAT = 1  # of both files; a reader refuses every other
+FORMAT = 1  # of this file and of the journal; a reader refuses every other
 
 Arrays = dict[str, mx.array]
 
@@ -82,13 +81,13 @@ DTYPES = {
 }
 _BY_NAME = {name: (dtype, f"<u{bits.size}") for dtype, (name, bits) in DTYPES.items()}
 
-# Stands once in a file: inside a string, JSON would escape its quotes.
+# Occurs once in a file: inside a string, JSON would escape its quotes.
 _SHA256_KEY = b'"sha256":"'
 _BLANK = "0" * 64
 
 
 def encode_memory(header: Header, arrays: Arrays, pending: list[int]) -> tuple[bytearray, str]:
-    """The bytes of a memory file and their SHA-256, which stands in them (as zeros when taken)."""
+    """The bytes of a memory file and their SHA-256, which is in them (zeros while it is taken)."""
     if "pending" in arrays:
         raise ValueError("an array cannot be named 'pending'")
     tensors = {}
@@ -135,12 +134,10 @@ def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
             )
         try:
             start, sha256 = _sha256(raw)
-            header = Header(
-                **{
-                    f.name: (int if f.type == "int" else str)(metadata[f.name])
-                    for f in fields(Header)
-                }
-            )
+            values: dict[str, Any] = {
+                f.name: (int if f.type == "int" else str)(metadata[f.name]) for f in fields(Header)
+            }
+            header = Header(**values)
         except (KeyError, ValueError) as error:
             raise Damaged("it lacks what every memory has") from error
         if raw[start : start + 64] != sha256.encode():
@@ -161,7 +158,7 @@ def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
 
 
 def _sha256(raw: bytes | bytearray) -> tuple[int, str]:
-    """Where the file's SHA-256 stands in it, and what it should be. ValueError: nowhere."""
+    """Where in the file its SHA-256 is, and what it should be. ValueError when it has none."""
     start = raw.index(_SHA256_KEY) + len(_SHA256_KEY)
     view = memoryview(raw)
     digest = hashlib.sha256(view[:start])
@@ -176,60 +173,3 @@ def stored_sha256(path: Path) -> str:
         head = file.read(struct.unpack("<Q", file.read(8))[0])
     start = head.index(_SHA256_KEY) + len(_SHA256_KEY)
     return head[start : start + 64].decode()
-
-
-# The journal: a head, then records, each of <count> little-endian uint32 token ids.
-
-_HEAD = struct.Struct("<8s32s")  # magic with the format version, SHA-256; then their CRC-32
-_RECORD = struct.Struct("<II")  # count, CRC-32 of the ids; then the CRC-32 of these two
-_CRC = struct.Struct("<I")
-_MAGIC = b"MLXSLPJ%d" % FORMAT
-
-
-def journal_head(sha256: str) -> bytes:
-    """Opens a journal that continues the memory file of this SHA-256."""
-    head = _HEAD.pack(_MAGIC, bytes.fromhex(sha256))
-    return head + _CRC.pack(zlib.crc32(head))
-
-
-def journal_record(tokens: list[int]) -> bytes:
-    """One record of a journal. ValueError when these are not token ids (0 <= id < 2**32)."""
-    try:
-        ids = struct.pack(f"<{len(tokens)}I", *tokens)
-    except struct.error as error:
-        raise ValueError(f"not a list of token ids: {error}") from None
-    head = _RECORD.pack(len(tokens), zlib.crc32(ids))
-    return head + _CRC.pack(zlib.crc32(head)) + ids
-
-
-def parse_journal(raw: bytes) -> tuple[str, list[int]]:
-    """The SHA-256 that the journal continues, and its tokens. A torn last record is left out.
-
-    Torn is what a crash leaves: a record cut short, or zeros where its bytes did not arrive. The
-    count has a checksum of its own, so that a damaged one cannot pass for a record cut short.
-    """
-    at = _HEAD.size + _CRC.size
-    if len(raw) < at:
-        raise Damaged("truncated")
-    if _CRC.pack(zlib.crc32(raw[: _HEAD.size])) != raw[_HEAD.size : at]:
-        raise Damaged("checksum mismatch")
-    magic, sha256 = _HEAD.unpack_from(raw)
-    if magic != _MAGIC:
-        raise Damaged("of another format version")
-    tokens: list[int] = []
-    while len(raw) - at >= _RECORD.size + _CRC.size:
-        head = raw[at : at + _RECORD.size]
-        start = at + _RECORD.size + _CRC.size
-        count, crc = _RECORD.unpack(head)
-        if _CRC.pack(zlib.crc32(head)) != raw[at + _RECORD.size : start]:
-            if not any(raw[at:]):
-                break
-            raise Damaged(f"checksum mismatch at byte {at}")
-        ids = raw[start : start + 4 * count]
-        if len(ids) < 4 * count:
-            break
-        if zlib.crc32(ids) != crc:
-            raise Damaged(f"checksum mismatch at byte {at}")
-        tokens += struct.unpack(f"<{count}I", ids)
-        at = start + len(ids)
-    return sha256.hex(), tokens

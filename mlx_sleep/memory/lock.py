@@ -7,7 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from ..utils.files import chmod_private
+from ..utils.atomic import chmod_private
 
 
 class InUse(Exception):

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..utils.atomic import fsync_path
 from ..utils.errors import UserError
 from ..utils.files import one_line
 
@@ -47,8 +48,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             yield fresh
             for file in fresh.iterdir():
-                _fsync(file)
-            _fsync(fresh)
+                fsync_path(file)
+            fsync_path(fresh)
             _put_in_place(fresh, path)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -104,16 +105,8 @@ def _put_in_place(fresh: Path, path: Path) -> None:
         if replacing:
             os.rename(old, path)
         raise
-    _fsync(path.parent)
+    fsync_path(path.parent)
     if replacing and old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     elif replacing:
         old.unlink()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

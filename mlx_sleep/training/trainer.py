@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.base import evict
 from ..sleep import passes_over
+from ..utils.atomic import fsync_path
 from ..utils.errors import UserError
 
 
@@ -205,7 +205,7 @@ class Trainer:
                     "tokens": self.tokens,
                     "passes": passes,
                     "loss": loss.item(),
-                    "right": right.item(),
+                    "accuracy": right.item(),
                     "grad_norm": norm.item(),
                     "tokens_per_second": count / seconds,
                     "seconds": seconds,
@@ -314,8 +314,7 @@ class Trainer:
             ) from error
         (new / "progress.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens}))
         for file in new.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+            fsync_path(file)
         aside = self.folder / "checkpoint.old"
         if old.exists():  # else a kill has left `aside` as the only one
             shutil.rmtree(aside, ignore_errors=True)

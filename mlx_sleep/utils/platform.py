@@ -42,11 +42,11 @@ def available_cpus() -> int:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         cpus = os.cpu_count() or 1
-    quota = _cgroup_cpus()
+    quota = cgroup_cpus()
     return max(1, min(cpus, int(quota))) if quota else cpus
 
 
-def _cgroup_cpus(root: str = "/sys/fs/cgroup") -> float | None:
+def cgroup_cpus(root: str = "/sys/fs/cgroup") -> float | None:
     """The CPU quota of this container in CPUs (cgroup v2, then v1), or None without one."""
     try:
         try:

@@ -16,8 +16,8 @@ from pathlib import Path
 from random import Random
 
 from ...memory.lock import InUse, Lock
+from ...utils.atomic import replace_file
 from ...utils.errors import UserError
-from ...utils.files import replace_file
 
 RESULT = "result.json"
 TOKENIZER = "tokenizer.model"

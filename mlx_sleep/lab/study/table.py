@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...utils.files import os_errors_as_user_errors, replace_file
+from ...utils.atomic import replace_file
+from ...utils.files import os_errors_as_user_errors
 from ..statistics import wilson
 from .plan import Run, read_model
 

@@ -1,0 +1,127 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ..utils.errors import UserError
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..session import Session
+
+
+class Numbers(tuple[int, ...]):
+    """Whole numbers of an option, typed as 1,2,4."""
+
+
+def numbers(
+    option: str, *, least: int = 1, example: str = "1,2,4"
+) -> Callable[[str | Numbers], Numbers]:
+    """A parser of "1,2,4" for typer. Its UserError names the option."""
+
+    def parse(value: str | Numbers) -> Numbers:
+        if isinstance(value, Numbers):  # the default
+            return value
+        try:
+            found = Numbers(int(part) for part in value.split(","))
+        except ValueError:
+            found = Numbers()
+        if not found or min(found) < least:
+            bound = f" >= {least}" if least > 0 else ""
+            raise UserError(
+                f"{option} takes whole numbers{bound} with commas, as in {example}; not {value!r}"
+            )
+        return found
+
+    return parse
+
+
+def names(text: str | None) -> list[str] | None:
+    """ "a,b" as a list; None for an option that was not given."""
+    return text.split(",") if text else None
+
+
+Model = Annotated[
+    str | None, typer.Option(help="The model's folder. (default: the embedded model)")
+]
+MemoryName = Annotated[str, typer.Option("--memory", help="The memory's name.")]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the memories. (default: $MLX_SLEEP_HOME, else the user's data folder)"
+    ),
+]
+Passes = Annotated[int | None, typer.Option(help="Passes of a sleep. (default: the model's)")]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens that fit before it must sleep. (default: the model's)")
+]
+PassesToTry = Annotated[
+    Numbers,
+    typer.Option(
+        "--passes", parser=numbers("--passes"), metavar="N,...", help="Passes to try, with commas."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
+
+
+@dataclass
+class SessionOptions:
+    """What `chat` and `generate` open a session with. A field is an option."""
+
+    model: Model = None
+    home: Home = None
+    passes: Passes = None
+    window: Window = None
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", help="Longest reply, in tokens.")
+    ] = 256
+    temp: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
+    ] = 0.0
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = (
+        1.0
+    )
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+
+    def open(self, memory: str | None) -> Session:
+        """A session on a memory by its name; None remembers nothing."""
+        from ..session import Session
+
+        others = asdict(self)
+        return Session.open(others.pop("model"), memory, **others)
+
+
+def with_session_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command for typer: its parameter `options` becomes an option for each field."""
+    names = [field.name for field in fields(SessionOptions)]
+
+    def run(**values: Any) -> None:
+        options = SessionOptions(**{name: values.pop(name) for name in names})
+        command(options=options, **values)
+
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name])
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.name != "options"
+    ]
+    hints = get_type_hints(SessionOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(SessionOptions)
+    ]
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]  # a function may have one
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run

@@ -1,0 +1,95 @@
+"""A sleep, watched from the command line: progress, Ctrl-C, and a line about what it did."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from .output import StatusLine, count, size
+
+if TYPE_CHECKING:  # they import MLX
+    from ..session import Session
+    from ..sleep import SleepReport
+
+
+class Interrupts:
+    """Counts Ctrl-C in a with block in place of raising KeyboardInterrupt.
+
+    So it never strikes in the middle of a write or a forward pass. The third one does raise:
+    whoever presses that often wants out.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 2:
+            raise KeyboardInterrupt
+
+
+class SleepProgress:
+    """Watches one sleep through its two callbacks: `on_pass`, and `step` for should_stop.
+
+    show(text) gets "sleeping: pass 2/4, 57%, about 0.3 s left", at most ten times a second.
+    """
+
+    def __init__(self, session: Session, show: Callable[[str], None]):
+        model, self._passes = session.model, session.passes
+        lo, hi = model.sleep.loop_range or (0, model.num_layers)
+        self._blocks = model.num_layers + (self._passes - 1) * (hi - lo)
+        self._show = show
+        self._pass, self._done = 1, 0
+        self._started, self._shown = time.monotonic(), 0.0
+
+    def on_pass(self, done: int, passes: int, moved: float) -> None:
+        self._pass = min(done + 1, passes)
+
+    def step(self) -> None:
+        """Call it where the sleep asks whether to stop: once after every block."""
+        if self._done == self._blocks:  # the next window of a sleep over several
+            self._done, self._started, self._pass = 0, time.monotonic(), 1
+        self._done += 1
+        now = time.monotonic()
+        if now - self._shown < 0.1:
+            return
+        self._shown = now
+        left = (now - self._started) / self._done * (self._blocks - self._done)
+        self._show(
+            f"sleeping: pass {self._pass}/{self._passes}, "
+            f"{100 * self._done // self._blocks}%, about {left:.1f} s left"
+        )
+
+
+def watch(session: Session, sleep: Callable[..., SleepReport | None]) -> SleepReport | None:
+    """Runs sleep(on_pass, should_stop), showing its progress on a terminal.
+
+    Ctrl-C cancels it: SleepCancelled, as from the sleep itself.
+    """
+    with StatusLine() as status, Interrupts() as ctrl_c:
+        progress = SleepProgress(session, status.show)
+
+        def should_stop() -> bool:
+            progress.step()
+            return ctrl_c.count > 0
+
+        return sleep(progress.on_pass, should_stop)
+
+
+def describe(report: SleepReport, session: Session) -> str:
+    """One line about a sleep."""
+    kv = "cleared" if session.stats().kv_bytes == 0 else "trimmed"
+    return (
+        f"slept: {count(report.tokens, 'token')} folded in {count(report.passes, 'pass')}, "
+        f"KV cache {kv} ({size(report.kv_bytes_freed)} freed)"
+    )
