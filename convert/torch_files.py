@@ -1,6 +1,6 @@
 """PyTorch's own files (.bin, .pt, .pth): state dicts, read without running what they hold.
 
-torch is an optional extra and imported here alone, when such a file is met.
+torch is an optional extra, imported when such a file is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import one_line
-from .writer import Entry, write_file
+from ..utils.safetensors import Entry, dtype_name, write_file
 
 # Where trainers put the state dict in a checkpoint that holds more.
 _KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
@@ -33,7 +33,7 @@ def stage(file: Path, folder: Path) -> tuple[Path, list[str]]:
 
 
 def find_state_dict(value: Any, file: Path) -> tuple[dict[str, Any], list[str]]:
-    """(name -> tensor, notes on what stands beside them) in what a trainer saved."""
+    """(name -> tensor, notes on what else is there) in what a trainer saved."""
     import torch
 
     notes: list[str] = []
@@ -82,16 +82,8 @@ def _read(file: Path) -> Any:
 def _entry(name: str, x: Any, file: Path) -> Entry:
     import torch
 
-    codes = {
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-    if x.dtype not in codes or x.layout != torch.strided:
+    dtype = dtype_name(x.dtype)
+    if dtype is None or x.layout != torch.strided:
         kind = str(x.dtype).removeprefix("torch.")
         raise UserError(f"{file}: {name} is {kind}; convert it to float32 before saving")
 
@@ -99,4 +91,4 @@ def _entry(name: str, x: Any, file: Path) -> Entry:
         flat = x.detach().contiguous().reshape(-1)
         return memoryview(flat.view(torch.uint8).numpy())
 
-    return Entry(name, codes[x.dtype], list(x.shape), x.numel() * x.element_size(), data)
+    return Entry(name, dtype, list(x.shape), x.numel() * x.element_size(), data)

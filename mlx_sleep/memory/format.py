@@ -6,6 +6,7 @@ Knows how they are laid out and checked. Knows nothing of folders, locks or the 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ import numpy as np
 import safetensors
 
 from ..utils.errors import UserError
+from ..utils.safetensors import DTYPES, MLX_DTYPES, encode_header, read_json_header
 
 FORMAT = 1  # of this file and of the journal; a reader refuses every other
 
@@ -61,25 +63,11 @@ class Damaged(ValueError):
     """What is wrong with a file, in a few words."""
 
 
-# The memory file: https://github.com/huggingface/safetensors#format. Written here because the
-# package's numpy side has no bfloat16; read through the package, which checks the layout.
+# The memory file is safetensors. Not written by the package, whose numpy side has no bfloat16; read
+# through the package, which checks the layout.
 
-# MLX dtype -> (safetensors' name, the unsigned type that carries its bits through numpy)
-DTYPES = {
-    mx.bool_: ("BOOL", mx.uint8),
-    mx.uint8: ("U8", mx.uint8),
-    mx.int8: ("I8", mx.uint8),
-    mx.uint16: ("U16", mx.uint16),
-    mx.int16: ("I16", mx.uint16),
-    mx.float16: ("F16", mx.uint16),
-    mx.bfloat16: ("BF16", mx.uint16),
-    mx.uint32: ("U32", mx.uint32),
-    mx.int32: ("I32", mx.uint32),
-    mx.float32: ("F32", mx.uint32),
-    mx.uint64: ("U64", mx.uint64),
-    mx.int64: ("I64", mx.uint64),
-}
-_BY_NAME = {name: (dtype, f"<u{bits.size}") for dtype, (name, bits) in DTYPES.items()}
+# Bytes of an element -> the unsigned type that carries its bits through numpy.
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 # Occurs once in a file: inside a string, JSON would escape its quotes.
 _SHA256_KEY = b'"sha256":"'
@@ -94,23 +82,22 @@ def encode_memory(header: Header, arrays: Arrays, pending: list[int]) -> tuple[b
     for name, array in arrays.items():
         if array.dtype not in DTYPES:
             raise ValueError(f"array '{name}' is {array.dtype}, which a memory cannot hold")
-        code, bits = DTYPES[array.dtype]
-        data = np.array(array.view(bits)).astype(f"<u{bits.size}", copy=False).tobytes()
-        tensors[name] = (code, array.shape, data)
+        size = array.dtype.size
+        data = np.array(array.view(_BITS[size])).astype(f"<u{size}", copy=False).tobytes()
+        tensors[name] = (DTYPES[array.dtype], array.shape, data)
     tensors["pending"] = ("U32", (len(pending),), struct.pack(f"<{len(pending)}I", *pending))
 
     metadata = {f.name: str(getattr(header, f.name)) for f in fields(header)}
-    entries: dict[str, dict] = {"__metadata__": {**metadata, "sha256": _BLANK}}
-    body = bytearray()
     # Wide elements first, so that each tensor is aligned.
-    for name in sorted(tensors, key=lambda n: (-_BY_NAME[tensors[n][0]][0].size, n)):
-        code, shape, data = tensors[name]
-        offsets = [len(body), len(body) + len(data)]
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
-        body += data
-    head = json.dumps(entries, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    raw = bytearray(struct.pack("<Q", len(head)) + head + body)
+    order = sorted(tensors, key=lambda name: (-MLX_DTYPES[tensors[name][0]].size, name))
+    raw = bytearray(
+        encode_header(
+            ((name, *tensors[name][:2], len(tensors[name][2])) for name in order),
+            {**metadata, "sha256": _BLANK},
+        )
+    )
+    for name in order:
+        raw += tensors[name][2]
     start, sha256 = _sha256(raw)
     raw[start : start + 64] = sha256.encode()
     return raw, sha256
@@ -123,9 +110,7 @@ def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
             tensors = dict(safetensors.deserialize(raw))
         except safetensors.SafetensorError as error:
             raise Damaged("truncated, or not a safetensors file") from error
-        metadata = (
-            json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]]).get("__metadata__") or {}
-        )
+        metadata = json.loads(read_json_header(io.BytesIO(raw))).get("__metadata__") or {}
         version = metadata.get("format_version", "")
         if version.isdecimal() and version != str(FORMAT):
             raise UserError(
@@ -147,10 +132,10 @@ def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
             raise Damaged("it lacks what every memory has")
         arrays = {}
         for name, tensor in tensors.items():
-            if tensor["dtype"] not in _BY_NAME:
+            if tensor["dtype"] not in MLX_DTYPES:
                 raise Damaged(f"array '{name}' has dtype {tensor['dtype']}")
-            dtype, bits = _BY_NAME[tensor["dtype"]]
-            flat = np.frombuffer(tensor["data"], bits)
+            dtype = MLX_DTYPES[tensor["dtype"]]
+            flat = np.frombuffer(tensor["data"], f"<u{dtype.size}")
             arrays[name] = mx.array(flat.reshape(tensor["shape"])).view(dtype)
         return Stored(header, arrays, np.frombuffer(pending["data"], "<u4").tolist(), sha256)
     except Damaged as damage:
@@ -170,6 +155,6 @@ def _sha256(raw: bytes | bytearray) -> tuple[int, str]:
 def stored_sha256(path: Path) -> str:
     """The SHA-256 that a memory file claims, without reading its arrays."""
     with path.open("rb") as file:
-        head = file.read(struct.unpack("<Q", file.read(8))[0])
+        head = read_json_header(file)
     start = head.index(_SHA256_KEY) + len(_SHA256_KEY)
     return head[start : start + 64].decode()

@@ -7,9 +7,6 @@ from the headers of the files is checked here.
 from __future__ import annotations
 
 import difflib
-import json
-import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,11 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..utils.errors import UserError
-from ..utils.files import read_json, reading
+from ..utils.files import read_json
+from ..utils.safetensors import DTYPES, read_header
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I32": 4, "I64": 8, "BOOL": 1}
-_KINDS = {mx.uint32: ("U32",), mx.uint8: ("U8",)}  # quantized weights; all else is floating
-_FLOATS = ("F32", "F16", "BF16")
+_QUANTIZED = (mx.uint32, mx.uint8)  # all else is floating
+_FLOATS = tuple(DTYPES[dtype] for dtype in (mx.float32, mx.float16, mx.bfloat16))
 # Exponent bits: all ones in NaN and infinity.
 _EXPONENT = {
     mx.float32: (mx.uint32, 0x7F800000),
@@ -54,7 +51,7 @@ def weight_files(path: Path, index: str = INDEX) -> list[Path]:
 
 
 def read_headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
-    """Name -> (dtype, shape) of every tensor in the files, from their headers alone."""
+    """Name -> (dtype's name, shape) of every tensor in the files, from their headers alone."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     for file in files:
         for name, entry in read_header(file).items():
@@ -62,44 +59,6 @@ def read_headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
                 raise UserError(f"{file} repeats the tensor {name} of another weights file")
             tensors[name] = entry
     return tensors
-
-
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Name -> (dtype, shape) of the tensors in one file, which has as many bytes as it says."""
-    with reading(file), open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{file} is truncated or not a safetensors file")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-        header.pop("__metadata__", None)
-        tensors, ends = {}, [0]
-        for name, entry in header.items():
-            dtype, shape = entry["dtype"], [int(n) for n in entry["shape"]]
-            start, end = entry["data_offsets"]
-            if dtype not in ITEM_BYTES:
-                known = ", ".join(ITEM_BYTES)
-                raise UserError(f"{file}: {name} has type {dtype}; known types: {known}")
-            if end - start != math.prod(shape) * ITEM_BYTES[dtype] or min(start, *shape, 0) < 0:
-                raise ValueError(name)
-            tensors[name] = dtype, shape
-            ends.append(end)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{file} has a damaged header; get it anew") from error
-    if size < 8 + length + max(ends):
-        missing = 8 + length + max(ends) - size
-        raise UserError(f"{file} is truncated: {missing} bytes are missing; get it anew")
-    return tensors
-
-
-def _without_repeats(pairs: list) -> dict:
-    # A dict would keep the last of two tensors of one name, and say nothing.
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
 
 
 def check_tensors(path: Path, model: nn.Module, tensors) -> None:
@@ -119,7 +78,7 @@ def check_tensors(path: Path, model: nn.Module, tensors) -> None:
         dtype, shape = tensors[name]
         if shape != list(array.shape):
             wrong.append(f"{name} is {shape}, not {list(array.shape)}")
-        elif dtype not in _KINDS.get(array.dtype, _FLOATS):
+        elif dtype not in ((DTYPES[array.dtype],) if array.dtype in _QUANTIZED else _FLOATS):
             wrong.append(f"{name} is of type {dtype}")
     if wrong:
         raise UserError(f"the weights in {path} do not fit its config: {abbreviate(wrong)}")

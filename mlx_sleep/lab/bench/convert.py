@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ...convert.writer import Entry, write_shards
+from ...convert.writer import write_shards
 from ...models.load import build
 from ...utils.errors import UserError
+from ...utils.safetensors import Entry
 
 # A process of its own: the peak of a process never falls.
 _CONVERT = """

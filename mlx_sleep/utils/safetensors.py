@@ -1,0 +1,161 @@
+"""The safetensors format: names of dtypes, headers, files that are written tensor by tensor.
+
+https://github.com/huggingface/safetensors#format: the header's length as 8 little-endian bytes,
+the header (JSON), then the tensors' bytes. The libraries' own save functions want all arrays of a
+file at once; `write_file` computes, hashes, writes and frees one at a time, so that a file may be
+larger than the memory. Which tensors belong to a model is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+
+from .errors import UserError
+from .files import reading
+
+DTYPES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+"""MLX dtype -> its name in a header: what MLX can read and write."""
+MLX_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_NAMES = {str(dtype).removeprefix("mlx.core."): name for dtype, name in DTYPES.items()}
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """A header's name of a dtype of MLX, NumPy or PyTorch, which name theirs alike; None: it has
+    none."""
+    return _NAMES.get(str(dtype).rpartition(".")[2])
+
+
+def read_json_header(file: BinaryIO) -> bytes:
+    """The JSON of the header of an open file, which is then at its data.
+
+    ValueError when the file is too short to be a safetensors file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError("truncated or not a safetensors file")
+    return file.read(length)
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (dtype's name, shape) of the tensors in a file, which is as long as it says.
+
+    UserError for a file that can't be read, is damaged or holds types that MLX doesn't have.
+    """
+    with reading(file), open(file, "rb") as stream:
+        try:
+            raw = read_json_header(stream)
+        except ValueError as error:
+            raise UserError(f"{file} is {error}") from error
+        data_bytes = os.fstat(stream.fileno()).st_size - 8 - len(raw)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
+        header.pop("__metadata__", None)
+        tensors, ends = {}, [0]
+        for name, entry in header.items():
+            dtype, shape = entry["dtype"], [int(n) for n in entry["shape"]]
+            start, end = entry["data_offsets"]
+            if dtype not in MLX_DTYPES:
+                known = ", ".join(MLX_DTYPES)
+                raise UserError(f"{file}: {name} has type {dtype}; known types: {known}")
+            nbytes = math.prod(shape) * MLX_DTYPES[dtype].size
+            if end - start != nbytes or min(start, *shape, 0) < 0:
+                raise ValueError(name)
+            tensors[name] = dtype, shape
+            ends.append(end)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a damaged header; download it again") from error
+    if data_bytes < max(ends):
+        missing = max(ends) - data_bytes
+        raise UserError(f"{file} is truncated: {missing} bytes are missing; download it again")
+    return tensors
+
+
+def _without_repeats(pairs: list) -> dict:
+    # A dict would keep the last of two tensors of one name, and say nothing.
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, str, Iterable[int], int]], metadata: dict[str, str]
+) -> bytes:
+    """What comes before the data of a file with these (name, dtype's name, shape, bytes), in
+    their order."""
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+@dataclass
+class Entry:
+    """A tensor to be written. dtype: its name in a header; data() gives its bytes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    nbytes: int
+    data: Callable[[], memoryview]
+
+
+def write_file(
+    file: Path,
+    entries: list[Entry],
+    format: str,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> dict[str, str]:
+    """Write one file: name -> SHA-256 of each tensor's bytes.
+
+    format    what its metadata says: "mlx" or "pt"
+    on_bytes  called with the size of each tensor that was written
+
+    `entries` is emptied on the way, so that what was written can be freed.
+    """
+    head = encode_header(
+        ((e.name, e.dtype, e.shape, e.nbytes) for e in entries), {"format": format}
+    )
+    hashes = {}
+    entries.reverse()
+    with open(file, "wb") as out:
+        out.write(head)
+        while entries:
+            e = entries.pop()
+            data = e.data()
+            if len(data) != e.nbytes:
+                raise UserError(f"the tensor {e.name} has {len(data)} bytes, not {e.nbytes}")
+            out.write(data)
+            hashes[e.name] = hashlib.sha256(data).hexdigest()
+            on_bytes(e.nbytes)
+            del e, data
+            mx.clear_cache()  # MLX would keep the buffers for later
+    return hashes
