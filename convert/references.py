@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..models.compat import causal_lm_class
 from .mapping import without_wrappers
 from .sources import Source
 
@@ -78,7 +79,7 @@ _OWN: dict[Any, Callable[[dict], tuple[Any, Run]]] = {
 
 def _from_transformers(config: dict, state: dict[str, mx.array], what: str) -> tuple[str, Run]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -88,7 +89,7 @@ def _from_transformers(config: dict, state: dict[str, mx.array], what: str) -> t
         theirs = AutoConfig.for_model(
             kind, **{n: x for n, x in config.items() if n != "model_type"}
         )
-        model_class = AutoModelForCausalLM._model_mapping[type(theirs)]
+        model_class = causal_lm_class(theirs)
     except (KeyError, ValueError) as error:
         raise LookupError(f"transformers has no model for {kind!r}") from error
     model, info = model_class.from_pretrained(

@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 from collections.abc import Collection, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
+from .compat import has_mlx_lm_model
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import abbreviate, check_tensors, not_finite, read_headers, weight_files
 
@@ -40,7 +40,7 @@ def get_model_classes(model_type: Any) -> tuple[type[nn.Module], type]:
     if model_type in MODEL_TYPES:
         module = importlib.import_module(f"{__package__}.{model_type}")
         return module.Model, module.ModelArgs
-    if _is_of_mlx_lm(model_type):
+    if has_mlx_lm_model(model_type):
         from . import mlx_lm_model
 
         return mlx_lm_model.Model, mlx_lm_model.ModelArgs
@@ -48,15 +48,6 @@ def get_model_classes(model_type: Any) -> tuple[type[nn.Module], type]:
     raise UserError(
         f"unknown model_type {model_type!r}; mlx-sleep can load {known}, and what mlx-lm can load"
     )
-
-
-def _is_of_mlx_lm(model_type: Any) -> bool:
-    if not isinstance(model_type, str) or not model_type.isidentifier():
-        return False  # a dot would import something else
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    name = f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}"
-    return find_spec(name) is not None and hasattr(importlib.import_module(name), "ModelArgs")
 
 
 def load(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, Any, dict]:
@@ -89,7 +80,9 @@ def load_model(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, dict
         weights.update(mx.load(str(file)))
     if not lazy:
         if bad := not_finite(weights):
-            raise UserError(f"{path} has NaN or infinite weights in {abbreviate(bad)}; get it anew")
+            raise UserError(
+                f"{path} has NaN or infinite weights in {abbreviate(bad)}; download it again"
+            )
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     if not lazy:

@@ -15,15 +15,14 @@ import copy
 import inspect
 import re
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
 
 from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
+from .compat import before_0_32, mlx_lm_classes
 from .mlx_lm_cache import LayerCache
 
 TESTED = (
@@ -38,7 +37,7 @@ TESTED = (
     "qwen3_next",
 )
 
-OLD = tuple(map(int, version("mlx-lm").split(".")[:2])) < (0, 32)
+OLD = before_0_32()
 """Whether this is an mlx-lm before 0.32, as Python 3.10 has it."""
 NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
 """What such an mlx-lm lacks, or reads otherwise."""
@@ -93,7 +92,7 @@ def _classes(config: dict) -> tuple[type[nn.Module], type]:
     if OLD and model_type in NOT_IN_OLD:
         raise UserError(f"{model_type} needs mlx-lm 0.32 or newer, and that Python 3.11")
     try:
-        return _get_classes(config)
+        return mlx_lm_classes(config)
     except (AttributeError, ValueError) as error:
         raise UserError(f"mlx-lm has no architecture {model_type!r}; update mlx-lm?") from error
 
