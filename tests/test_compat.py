@@ -12,7 +12,7 @@ import pytest
 from mlx_sleep.models.compat import causal_lm_class, has_mlx_lm_model, mlx_lm_classes
 
 TRIED = {
-    "mlx-lm": ("0.31.1", "0.32.2"),
+    "mlx-lm": ("0.31.2", "0.32.2"),
     "transformers": ("5.20.2", "5.24.0"),
 }
 """Versions that this suite was run with, oldest and newest; before another series is allowed in

@@ -19,6 +19,7 @@ from mlx_sleep.convert.quantize import NumberTypes  # noqa: E402
 from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid  # noqa: E402
 from mlx_sleep.convert.verify import verify  # noqa: E402
 from mlx_sleep.utils.errors import UserError  # noqa: E402
+from tests import parity  # noqa: E402
 from tests.checkpoints import random_weights, write  # noqa: E402
 from tests.parity import CASES, fla, jet_nemotron, ouro, sleep_hybrid  # noqa: E402
 
@@ -144,7 +145,7 @@ def test_truncated_files(tmp_path, source, state, kept):
 
 @pytest.fixture(scope="module")
 def cases():
-    return {case.case: case for case in sleep_hybrid.run("sleep_hybrid")}
+    return {case.case: case for case in parity.rows(sleep_hybrid, "sleep_hybrid")}
 
 
 @pytest.mark.parametrize("case", CASES)

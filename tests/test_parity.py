@@ -19,10 +19,11 @@ def test_without_torch(monkeypatch):
 
 
 def test_rows(monkeypatch, capsys):
-    def run(architecture):
+    def rows(module, architecture):
         yield parity.Case(architecture, "somebody's", "prefill", 2e-6, 1.0)
 
-    module = SimpleNamespace(ARCHITECTURES=("sleep_hybrid", "ouro"), run=run)
+    module = SimpleNamespace(ARCHITECTURES=("sleep_hybrid", "ouro"))
+    monkeypatch.setattr(parity, "rows", rows)
     monkeypatch.setattr(parity, "find_spec", lambda name: name)
     monkeypatch.setattr(parity, "_modules", lambda: [module])
     main(["ouro", "--json"])

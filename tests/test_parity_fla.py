@@ -21,7 +21,7 @@ from tests.parity import fla  # noqa: E402
 def test_parity(rng, name):
     pair = fla.build(name, rng)
     seen = []
-    for c in fla.compare(pair, rng):
+    for c in parity.compare(pair, rng):
         seen.append(c.case)
         assert np.abs(c.theirs).max() > 0.5  # logits, not nothing
         np.testing.assert_allclose(c.ours, c.theirs, atol=1e-4, err_msg=c.case)
@@ -34,7 +34,7 @@ def test_parity(rng, name):
 def test_passes_make_a_difference(rng):
     """The sleeps of 1, 2 and 3 passes would not agree with one another."""
     pair = fla.build("delta", rng)
-    S = {c.case: c.their_S for c in fla.compare(pair, rng)}
+    S = {c.case: c.their_S for c in parity.compare(pair, rng)}
     for a, b in (("sleep_1", "sleep_2"), ("sleep_2", "sleep_3")):
         moved = [np.abs(x - y).max() / np.abs(y).max() for x, y in zip(S[a], S[b], strict=True)]
         assert max(moved) > 1e-2
@@ -44,7 +44,7 @@ def test_rows_of_the_table(monkeypatch):
     """The command's rows: the worst of all configs that share a reference."""
     few = ("delta", "delta, bare", "mamba, transformers")
     monkeypatch.setattr(fla, "CONFIGS", {name: fla.CONFIGS[name] for name in few})
-    rows = [row for name in fla.ARCHITECTURES for row in fla.run(name)]
+    rows = [row for name in fla.ARCHITECTURES for row in parity.rows(fla, name)]
     assert {r.architecture for r in rows} == {"fla_gated_deltanet", "fla_mamba2"}
     for architecture in ("fla_gated_deltanet", "fla_mamba2"):
         assert [r.case for r in rows if r.architecture == architecture] == list(parity.CASES)

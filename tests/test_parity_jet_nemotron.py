@@ -21,7 +21,7 @@ from mlx_sleep.models.load import load_model, save
 from mlx_sleep.sleep import consolidate, passes_over
 from mlx_sleep.training.trainer import checkpointed_block
 from mlx_sleep.utils.errors import UserError
-from tests.parity import CASES, jet_nemotron
+from tests.parity import CASES, compare, jet_nemotron
 
 assert mlx_sleep  # imported for its effect
 
@@ -31,67 +31,68 @@ TIED, WIDE = jet_nemotron.TIED, jet_nemotron.WIDE
 
 @pytest.fixture(scope="module")
 def pairs():
-    """(ours, theirs) of each variant."""
+    """One pair for each variant."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    return [jet_nemotron.pair(config, sleep) for config, sleep in jet_nemotron.VARIANTS]
+    rng = np.random.default_rng(jet_nemotron.SEED)
+    return [jet_nemotron.build(config, sleep, rng) for config, sleep in jet_nemotron.VARIANTS]
 
 
 @pytest.mark.parametrize("variant", (0, 1), ids=("tied", "wide"))
 @pytest.mark.parametrize("case", CASES)
 def test_logits(pairs, case, variant, rng):
-    for error, agreement in jet_nemotron.compare(case, *pairs[variant], rng):
-        assert error <= LIMIT and agreement >= 0.95
+    for c in compare(pairs[variant], rng, (case,)):
+        assert c.error <= LIMIT and c.agreement >= 0.95
 
 
 @pytest.mark.parametrize("case", ("prefill", "steps"))
 def test_attention_layers_are_those_of_qwen2(pairs, case, rng):
-    found = jet_nemotron.compare(case, *jet_nemotron.qwen_pair(), rng)
-    assert max(error for error, _ in found) <= LIMIT
+    for c in compare(jet_nemotron.qwen_pair(rng), rng, (case,)):
+        assert c.error <= LIMIT
 
 
-def slept(ours, theirs, passes, rng):
+def slept(pair, passes, rng):
     """The states after one sleep over the same window: ours, theirs."""
     import torch
 
-    window = rng.integers(0, ours.args.vocab_size, (2, ours.sleep.window))
-    mine, _ = consolidate(ours, ours.init_state(2), mx.array(window), passes)
+    window = rng.integers(0, pair.ours.args.vocab_size, (2, pair.ours.sleep.window))
+    mine, _ = consolidate(pair.ours, pair.ours.init_state(2), mx.array(window), passes)
     with torch.no_grad():
-        return mine, theirs.sleep(torch.tensor(window), passes)
+        return mine, pair.theirs.consolidate(torch.tensor(window), pair.theirs.fresh(), passes)
 
 
 @pytest.mark.parametrize("passes", (1, 2, 3))
 def test_fast_weights_after_a_sleep(pairs, passes, rng):
-    for ours, theirs in pairs:
-        for mine, other in zip(*slept(ours, theirs, passes, rng), strict=True):
+    for pair in pairs:
+        for mine, other in zip(*slept(pair, passes, rng), strict=True):
             assert ("fast_weights" in mine) == ("S" in other)
             assert ("conv" in mine) == ("conv" in other) and ("keys" in mine) == ("k" in other)
             if "S" in other:
-                S = other["S"].transpose(-1, -2).numpy()
+                S = other["S"].numpy()
                 assert np.abs(np.array(mine["fast_weights"]) - S).max() <= 1e-4 * np.abs(S).max()
             if "k" in other:
                 assert mine["length"] == other["k"].shape[2] and mine["offset"] == other["seen"]
 
 
 def test_the_comparison_sees_a_mistake_in_algorithm_1(pairs, monkeypatch, rng):
-    ours, theirs = pairs[0]
+    theirs = pairs[0].theirs
 
-    def error(case="sleep_2"):
-        return max(e for e, _ in jet_nemotron.compare(case, ours, theirs, rng))
+    def error():
+        return max(c.error for c in compare(pairs[0], rng, ("sleep_2",)))
 
     assert error() <= LIMIT
-    right = theirs.sleep
+    right = theirs.consolidate
     for wrong in (
-        lambda tokens, passes, state=None: right(tokens, passes + 1, state),
-        lambda tokens, passes, state=None: right(tokens, passes - 1, right(tokens, 1, state)),
+        lambda tokens, state, passes: right(tokens, state, passes + 1),
+        lambda tokens, state, passes: right(tokens, right(tokens, state, 1), passes - 1),
     ):
-        monkeypatch.setattr(theirs, "sleep", wrong)
+        monkeypatch.setattr(theirs, "consolidate", wrong)
         assert error() > 10 * LIMIT
-    monkeypatch.setattr(theirs, "sleep", right)
+    monkeypatch.setattr(theirs, "consolidate", right)
     with monkeypatch.context() as patch:
         patch.setattr(theirs, "loop", (0, 5))
         assert error() > 10 * LIMIT
-    monkeypatch.setattr(theirs, "boundary", lambda layer: layer)
+    monkeypatch.setattr(theirs, "evict", lambda state: state)
     assert error() > 10 * LIMIT
 
 

@@ -1,7 +1,7 @@
 """mlx-lm's models, wrapped, against transformers' PyTorch classes: logits, and S where it is.
 
 Forward passes in one go, token by token and padded, sleeps of 1 to 3 passes, and a second window
-behind an eviction, through folders that transformers saved and the converter read.
+after an eviction, through folders that transformers saved and the converter read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import save_file  # noqa: E402
 
 from mlx_sleep.convert.torch.mlx_lm import Reference  # noqa: E402
-from tests.parity import CASES, mlx_lm  # noqa: E402
+from tests.parity import CASES, compared, mlx_lm  # noqa: E402
 
 AWAKE = ("prefill", "steps", "padded")
 HYBRIDS = [name for name in mlx_lm.CONFIGS if name not in ("llama", "qwen2", "qwen3")]
@@ -32,7 +32,7 @@ def rng(rng):
 @pytest.mark.parametrize("architecture", mlx_lm.CONFIGS)
 def test_parity(rng, architecture):
     seen = set()
-    for pair, c in mlx_lm.compared(architecture, rng):
+    for pair, c in compared(mlx_lm, architecture, rng):
         seen.add(c.case)
         assert np.abs(c.theirs).max() > 0.3, "logits too small to tell models apart"
         np.testing.assert_allclose(c.ours, c.theirs, atol=1e-4, rtol=0, err_msg=c.case)

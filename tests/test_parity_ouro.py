@@ -12,22 +12,21 @@ from mlx.utils import tree_flatten
 
 from mlx_sleep.convert import insert
 from mlx_sleep.convert.architectures.ouro import ARCHITECTURE
-from mlx_sleep.models import inserted
 from mlx_sleep.models.base import flatten_state, kv_bytes, unflatten_state
+from mlx_sleep.models.load import build
 from mlx_sleep.models.ouro import Model, ModelArgs, exit_distribution
 from mlx_sleep.sleep import consolidate
 from mlx_sleep.utils.errors import UserError
-from tests.parity import CASES
-from tests.parity import ouro as parity
+from tests import parity
+from tests.parity import CASES, ouro
 
-HARD = {"window": parity.WINDOW}
-SLIDING = {"window": parity.WINDOW, "eviction": "sliding"}
+HARD = {"window": ouro.WINDOW}
+SLIDING = {"window": ouro.WINDOW, "eviction": "sliding"}
 
 
-def make(sleep=HARD, layers=parity.SLEEP_LAYERS, **changes):
-    config = {**ARCHITECTURE.config(parity.config(sleep_layers=layers, **changes)), "sleep": sleep}
-    model = Model(ModelArgs.from_dict(config))
-    return inserted.wrap(model, config) if layers else model
+def make(sleep=HARD, layers=ouro.SLEEP_LAYERS, **changes):
+    config = {**ARCHITECTURE.config(ouro.config(sleep_layers=layers, **changes)), "sleep": sleep}
+    return build(config)
 
 
 def tokens(rng, *shape):
@@ -43,7 +42,7 @@ def torch():
 
 
 def test_parity(torch):
-    cases = [case for name in parity.ARCHITECTURES for case in parity.run(name)]
+    cases = [case for name in ouro.ARCHITECTURES for case in parity.rows(ouro, name)]
     assert [c.case for c in cases if c.architecture == "ouro + sleep layers"] == list(CASES)
     assert [c.case for c in cases if c.architecture == "ouro"] == [*CASES[:3], CASES[-1]]
     for case in cases:
@@ -51,47 +50,47 @@ def test_parity(torch):
         assert case.greedy_agreement > 0.98, case
 
 
-def test_parity_catches(torch):
+def test_parity_catches(torch, rng):
     """Each mistake that the loops invite would show in the comparison."""
-    pair = parity.Pair(parity.config(sleep_layers=parity.SLEEP_LAYERS), SLIDING)
-    x, y = pair.tokens(parity.WINDOW), pair.tokens(6)
-    right = pair.fall_asleep(x, {}, 3, 0)
-    logits, _ = pair.wake(y, right, len(x))
+    theirs = ouro.build(ouro.config(sleep_layers=ouro.SLEEP_LAYERS), SLIDING, rng).theirs.model
+    x, y = (torch.tensor(rng.integers(0, 61, n)) for n in (ouro.WINDOW, 6))
+    right = theirs.consolidate(x, {}, 3)
+    logits, _ = theirs(y, right, len(x))
 
     def off(state):
-        return np.abs(pair.wake(y, state, len(x))[0] - logits).max()
+        return (theirs(y, state, len(x))[0] - logits).abs().max()
 
     last = max(u for u, _ in right)
     one_kv = {(u, i): {**right[last, i], **_S(right[u, i])} for u, i in right}
     loop_S = {at: {**entry, **_S(right[0, at[1]])} for at, entry in right.items()}
     no_S = {at: {k: x for k, x in entry.items() if k != "S"} for at, entry in right.items()}
     assert off(right) == 0 == off(loop_S)  # a loop without an S begins from the first loop's
-    assert off(pair.fall_asleep(x, {}, 2, 0)) > 1e-2
+    assert off(theirs.consolidate(x, {}, 2)) > 1e-2
     assert off(one_kv) > 1e-3
     assert off(no_S) > 1e-2
 
-    awake = pair.wake(x, {}, 0)[1]
-    later, _ = pair.wake(y, awake, len(x))
+    awake = theirs(x, {})[1]
+    later, _ = theirs(y, awake, len(x))
     shared = {at: {**entry, **_S(awake[0, at[1]])} for at, entry in awake.items()}
-    assert np.abs(pair.wake(y, shared, len(x))[0] - later).max() > 1e-3
+    assert (theirs(y, shared, len(x))[0] - later).abs().max() > 1e-3
 
 
 def _S(entry):
     return {"S": entry["S"]} if "S" in entry else {}
 
 
-def test_gate_and_early_exit(torch):
+def test_gate_and_early_exit(torch, rng):
     """The gate's logits are the published ones; at EARLY, tokens stop at every loop."""
-    pair = parity.Pair(parity.config(early_exit_threshold=parity.EARLY), HARD)
-    x = pair.tokens(40)
+    pair = ouro.build(ouro.config(early_exit_threshold=ouro.EARLY), HARD, rng)
+    x, theirs = rng.integers(0, 61, 40), pair.theirs.model
     outputs, _ = pair.ours.loop_outputs(mx.array(x[None]))
-    _, gates, _ = pair.theirs.loops(torch.tensor(x), {}, 0)
+    _, gates, _ = theirs.loops(torch.tensor(x), {}, 0)
     np.testing.assert_allclose(pair.ours.gate(outputs)[0], gates, atol=1e-4)
     h, _ = pair.ours.hidden(mx.array(x[None]))
     chosen = {u for u in range(3) for t in range(40) if mx.array_equal(h[0, t], outputs[u][0, t])}
     assert chosen == {0, 1, 2}
-    ours, theirs = pair.ours(mx.array(x[None]))[0][0], pair.wake(x, {}, 0)[0]
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    logits = pair.ours(mx.array(x[None]))[0][0]
+    np.testing.assert_allclose(logits, theirs(torch.tensor(x), {})[0], atol=1e-4)
 
 
 # --- as published ------------------------------------------------------------------------------
@@ -130,12 +129,12 @@ def test_published_parameters(size, layers, count):
 
 def test_config_refuses_what_it_does_not_know():
     with pytest.raises(UserError, match="RoPE"):
-        ARCHITECTURE.config(parity.config(rope_scaling={"rope_type": "yarn", "factor": 2.0}))
-    new = {k: v for k, v in parity.config().items() if k not in ("rope_theta", "rope_scaling")}
+        ARCHITECTURE.config(ouro.config(rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+    new = {k: v for k, v in ouro.config().items() if k not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e4}  # as transformers 5 has it
     assert ARCHITECTURE.config(new)["rope_theta"] == 5e4
     windows = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
-    ours = ARCHITECTURE.config(parity.config(**windows))
+    ours = ARCHITECTURE.config(ouro.config(**windows))
     assert ours["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"]
     assert ours["sliding_window"] == 7
     for wrong in (
@@ -220,7 +219,7 @@ def test_sliding_eviction_keeps_the_kv_of_each_loop(rng, passes):
     for u in range(3):
         expected = kept[-1] if u == 2 else kept[min(u, passes - 1)]
         layer = state[u * blocks + 1]
-        assert layer["length"] == parity.WINDOW - 1 and layer["offset"] == 9
+        assert layer["length"] == ouro.WINDOW - 1 and layer["offset"] == 9
         assert mx.array_equal(layer["keys"], expected)
         assert "conv" in state[u * blocks]
         assert ("fast_weights" in state[u * blocks]) == (u == 0)
@@ -231,7 +230,7 @@ def test_sliding_eviction_keeps_the_kv_of_each_loop(rng, passes):
 
 
 def test_loop_range(rng):
-    """Blocks outside run once, and what they keep stands in every loop; S is the first loop's."""
+    """Blocks outside run once, and what they keep is in every loop; S is the first loop's."""
     model = make({**SLIDING, "loop_range": [1, 2]})
     blocks = model.num_layers
     assert model.sleep.loop_range == (2, 3)  # of 7: block 1 of the model, no sleep layer with it

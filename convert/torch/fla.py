@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .layers import GatedMLP
+
 
 def rms(x, weight, eps, groups=1):
     grouped = x.unflatten(-1, (groups, -1))
@@ -201,19 +203,11 @@ class Mamba2(nn.Module):
         return self.out_proj(o), {"S": S, "conv": conv}
 
 
-class MLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        hidden, inner = c["hidden_size"], c.get("intermediate_size")
-        if inner is None:  # fla's default: a multiple of 256
-            inner = -(int(hidden * (c.get("hidden_ratio") or 4) * 2 / 3) // -256) * 256
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.act = powlu if c.get("hidden_act") == "powlu" else swish
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+def mlp(c):
+    hidden, inner = c["hidden_size"], c.get("intermediate_size")
+    if inner is None:  # fla's default: a multiple of 256
+        inner = -(int(hidden * (c.get("hidden_ratio") or 4) * 2 / 3) // -256) * 256
+    return GatedMLP(hidden, inner, powlu if c.get("hidden_act") == "powlu" else swish)
 
 
 class GatedDeltaNetBlock(nn.Module):
@@ -224,7 +218,7 @@ class GatedDeltaNetBlock(nn.Module):
         mixer = Attention(c["hidden_size"], attention, window) if attention else GatedDeltaNet(c)
         self.attn = mixer
         self.mlp_norm = Scale(c["hidden_size"])
-        self.mlp = MLP(c)
+        self.mlp = mlp(c)
 
     def forward(self, h, state):
         out, state = self.attn(rms(h, self.attn_norm.weight, self.eps), state)
@@ -294,7 +288,7 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def consolidate(self, tokens, state, passes):
-        """Algorithm 1 (arXiv 2605.26099): the state behind a window that was slept over."""
+        """Algorithm 1 (arXiv 2605.26099): the state after a sleep over one window."""
         layers = self.decoder.layers
         lo, hi = self.sleep.get("loop_range") or (0, len(layers))
         h, S = self.decoder.embeddings(torch.as_tensor(tokens)), {}
@@ -305,15 +299,19 @@ class Reference(nn.Module):
             h, last[i] = layers[i](h, begin)
             if "S" in last[i]:
                 S[i] = last[i]["S"]
-        return [self.boundary(layer) for layer in last]
+        return self.evict(last)
 
-    def boundary(self, layer):
+    def evict(self, state):
+        """What crosses the boundary between two windows."""
         if self.sleep.get("eviction") != "sliding":
-            return {"S": layer["S"]} if "S" in layer else {}
-        if "keys" in layer:
-            newest = slice(-(self.sleep["window"] - 1), None)
-            return {**layer, "keys": layer["keys"][newest], "values": layer["values"][newest]}
-        return layer
+            return [{"S": layer["S"]} if "S" in layer else {} for layer in state]
+        newest = slice(-(self.sleep["window"] - 1), None)
+        return [
+            {**layer, "keys": layer["keys"][newest], "values": layer["values"][newest]}
+            if "keys" in layer
+            else layer
+            for layer in state
+        ]
 
 
 class TransformersMamba2:

@@ -6,7 +6,7 @@ common with mlx_sleep.models. The recurrence itself is transformers' own. It was
 November 2026, with the published code, run on a CPU with plain PyTorch in place of its Triton
 kernels: the same names and shapes, also at full size, and logits within 6e-6.
 
-A state is one dict for each layer, a value that is never changed: S [B, H, Dk, Dv] and conv
+A state is one dict for each layer, a value that is never changed: S [B, H, Dv, Dk] and conv
 [B, K-1, C] of a JetBlock; k, v [B, Hkv, S, d] with RoPE, and seen, of attention.
 """
 
@@ -17,15 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+from .layers import GatedMLP, RMSNorm
 
 
 class DynamicShortConvolution(nn.Module):
@@ -84,12 +76,12 @@ class JetBlock(nn.Module):
             v.unflatten(-1, (self.H, self.Dv)),
             g=-self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias),
             beta=self.b_proj(x).sigmoid(),
-            initial_state=None if S is None else S.clone(),
+            initial_state=None if S is None else S.mT.clone(),
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )
         o = self.o_norm(o) * F.silu(self.g_proj(x).unflatten(-1, (self.H, self.Dv)))
-        return self.o_proj(o.flatten(-2)), {"S": S, "conv": conv}
+        return self.o_proj(o.flatten(-2)), {"S": S.mT, "conv": conv}
 
 
 class Attention(nn.Module):
@@ -131,18 +123,6 @@ class Attention(nn.Module):
         return self.o_proj(o), {"k": k, "v": v, "seen": seen + T}
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        D, inner = config["hidden_size"], config["intermediate_size"]
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
     def __init__(self, config, kind):
         super().__init__()
@@ -151,7 +131,7 @@ class Layer(nn.Module):
         else:
             swa = config["efficient_attention_config"].get("swa", {})
             self.self_attn = Attention(config, swa["window_size"] if kind == "swa" else None)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config["hidden_size"], config["intermediate_size"])
         self.input_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.post_attention_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
@@ -192,26 +172,29 @@ class JetNemotron(nn.Module):
     def fresh(self):
         return [{} for _ in self.model.layers]
 
-    def sleep(self, tokens, passes, state=None):
+    def consolidate(self, tokens, start, passes):
         """Algorithm 1 of arXiv 2605.26099 over one window: the state that crosses the boundary."""
-        start, state = list(state or self.fresh()), list(state or self.fresh())
+        state = list(start)
         lo, hi = self.loop
-        last = len(state)
-        order = [*range(lo), *list(range(lo, hi)) * passes, *range(hi, last)]
+        order = [*range(lo), *list(range(lo, hi)) * passes, *range(hi, len(state))]
         h = self.model.embed_tokens(tokens)
         for i in order:
             # Only S runs on from pass to pass; KV and convolution begin where the window began.
             now = {**start[i], "S": state[i]["S"]} if "S" in state[i] else start[i]
             h, state[i] = self.model.layers[i](h, now, self.window)
-        return [self.boundary(layer) for layer in state]
+        return self.evict(state)
 
-    def boundary(self, layer):
+    def evict(self, state):
+        """What crosses the boundary between two windows."""
         if not self.sliding:
-            return {"S": layer["S"]} if "S" in layer else {}
-        if "S" in layer:
-            return layer
-        keep = self.window - 1
-        return {**layer, "k": layer["k"][:, :, -keep:], "v": layer["v"][:, :, -keep:]}
+            return [{"S": layer["S"]} if "S" in layer else {} for layer in state]
+        newest = slice(-(self.window - 1), None)
+        return [
+            {**layer, "k": layer["k"][:, :, newest], "v": layer["v"][:, :, newest]}
+            if "k" in layer
+            else layer
+            for layer in state
+        ]
 
 
 def randomize(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ class Reference:
 
     @torch.no_grad()
     def consolidate(self, tokens, start: State, passes: int) -> State:
-        """Algorithm 1's consolidation of one window, and the eviction behind it."""
+        """Algorithm 1's consolidation of one window, and the eviction after it."""
         decoder = self.net.model
         h = decoder.get_input_embeddings()(torch.as_tensor(tokens))
         h = h * getattr(decoder, "embedding_multiplier", 1.0)

@@ -15,14 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+from .layers import GatedMLP, RMSNorm
 
 
 class Attention(nn.Module):
@@ -62,23 +55,11 @@ class Attention(nn.Module):
         return torch.stack(out), {"kv": kv}
 
 
-class MLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        D, inner = c["hidden_size"], c["intermediate_size"]
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         D, eps = c["hidden_size"], c["rms_norm_eps"]
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn, self.mlp = Attention(c), GatedMLP(D, c["intermediate_size"])
         self.input_layernorm, self.input_layernorm_2 = RMSNorm(D, eps), RMSNorm(D, eps)
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.post_attention_layernorm_2 = RMSNorm(D, eps)
@@ -259,12 +240,12 @@ class Ouro(nn.Module):
         return self.lm_head(out), state
 
     @torch.no_grad()
-    def fall_asleep(self, tokens, state, passes, seen=0):
+    def consolidate(self, tokens, state, passes, seen=0):
         """Algorithm 1 over a window of one row, from the state at its start: the state after it.
 
         With a sliding eviction pass n is loop n for the KV and the convolution that stay, as far
-        as there are so many loops; the last pass stands for the loops that had none, and the last
-        loop for the passes that are too many.
+        as there are so many loops; loops without a pass take the last pass's, and the last loop
+        takes the last pass's in any case.
         """
         steps = self.c["total_ut_steps"]
         h, S, left = self.model.embed_tokens(tokens), {}, {}

@@ -35,7 +35,7 @@ DEFAULTS = {
 
 
 def rope(x, seen, theta):
-    """Rotate x [B, H, T, d], the tokens behind `seen` others: pairs (i, i + d/2)."""
+    """Rotate x [B, H, T, d], the tokens after `seen` others: pairs (i, i + d/2)."""
     half = x.shape[-1] // 2
     at = torch.arange(seen, seen + x.shape[2], dtype=x.dtype)
     angle = at[:, None] * theta ** (-torch.arange(half, dtype=x.dtype) / half)
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """S <- a S (I - b k k^T) + b v k^T, o = S q; q, k, v behind a short convolution."""
+    """S <- a S (I - b k k^T) + b v k^T, o = S q; q, k, v after a short convolution."""
 
     def __init__(self, c):
         super().__init__()

@@ -1,13 +1,13 @@
 """Our models against PyTorch's, on the same weights: what `make parity` shows.
 
-A module of this package compares the architectures in its ARCHITECTURES, each by `run(architecture)
--> Iterator[Case]`. Torch is imported when a comparison runs.
+A module of this package compares the architectures in its ARCHITECTURES: `pairs(architecture, rng)`
+gives each as a Pair, or several for the options of its config, and `cases` compares it. SEED is of
+the random weights and tokens. Torch is imported when a comparison runs.
 """
 
 from __future__ import annotations
 
-import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,14 +17,20 @@ import numpy as np
 
 from mlx_sleep.utils.errors import UserError
 
+from .cases import CASES, Compared, Pair, compare
+
+__all__ = ["CASES", "Case", "Compared", "Pair", "compare", "compared", "rows", "run"]
+
+MODULES = ("fla", "jet_nemotron", "mlx_lm", "ouro", "sleep_hybrid")
+
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison of logits.
+    """One comparison of logits: the worst of all configs of an architecture.
 
     architecture      ours (model_type)
     reference         whose PyTorch code gave the other logits
-    case              prefill, steps, padded, sleep_1, sleep_2, sleep_3 or evicted
+    case              one of CASES
     max_logit_error   the largest |ours - theirs|
     greedy_agreement  the part of positions, 0 to 1, where both have the same largest logit
     """
@@ -34,35 +40,6 @@ class Case:
     case: str
     max_logit_error: float
     greedy_agreement: float
-
-
-CASES = ("prefill", "steps", "padded", "sleep_1", "sleep_2", "sleep_3", "evicted")
-
-
-def worst(
-    architecture: str, compared: Iterable[tuple[str, str, np.ndarray, np.ndarray]]
-) -> Iterator[Case]:
-    """One Case for each (reference, case) of (reference, case, our logits, theirs): the worst."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for reference, case, ours, theirs in compared:
-        agreement = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-        found.setdefault((reference, case), []).append((np.abs(ours - theirs).max(), agreement))
-    for key, figures in found.items():
-        yield worst_of(architecture, *key, figures)
-
-
-def worst_of(
-    architecture: str, reference: str, case: str, figures: Iterable[tuple[float, float]]
-) -> Case:
-    """The Case of some (error, agreement)."""
-    errors, agreements = zip(*figures, strict=True)
-    # Not max(), which may let a NaN go.
-    return Case(architecture, reference, case, float(np.max(errors)), float(min(agreements)))
-
-
-def _modules() -> list[ModuleType]:
-    names = sorted(info.name for info in pkgutil.iter_modules(__path__))
-    return [import_module(f"{__name__}.{name}") for name in names if name != "__main__"]
 
 
 def run(architectures: list[str] | None = None) -> Iterator[Case]:
@@ -79,4 +56,28 @@ def run(architectures: list[str] | None = None) -> Iterator[Case]:
     logging.disable_progress_bar()
     for name, module in known.items():
         if not architectures or name in architectures:
-            yield from module.run(name)
+            yield from rows(module, name)
+
+
+def rows(module: ModuleType, architecture: str) -> Iterator[Case]:
+    """One Case for each reference and case: the worst of the architecture's pairs."""
+    found: dict[tuple[str, str], list[Compared]] = {}
+    for pair, c in compared(module, architecture, np.random.default_rng(module.SEED)):
+        found.setdefault((pair.reference, c.case), []).append(c)
+    for (reference, case), comparisons in found.items():
+        error = np.max([c.error for c in comparisons])  # not max(), which may let a NaN go
+        agreement = min(c.agreement for c in comparisons)
+        yield Case(architecture, reference, case, float(error), agreement)
+
+
+def compared(
+    module: ModuleType, architecture: str, rng: np.random.Generator
+) -> Iterator[tuple[Pair, Compared]]:
+    """All cases of all pairs of one architecture, on fresh weights and tokens."""
+    for pair in module.pairs(architecture, rng):
+        for c in compare(pair, rng):
+            yield pair, c
+
+
+def _modules() -> list[ModuleType]:
+    return [import_module(f"{__name__}.{name}") for name in MODULES]

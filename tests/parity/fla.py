@@ -8,8 +8,6 @@ odd.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +16,11 @@ from mlx_sleep.convert.architectures.base import Architecture
 from mlx_sleep.convert.architectures.fla_gated_deltanet import ARCHITECTURE as GATED_DELTANET
 from mlx_sleep.convert.architectures.fla_mamba2 import ARCHITECTURE as MAMBA2
 from mlx_sleep.models.load import get_model_classes
-from mlx_sleep.sleep import consolidate
 
-from . import Case, worst
+from .cases import Pair
 
 ARCHITECTURES = (GATED_DELTANET.model_type, MAMBA2.model_type)
+SEED = 7
 WINDOW = 12
 FLA = "flash-linear-attention 0.6.0, its definitions in plain PyTorch"
 TRANSFORMERS = "transformers, Mamba2ForCausalLM"
@@ -130,36 +128,11 @@ CONFIGS: dict[str, tuple[dict, dict]] = {
 }
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One model twice: theirs in PyTorch, ours with its weights converted."""
-
-    architecture: str
-    reference: str
-    theirs: Any
-    ours: Any
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Logits of one case (and S in the layers that have it), float32 numpy, ours and theirs."""
-
-    case: str
-    ours: np.ndarray
-    theirs: np.ndarray
-    our_S: list[np.ndarray]
-    their_S: list[np.ndarray]
-
-
-def run(architecture: str) -> Iterator[Case]:
-    """One row a case and reference: the worst of the configs above."""
-    rng = np.random.default_rng(7)
-    names = [n for n, (c, _) in CONFIGS.items() if _architecture(c).model_type == architecture]
-    pairs = (build(name, rng) for name in names)
-    return worst(
-        architecture,
-        ((pair.reference, c.case, c.ours, c.theirs) for pair in pairs for c in compare(pair, rng)),
-    )
+def pairs(architecture: str, rng: np.random.Generator) -> Iterator[Pair]:
+    """The pair of each of the configs above."""
+    for name, (config, _) in CONFIGS.items():
+        if _architecture(config).model_type == architecture:
+            yield build(name, rng)
 
 
 def _architecture(config: dict) -> Architecture:
@@ -218,89 +191,3 @@ def randomize(net, rng: np.random.Generator) -> None:
             elif p.ndim == 1:
                 x = 0.3 * x
             p.copy_(torch.from_numpy(x))
-
-
-def compare(pair: Pair, rng: np.random.Generator) -> Iterator[Compared]:
-    """All cases of one pair, on fresh tokens."""
-    ours, theirs = _Ours(pair.ours), pair.theirs
-    vocab = pair.ours.args.vocab_size
-
-    def tokens(*shape):
-        return rng.integers(0, vocab, shape)
-
-    def both(case, run):
-        a, b = run(ours), run(theirs)
-        return Compared(case, _numpy(a[0]), _numpy(b[0]), _S(a[1]), _S(b[1]))
-
-    x = tokens(2, 19)
-    yield both("prefill", lambda m: m.forward(x, m.fresh()))
-
-    def steps(m):
-        state, logits = m.fresh(), []
-        for t in range(13):
-            out, state = m.forward(x[:, t : t + 1], state)
-            logits.append(_numpy(out))
-        return np.concatenate(logits, 1), state
-
-    yield both("steps", steps)
-    yield _padded(pair, tokens)
-
-    first, second, question = tokens(2, WINDOW), tokens(2, WINDOW - 3), tokens(2, 7)
-    for n in (1, 2, 3):
-
-        def slept(m, n=n):
-            return m.forward(question, m.consolidate(first, m.fresh(), n))
-
-        yield both(f"sleep_{n}", slept)
-
-    def evicted(m):
-        return m.forward(question, m.consolidate(second, m.consolidate(first, m.fresh(), 2), 2))
-
-    yield both("evicted", evicted)
-
-
-def _padded(pair: Pair, tokens) -> Compared:
-    """Two right-padded chunks of a batch, against each row alone in chunks of its own length."""
-    lengths, chunks = [[9, 4], [2, 7], [5, 1]], []
-    state, alone = pair.ours.init_state(2), [pair.theirs.fresh() for _ in range(2)]
-    ours, theirs, S = [], [], [None, None]
-    for pair_of_lengths in lengths:
-        x = tokens(2, 9)
-        chunks.append(x)
-        mask = mx.arange(9) < mx.array(pair_of_lengths)[:, None]
-        logits, state = pair.ours(mx.array(x), state, mask)
-        for row, n in enumerate(pair_of_lengths):
-            expected, alone[row] = pair.theirs.forward(x[row : row + 1, :n], alone[row])
-            ours.append(np.array(logits[row, :n]))
-            theirs.append(_numpy(expected)[0])
-            S[row] = _S(alone[row])
-    rows = [np.concatenate(layer) for layer in zip(*S, strict=True)]
-    return Compared("padded", np.concatenate(ours), np.concatenate(theirs), _S(state), rows)
-
-
-class _Ours:
-    """Our model with the methods of a reference."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def fresh(self):
-        return self.model.init_state()
-
-    def forward(self, x, state):
-        return self.model(mx.array(x), state)
-
-    def consolidate(self, x, state, passes):
-        return consolidate(self.model, state, mx.array(x), passes)[0]
-
-
-def _numpy(x) -> np.ndarray:
-    return np.asarray(x, dtype=np.float32)
-
-
-def _S(state) -> list[np.ndarray]:
-    """S of every layer that has one, from any of the three kinds of state."""
-    if not isinstance(state, list):  # a cache of transformers
-        return [_numpy(layer.recurrent_states[0]) for layer in state.layers]
-    names = ("fast_weights", "S")
-    return [_numpy(layer[n]) for layer in state for n in names if n in layer]

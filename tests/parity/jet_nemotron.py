@@ -12,9 +12,8 @@ import numpy as np
 
 from mlx_sleep.convert.architectures.jet_nemotron import ARCHITECTURE
 from mlx_sleep.models.jet_nemotron import Model, ModelArgs
-from mlx_sleep.sleep import consolidate
 
-from . import CASES, Case, worst_of
+from .cases import Pair
 
 ARCHITECTURES = (ARCHITECTURE.model_type,)
 REFERENCE = "PyTorch model from the published code's facts, recurrence of transformers"
@@ -78,28 +77,28 @@ VARIANTS = (
     (TIED, {"window": 16, "loop_range": ARCHITECTURE.loop_range(TIED)}),
     (WIDE, {"window": 9, "eviction": "sliding"}),
 )
+SEED = 3
 LENGTH = 37  # of the longest inputs: more than one chunk of the recurrence, and no multiple of one
 
 
-def run(architecture: str) -> Iterator[Case]:
-    """All cases; each is the worst of both VARIANTS. Random weights and tokens, new each time."""
-    pairs = [pair(config, sleep) for config, sleep in VARIANTS]
-    rng = np.random.default_rng()
-    for case in CASES:
-        found = [error for ours, theirs in pairs for error in compare(case, ours, theirs, rng)]
-        yield worst_of(architecture, REFERENCE, case, found)
-    ours, theirs = qwen_pair()
-    for case in ("prefill", "steps"):
-        yield worst_of(architecture, QWEN, case, compare(case, ours, theirs, rng))
+def pairs(architecture: str, rng: np.random.Generator) -> Iterator[Pair]:
+    """One pair for each of VARIANTS, and one of attention layers alone."""
+    for config, sleep in VARIANTS:
+        yield build(config, sleep, rng)
+    yield qwen_pair(rng)
 
 
-def pair(config: dict, sleep: dict):
-    """(ours, theirs) with the same random weights; theirs in float64, but for the recurrence."""
+def build(config: dict, sleep: dict, rng: np.random.Generator) -> Pair:
+    """The same random weights twice; theirs in float64, but for the recurrence."""
+    import torch
+
     from mlx_sleep.convert.torch.jet_nemotron import JetNemotron, randomize
 
+    torch.manual_seed(int(rng.integers(2**31)))
     theirs = JetNemotron(config, sleep).eval()
     randomize(theirs)
-    return through_a_file(theirs, config, sleep), theirs.double()
+    ours = through_a_file(theirs, config, sleep)
+    return Pair(ARCHITECTURES[0], REFERENCE, ours, theirs.double(), length=LENGTH)
 
 
 def through_a_file(theirs, config: dict, sleep: dict) -> Model:
@@ -120,84 +119,8 @@ def through_a_file(theirs, config: dict, sleep: dict) -> Model:
     return model.eval()
 
 
-def compare(case: str, ours: Model, theirs, rng) -> list[tuple[float, float]]:
-    """(largest logit difference, greedy agreement) of each comparison that belongs to the case."""
-    import torch
-
-    vocab = ours.args.vocab_size
-
-    def reference(tokens, state=None):
-        logits, state = theirs(torch.tensor(tokens), state)
-        return logits.numpy(), state
-
-    with torch.no_grad():
-        if case == "padded":
-            return _padded(ours, theirs, rng, reference)
-        tokens = rng.integers(0, vocab, (2, LENGTH))
-        if case == "prefill":
-            return [difference(ours(mx.array(tokens))[0], reference(tokens)[0])]
-        if case == "steps":
-            state, logits = None, []
-            for t in range(LENGTH):
-                one, state = ours(mx.array(tokens[:, t : t + 1]), state)
-                logits.append(one)
-            return [difference(mx.concatenate(logits, axis=1), reference(tokens)[0])]
-        windows = 2 if case == "evicted" else 1
-        passes = 2 if case == "evicted" else int(case.removeprefix("sleep_"))
-        L = ours.sleep.window
-        found, mine, other = [], None, None
-        for _ in range(windows):
-            window = rng.integers(0, vocab, (2, L))
-            if mine is not None:  # awake, the window is read behind what the eviction left
-                found.append(
-                    difference(ours(mx.array(window), mine)[0], reference(window, other)[0])
-                )
-            start = ours.init_state(2) if mine is None else mine
-            mine, _ = consolidate(ours, start, mx.array(window), passes)
-            other = theirs.sleep(torch.tensor(window), passes, other)
-        answer = rng.integers(0, vocab, (2, L - 2))
-        found.append(difference(ours(mx.array(answer), mine)[0], reference(answer, other)[0]))
-        return found
-
-
-def _padded(ours, theirs, rng, reference):
-    """A batch padded on the right against its rows, each alone and without padding.
-
-    Two chunks awake, and a sleep over the first with the second as its prediction chunk.
-    """
-    import torch
-
-    first, second = (LENGTH, 6, 1), (3, 5, 4)
-    found = []
-    chunks = [
-        (rng.integers(0, ours.args.vocab_size, (3, max(lengths))), lengths)
-        for lengths in (first, second)
-    ]
-    masks = [mx.array(np.arange(x.shape[1]) < np.array(n)[:, None]) for x, n in chunks]
-    (a, n), (b, m) = chunks
-    logits, state = ours(mx.array(a), None, masks[0])
-    later, _ = ours(mx.array(b), state, masks[1])
-    slept, _ = consolidate(ours, ours.init_state(3), mx.array(a), 2, mask=masks[0])
-    answer, _ = ours(mx.array(b), slept, masks[1])
-    for row in range(3):
-        x, y = a[row : row + 1, : n[row]], b[row : row + 1, : m[row]]
-        alone, state = reference(x)
-        found.append(difference(logits[row, : n[row]], alone[0]))
-        found.append(difference(later[row, : m[row]], reference(y, state)[0][0]))
-        state = theirs.sleep(torch.tensor(x), 2)
-        found.append(difference(answer[row, : m[row]], reference(y, state)[0][0]))
-    return found
-
-
-def difference(ours: mx.array, theirs: np.ndarray) -> tuple[float, float]:
-    """(largest absolute difference, part of positions with the same largest logit)."""
-    ours = np.array(ours)
-    same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    return float(np.abs(ours - theirs).max()), float(same)
-
-
-def qwen_pair():
-    """(ours, theirs) for a model of attn and swa layers alone, which is a Qwen2."""
+def qwen_pair(rng: np.random.Generator) -> Pair:
+    """A model of attn and swa layers alone, which is a Qwen2."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -217,10 +140,25 @@ def qwen_pair():
             attn_implementation="eager",
         )
     ).eval()
+    torch.manual_seed(int(rng.integers(2**31)))
     randomize(model)
+    ours = through_a_file(model, config, {"window": 16})
+    theirs = WithoutCache(model)
+    return Pair(ARCHITECTURES[0], QWEN, ours, theirs, ("prefill", "steps"), LENGTH)
 
-    def theirs(tokens: torch.Tensor, state=None):
-        assert state is None
-        return model(tokens).logits, None
 
-    return through_a_file(model, config, {"window": 16}), theirs
+class WithoutCache:
+    """A model of transformers that reads everything again in each call."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def fresh(self):
+        return []
+
+    def forward(self, tokens, state):
+        import torch
+
+        read = torch.cat([*(chunk["read"] for chunk in state), tokens], dim=1)
+        logits = self.model(read).logits[:, -tokens.shape[1] :]
+        return logits, [*state, {"read": tokens}]

@@ -11,7 +11,6 @@ Where mlx-lm and transformers differ and no test here can make them agree:
 
 from __future__ import annotations
 
-import itertools
 import re
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ import numpy as np
 from mlx_sleep.convert import pipeline
 from mlx_sleep.models.load import load_model
 
-from . import Case, worst
-from .fla import WINDOW, Compared, Pair, compare, randomize
+from .cases import AWAKE, CASES, Pair
+from .fla import WINDOW, randomize
 
 _BASE = {
     "vocab_size": 61,
@@ -158,22 +157,13 @@ CONFIGS: dict[str, list[tuple[dict, dict]]] = {
     "qwen3": [({**_BASE, "model_type": "qwen3", "head_dim": 8}, {})],
 }
 ARCHITECTURES = tuple(CONFIGS)
-_AWAKE = 3  # the cases of an architecture that has nothing to sleep into
+SEED = 11
 
 
-def run(architecture: str) -> Iterator[Case]:
-    """One row a case: the worst of the architecture's configs above."""
-    found = compared(architecture, np.random.default_rng(11))
-    return worst(architecture, ((pair.reference, c.case, c.ours, c.theirs) for pair, c in found))
-
-
-def compared(architecture: str, rng: np.random.Generator) -> Iterator[tuple[Pair, Compared]]:
-    """All cases of all configs of one architecture."""
+def pairs(architecture: str, rng: np.random.Generator) -> Iterator[Pair]:
+    """The pair of each of the architecture's configs above."""
     for n in range(len(CONFIGS[architecture])):
-        pair = build(architecture, n, rng)
-        cases = compare(pair, rng)
-        for c in cases if pair.ours.has_fast_weights else itertools.islice(cases, _AWAKE):
-            yield pair, c
+        yield build(architecture, n, rng)
 
 
 def build(architecture: str, n: int, rng: np.random.Generator) -> Pair:
@@ -190,7 +180,7 @@ def build(architecture: str, n: int, rng: np.random.Generator) -> Pair:
         theirs.net.save_pretrained(folder)
         ours = converted(Path(folder), sleep)
     name = f"transformers {transformers.__version__}, {type(theirs.net).__name__}"
-    return Pair(architecture, name, theirs, ours)
+    return Pair(architecture, name, ours, theirs, CASES if ours.has_fast_weights else AWAKE)
 
 
 def converted(folder: Path, sleep: dict):
