@@ -113,19 +113,40 @@ def compare(pair: Pair, rng: np.random.Generator, cases=None) -> Iterator[Compar
 
 
 def _padded(ours: _Ours, theirs: _Theirs, tokens) -> Compared:
-    """Right-padded chunks of a batch, against each row alone in chunks of its own length."""
+    """Right-padded chunks of a batch, against each row alone in chunks of its own length; then the
+    second chunk after a sleep over the first."""
+    chunks = [(tokens(2, 9), np.array(lengths)) for lengths in ((9, 4), (2, 7), (5, 1))]
     state, alone = ours.fresh(), [theirs.fresh(), theirs.fresh()]
     our_logits, their_logits = [], []
-    for lengths in ((9, 4), (2, 7), (5, 1)):
-        x = tokens(2, 9)
-        logits, state = ours.forward(x, state, np.arange(9) < np.array(lengths)[:, None])
+
+    def read(x, lengths):
+        nonlocal state
+        logits, state = ours.forward(x, state, _mask(lengths))
         for row, n in enumerate(lengths):
             expected, alone[row] = theirs.forward(x[row : row + 1, :n], alone[row])
             our_logits.append(logits[row, :n])
             their_logits.append(expected[0])
-    rows = [np.concatenate(layer) for layer in zip(*map(_S, alone), strict=True)]
-    ours_flat, theirs_flat = np.concatenate(our_logits), np.concatenate(their_logits)
-    return Compared("padded", ours_flat, theirs_flat, _S(state), rows)
+
+    for x, lengths in chunks:
+        read(x, lengths)
+    S, rows_S = _S(state), zip(*map(_S, alone), strict=True)
+    if ours.model.has_fast_weights:
+        (x, lengths), question = chunks[0], chunks[1]
+        state = ours.consolidate(x, ours.fresh(), 2, _mask(lengths))
+        for row, n in enumerate(lengths):
+            alone[row] = theirs.consolidate(x[row : row + 1, :n], theirs.fresh(), 2)
+        read(*question)
+    return Compared(
+        "padded",
+        np.concatenate(our_logits),
+        np.concatenate(their_logits),
+        S,
+        [np.concatenate(rows) for rows in rows_S],
+    )
+
+
+def _mask(lengths: np.ndarray) -> np.ndarray:
+    return np.arange(9) < lengths[:, None]
 
 
 class _Ours:
@@ -142,8 +163,9 @@ class _Ours:
         logits, state = self.model(mx.array(tokens), state, mask)
         return np.array(logits), state
 
-    def consolidate(self, tokens, state, passes):
-        return consolidate(self.model, state, mx.array(tokens), passes)[0]
+    def consolidate(self, tokens, state, passes, mask=None):
+        mask = None if mask is None else mx.array(mask)
+        return consolidate(self.model, state, mx.array(tokens), passes, mask=mask)[0]
 
     def evict(self, state):
         return evict(state, self.model.sleep)
