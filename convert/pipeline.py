@@ -1,7 +1,7 @@
 """From a checkpoint to a model folder: opened, mapped, cast or quantized, written as a stream.
 
-At no time is more in memory than a few tensors. The folder stands at its place when all of it
-has been checked, or not at all.
+No more than a few tensors are in memory at a time. The folder appears only after all of it has been
+checked.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..utils.files import one_line
 from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture
-from .mapping import Plan, Target, plan
+from .mapping import Mapping, Target, map_tensors
 from .quantize import NumberTypes, apply, choose
 from .sources import Source, open_source
 from .writer import SHARD_BYTES, entry, write_shards
 
 REPORT = "convert.json"
-"""The file of the result that says what became of each tensor."""
+"""The file of the result that lists each tensor: where it came from, and what was done to it."""
 
 # Fields of a config that are about PyTorch's code or about an earlier conversion.
 _NOT_KEPT = ("auto_map", "fingerprint", "source_config", "transformers_version")
@@ -45,9 +45,9 @@ class Report:
     architecture  model_type of the result
     tensors       for each tensor: its name, the names that it came from, what was done, type,
                   shape, SHA-256 of its bytes
-    dropped       source tensors that have no place in the result -> why
+    dropped       source tensors that are not in the result -> why
     skipped       layers not quantized because the group size does not divide their inputs
-    notes         what else was found and left out
+    notes         what else was found and ignored
     """
 
     source: str
@@ -82,22 +82,22 @@ def convert(
     """
     types = types or NumberTypes()
     with new_folder(Path(dest).expanduser().resolve()) as folder:
-        scratch = folder / "reading"  # goes with the folder, whatever happens
+        scratch = folder / "reading"  # removed with the folder, whatever happens
         scratch.mkdir()
         opened = open_source(source, scratch)
         architecture, config, model = _understand(opened, sleep)
         wanted = dict(tree_flatten(model.parameters()))
-        planned = plan(architecture, config, opened.tensors, wanted)
+        mapping = map_tensors(architecture, config, opened.tensors, wanted)
         opened.tensors.clear()
-        for target in planned.targets:
+        for target in mapping.targets:
             target.sources = tuple(opened.origins.get(name, name) for name in target.sources)
         report = Report(str(source), config["model_type"], notes=opened.notes)
-        report.dropped = planned.dropped
+        report.dropped = mapping.dropped
         if insert is not None:
-            model = _insert(model, config, planned, insert)
-            if types.quantizes:  # they are there to be trained
+            model = _insert(model, config, mapping, insert)
+            if types.quantizes:  # they will be trained
                 types = replace(types, layers=((r"^sleep_layers\.", None), *types.layers))
-        _write(folder, model, config, planned, types, report, on_bytes, shard_bytes)
+        _write(folder, model, config, mapping, types, report, on_bytes, shard_bytes)
         copy_tokenizer(opened.tokenizer, folder)
         shutil.rmtree(scratch)
         write_json(folder / REPORT, asdict(report))
@@ -147,7 +147,7 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
     return config
 
 
-def _insert(model: SleepModel, config: dict, planned: Plan, options: dict) -> nn.Module:
+def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) -> nn.Module:
     """Add silent sleep layers to what is written; the model that has them."""
     layers = insertion.plan(model, **options)
     # In the type of h, or h would leave them in another one: still lazy, only the type is asked.
@@ -164,7 +164,7 @@ def _write(
     folder: Path,
     model: nn.Module,
     config: dict,
-    planned: Plan,
+    mapping: Mapping,
     types: NumberTypes,
     report: Report,
     on_bytes: Callable[[int, int], None],
@@ -181,7 +181,7 @@ def _write(
             if name in config:
                 config[name] = types.dtype
     entries = []
-    targets = planned.targets
+    targets = mapping.targets
     targets.reverse()
     while targets:  # popped, because what was written must not be held here
         target = targets.pop()

@@ -1,4 +1,4 @@
-"""Number types of the result: which weights are quantized or cast, tensor by tensor.
+"""Number types of the result: which weights are quantized or cast, and how.
 
 Quantization is MLX's own, as mlx-lm writes it (`quantization` in config.json, with an entry for
 each layer that differs). Only weights are touched: fast weights are state, and float32 whatever
@@ -20,7 +20,7 @@ GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
-# The decay of S: an error here is raised to the power of the tokens that pass.
+# The decay of S: an error here is raised to the power of the number of tokens.
 _STAY_FLOAT32 = ("A_log", "dt_bias")
 
 
@@ -28,12 +28,12 @@ _STAY_FLOAT32 = ("A_log", "dt_bias")
 class NumberTypes:
     """What is asked for.
 
-    bits        quantize with so many bits; None: don't
+    bits        quantize to this many bits; None: don't
     group_size  weights that share a scale
-    recipe      one of RECIPES, mlx-lm's mixtures of bits, in place of `bits` for all
-    layers      (regular expression that a layer's name is searched for, bits or None to leave it
-                as it is); the first that matches decides
-    dtype       one of DTYPES for what is not quantized; None: as it is
+    recipe      one of RECIPES, mlx-lm's mixtures of bits, instead of `bits`
+    layers      (regular expression to search for in a layer's name, bits or None not to quantize
+                it); the first that matches decides
+    dtype       one of DTYPES for what is not quantized; None: unchanged
     """
 
     bits: int | None = None
@@ -58,7 +58,7 @@ class NumberTypes:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{pattern!r} is no regular expression: {error}") from error
+                raise UserError(f"{pattern!r} is not a regular expression: {error}") from error
         if self.layers and not self.quantizes:
             raise UserError("a choice for single layers needs quantization: add -q")
 
@@ -139,7 +139,7 @@ def apply(
 
 
 def cast(name: str, x: mx.array, model: nn.Module, dtype: str | None) -> mx.array:
-    """x in another floating type. A_log and dt_bias stay float32, as what mlx-lm says."""
+    """x in another floating type. A_log, dt_bias and what mlx-lm excepts stay float32."""
     may = getattr(model, "cast_predicate", None)
     stays = name.endswith(_STAY_FLOAT32) or (may is not None and not may(name))
     if dtype is None or stays or not mx.issubdtype(x.dtype, mx.floating):

@@ -1,6 +1,6 @@
 """PyTorch models that can run a checkpoint, for `verify`: transformers', or those in torch/.
 
-torch and transformers are imported where they are used. Nothing here knows our own models.
+torch and transformers are imported where they are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Run = Callable[[Any], Any]
 def reference_model(source: Source) -> tuple[str, Run]:
     """(whose code, how to run it) for a checkpoint, in float32.
 
-    LookupError where no code is at hand that can run it.
+    LookupError when no installed code can run it.
     """
     kind = source.config.get("model_type")
     if source.origins:

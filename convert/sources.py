@@ -1,7 +1,7 @@
 """What can be converted, opened: a folder, a weights file, a GGUF, a wheel, a Hugging Face id.
 
-Whatever it was, the tensors that come out are lazy MLX arrays in safetensors or GGUF files, and
-headers have been checked. Which architecture it is, and what its tensors mean, is not known here.
+Its tensors are then lazy MLX arrays in safetensors or GGUF files whose headers have been checked.
+Which architecture it is, and what its tensors mean, is not known here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Source:
     ours       its names and shapes are already those of the result: a folder of mlx-sleep or of
                mlx-lm, or a GGUF
     origins    name -> name in the file, where they differ
-    notes      what was found and left out
+    notes      what was found and ignored
     """
 
     config: dict
@@ -53,7 +53,7 @@ class Source:
 def open_source(source: str | Path, scratch: Path) -> Source:
     """Open a checkpoint. Files that MLX cannot read are rewritten in the folder `scratch`.
 
-    UserError, in one line, for anything that is wrong with it.
+    UserError, in one line, for anything wrong with it.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -147,7 +147,7 @@ def _unpack(archive: Path, scratch: Path) -> Path:
             with opened.open(names[0]) as inside, open(file, "wb") as out:
                 shutil.copyfileobj(inside, out, 1 << 20)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive} is damaged: {one_line(error)}; get it anew") from error
+        raise UserError(f"{archive} is damaged: {one_line(error)}; download it again") from error
     return file
 
 

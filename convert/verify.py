@@ -1,4 +1,4 @@
-"""Whether a converted folder is what its source was: logits with PyTorch, or else bytes."""
+"""Compares a converted folder with its source: logits with PyTorch's, and bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Verified:
     greedy_agreement   the part of positions, 0 to 1, with the same largest logit
     same_bytes         tensors whose bytes are the source's
     rewritten          tensors that were cast, computed or quantized
-    why                why there was no PyTorch to compare with
+    why                why the source could not be run in PyTorch
     """
 
     reference: str | None = None

@@ -419,7 +419,7 @@ def test_bad_places(tmp_path, checkpoint):
         ({"recipe": "mixed_1_2"}, "unknown recipe"),
         ({"dtype": "int8"}, "unknown dtype"),
         ({"layers": (("up_proj", 8),)}, "add -q"),
-        ({"bits": 4, "layers": (("(", 8),)}, "no regular expression"),
+        ({"bits": 4, "layers": (("(", 8),)}, "not a regular expression"),
     ],
 )
 def test_bad_number_types(options, message):

@@ -36,5 +36,5 @@ def for_source(model_type: Any) -> Architecture:
 
 
 def for_ours(model_type: Any) -> Architecture | None:
-    """The architecture of a folder of ours; None where the converter doesn't know it."""
+    """The architecture of a folder of ours; None when the converter doesn't know it."""
     return next((a for a in architectures() if a.model_type == model_type), None)

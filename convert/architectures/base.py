@@ -1,4 +1,4 @@
-"""What the converter knows of one architecture: from PyTorch checkpoints to ours, and back."""
+"""What the converter knows about one architecture: from PyTorch checkpoints to ours, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Weights = dict[str, mx.array]
 
 
 def unchanged(name: str, x: mx.array) -> Tensor:
-    """The mapping of an architecture whose tensors are named and shaped alike on both sides."""
+    """The mapping of an architecture whose tensors have the same names and shapes on both sides."""
     return name, x
 
 

@@ -1,4 +1,4 @@
-"""gated_deltanet of flash-linear-attention: the names stay, the convolutions lose an axis."""
+"""gated_deltanet of flash-linear-attention: the same names; convolutions lose an axis."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def _finite(end) -> float | None:
 
 
 def _to_ours(name: str, x) -> Tensor:
-    # The original Mamba-2 checkpoints say `embedding`; both libraries read them so.
+    # The original Mamba-2 checkpoints say `embedding`; both libraries accept it.
     return to_ours(name.replace("backbone.embedding.", "backbone.embeddings."), x)
 
 

@@ -1,4 +1,4 @@
-"""sleep_hybrid: this project's own. Its PyTorch definition is examples/train_in_pytorch.py."""
+"""sleep_hybrid: this project's own. Its PyTorch definition is convert/torch/sleep_hybrid.py."""
 
 from __future__ import annotations
 
