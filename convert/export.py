@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..models.folder import copy_tokenizer, new_folder, write_json
 from ..models.load import read_config
 from ..models.weights import read_headers, weight_files
 from ..utils.errors import UserError
+from ..utils.safetensors import load
 from .architectures import for_ours
 from .architectures.base import Weights
 from .writer import SHARD_BYTES, entry, write_shards
@@ -50,7 +49,7 @@ def export(
     order = read_headers(files)
     weights: Weights = {}
     for file in files:
-        weights.update(mx.load(str(file)))
+        weights.update(load(file)[0])
     weights = {name: weights[name] for name in order}
     if architecture.unsanitize is not None:
         theirs = architecture.unsanitize(config, weights)

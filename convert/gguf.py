@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -37,10 +37,11 @@ def read(file: Path, folder: Path) -> tuple[dict, dict[str, mx.array], dict[str,
     The tokenizer is written into `folder`.
     """
     try:
-        tensors, metadata = mx.load(str(file), format="gguf", return_metadata=True)
+        loaded = mx.load(str(file), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"MLX cannot read {file} as GGUF: {one_line(error)}") from error
-    metadata = {name: _plain(value) for name, value in metadata.items()}
+    tensors, found = cast(tuple[dict[str, mx.array], dict[str, Any]], loaded)
+    metadata = {name: _plain(value) for name, value in found.items()}
     if (kind := metadata.get("general.architecture")) != "llama":
         raise UserError(f"{file} holds a model of architecture {kind!r}; only llama can be read")
     if "rope_freqs.weight" in tensors or metadata.get("llama.rope.scaling.type", "none") != "none":
@@ -50,7 +51,8 @@ def read(file: Path, folder: Path) -> tuple[dict, dict[str, mx.array], dict[str,
     except KeyError as error:
         raise UserError(f"{file} lacks the metadata {error}; download it again") from error
     heads = config["num_attention_heads"], config["num_key_value_heads"]
-    ours, origins = {}, {}
+    ours: dict[str, mx.array] = {}
+    origins: dict[str, str] = {}
     for name in list(tensors):
         new = _rename(name)
         x = tensors.pop(name)

@@ -7,6 +7,7 @@ Two kinds are known: byte-level BPE ("gpt2"), written as tokenizer.json, and sen
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..models.folder import write_json
 from ..utils.errors import UserError
@@ -43,7 +44,7 @@ def write(metadata: dict, folder: Path, file: Path) -> None:
     kind = values.get("model")
     if kind == "gpt2":
         _write_bpe(values, folder / "tokenizer.json", file)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     elif kind == "llama":
         _write_sentencepiece(values, folder / "tokenizer.model")
         config = {
@@ -91,6 +92,7 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{file} has a damaged tokenizer: {error}") from error
     split = _SPLITS[name]
+    words: list[pre_tokenizers.PreTokenizer]
     if isinstance(split, str):
         words = [pre_tokenizers.Split(Regex(split), "isolated")]
     else:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..models.base import SleepConfig, SleepModel
@@ -105,7 +104,7 @@ def convert(
     return report
 
 
-def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None, dict, nn.Module]:
+def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None, dict, SleepModel]:
     """(architecture, our config, the model that it describes). No array is evaluated."""
     theirs = source.config
     if source.ours:
@@ -147,14 +146,14 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
     return config
 
 
-def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) -> nn.Module:
+def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) -> SleepModel:
     """Add silent sleep layers to what is written; the model that has them."""
     layers = insertion.plan(model, **options)
     # In the type of h, or h would leave them in another one: still lazy, only the type is asked.
     model.load_weights([(target.name, target.array) for target in planned.targets])
     h = model.embed(mx.zeros((1, 1), mx.int32))
     for j, module in enumerate(insertion.new_layers(h.shape[-1], layers, h.dtype)):
-        for name, x in tree_flatten(module.parameters()):
+        for name, x in dict(tree_flatten(module.parameters())).items():
             planned.targets.append(Target(f"sleep_layers.{j}.{name}", x, (), "inserted"))
     config["sleep_layers"] = layers
     return build(config, {target.name for target in planned.targets})
@@ -162,7 +161,7 @@ def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) ->
 
 def _write(
     folder: Path,
-    model: nn.Module,
+    model: SleepModel,
     config: dict,
     mapping: Mapping,
     types: NumberTypes,

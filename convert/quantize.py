@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,12 +88,13 @@ def choose(model: nn.Module, types: NumberTypes) -> Choice:
     """Which layers of a model (arrays need not be evaluated) are quantized, and how."""
     if not types.quantizes:
         return Choice(None)
-    rule = getattr(model, "quant_predicate", None)
+    rule, bits = getattr(model, "quant_predicate", None), types.bits
     if types.recipe is not None:
-        rule = _recipe(model, types)
-    bits = types.bits if types.bits is not None else int(types.recipe.split("_")[1])
+        rule = _recipe(types.recipe, model, types.group_size)
+        bits = int(types.recipe.split("_")[1]) if bits is None else bits
     common = {"group_size": types.group_size, "bits": bits, "mode": "affine"}
-    choice = Choice(dict(common))
+    quantization: dict[str, Any] = dict(common)
+    choice = Choice(quantization)
     for name, module in model.named_modules():
         if not name or not hasattr(module, "to_quantized"):
             continue
@@ -105,23 +107,23 @@ def choose(model: nn.Module, types: NumberTypes) -> Choice:
                 decided = layer_bits is not None and {"bits": layer_bits}
                 break
         if decided is False:
-            choice.quantization[name] = False
+            quantization[name] = False
             continue
         layer = {**common, **(decided if isinstance(decided, dict) else {})}
         if layer != common:
-            choice.quantization[name] = layer
+            quantization[name] = layer
         choice.layers[name] = layer
     choice.skipped.sort()
     return choice
 
 
-def _recipe(model: nn.Module, types: NumberTypes):
+def _recipe(name: str, model: nn.Module, group_size: int):
     from mlx_lm.convert import mixed_quant_predicate_builder
 
     try:
-        return mixed_quant_predicate_builder(types.recipe, model, types.group_size)
+        return mixed_quant_predicate_builder(name, model, group_size)
     except ValueError as error:
-        raise UserError(f"{types.recipe} does not fit this model: {error}") from error
+        raise UserError(f"{name} does not fit this model: {error}") from error
 
 
 def apply(

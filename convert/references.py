@@ -123,9 +123,10 @@ def _dequantized(source: Source) -> dict[str, mx.array]:
         layer = name.removesuffix(".weight")
         if f"{layer}.scales" in tensors and layer != name:
             kind = common.get(layer, common)
-            parts = (x, tensors[f"{layer}.scales"], tensors[f"{layer}.biases"])
-            parts = (parts[0], *(p.astype(mx.float32) for p in parts[1:]))
-            x = mx.dequantize(*parts, group_size=kind["group_size"], bits=kind["bits"])
+            scales, biases = (
+                tensors[f"{layer}.{part}"].astype(mx.float32) for part in ("scales", "biases")
+            )
+            x = mx.dequantize(x, scales, biases, group_size=kind["group_size"], bits=kind["bits"])
         if not name.endswith((".scales", ".biases")):
             out[name] = x
     return out

@@ -19,6 +19,7 @@ from ..models.load import read_config
 from ..models.weights import read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
+from ..utils.safetensors import load
 from . import gguf, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")
@@ -104,9 +105,10 @@ def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
             notes += more
         staged.append(file)
     headers = read_headers(staged)
-    tensors, formats = {}, set()
+    tensors: dict[str, mx.array] = {}
+    formats = set()
     for file in staged:
-        arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+        arrays, metadata = load(file)
         tensors.update(arrays)
         formats.add(metadata.get("format"))
     ordered = {name: tensors.pop(name) for name in headers}  # as they lie on disk

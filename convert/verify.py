@@ -15,6 +15,7 @@ from ..models.load import load_model
 from ..models.weights import weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json
+from ..utils.safetensors import array_bytes, load
 from .pipeline import REPORT
 from .sources import Source, open_source
 
@@ -68,9 +69,9 @@ def verify(source: str | Path, dest: str | Path) -> Verified:
         except (ImportError, LookupError) as error:
             return Verified(same_bytes=same, rewritten=rewritten, why=one_line(error)[:200])
         ours = np.array(model(mx.array(tokens))[0].astype(mx.float32))
-    error = float(np.abs(ours - theirs).max())
+    largest = float(np.abs(ours - theirs).max())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
-    return Verified(name, error, agreement, same, rewritten)
+    return Verified(name, largest, agreement, same, rewritten)
 
 
 def _compare_bytes(source: Source, dest: Path) -> tuple[int, int]:
@@ -81,7 +82,7 @@ def _compare_bytes(source: Source, dest: Path) -> tuple[int, int]:
     origins = {original: name for name, original in source.origins.items()}
     same = 0
     for file in weight_files(dest):
-        loaded = mx.load(str(file))
+        loaded, _ = load(file)
         with safe_open(file, "np") as opened:
             names = set(opened.keys())
         if names != set(loaded) or not names <= set(rows):
@@ -103,5 +104,4 @@ def _compare_bytes(source: Source, dest: Path) -> tuple[int, int]:
 
 
 def _digest(x: mx.array) -> str:
-    flat = mx.view(mx.contiguous(x).reshape(-1), mx.uint8)
-    return hashlib.sha256(memoryview(flat)).hexdigest()
+    return hashlib.sha256(array_bytes(x)).hexdigest()

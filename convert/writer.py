@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..models.folder import write_json
 from ..models.weights import INDEX, not_finite
 from ..utils.errors import UserError
-from ..utils.safetensors import DTYPES, Entry, write_file
+from ..utils.safetensors import DTYPES, Entry, array_bytes, write_file
 
 SHARD_BYTES = 5 * 10**9
 """The largest weights file, as in mlx-lm; a larger tensor gets a file of its own."""
@@ -28,7 +28,7 @@ def entry(name: str, x: mx.array) -> Entry:
         mx.eval(x)
         if not_finite({name: x}):
             raise UserError(f"NaN or infinite weights in {name}; nothing was written")
-        return memoryview(mx.view(mx.contiguous(x).reshape(-1), mx.uint8))
+        return array_bytes(x)
 
     return Entry(name, DTYPES[x.dtype], list(x.shape), x.nbytes, data)
 

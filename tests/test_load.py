@@ -16,20 +16,9 @@ from hypothesis import strategies as st
 
 from mlx_sleep.models.load import fingerprint, get_model_classes, load, load_model, save
 from mlx_sleep.utils.errors import UserError
+from tests.checkpoints import CONFIG as UNTIED
 
-CONFIG = {
-    "model_type": "sleep_hybrid",
-    "vocab_size": 48,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "layer_types": ["attention", "gated_deltanet", "mamba2"],
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "mamba_head_dim": 16,
-    "ssm_state_size": 16,
-    "sleep": {"passes": 2, "window": 32, "eviction": "hard"},
-    "eos_token_id": 3,
-}
+CONFIG = {**UNTIED, "tie_word_embeddings": True}
 TOKENS = mx.array([[5, 41, 7, 7, 22, 3, 19, 30]])
 
 

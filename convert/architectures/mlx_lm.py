@@ -236,7 +236,10 @@ def _falcon_to_ours(config: dict, weights: Weights) -> Weights:
 
     mlx-lm's own `sanitize` leaves out the multiplier of the keys, and that of the values' input.
     """
-    get = {name: config.get(name, 1.0) for name in _FALCON_MULTIPLIERS}.get
+
+    def get(multiplier: str) -> float:
+        return config.get(multiplier, 1.0)
+
     q = v = (get("attention_in_multiplier"), 1.0)
     k = (get("attention_in_multiplier") * get("key_multiplier"), get("key_multiplier"))
     gate, down = config.get("mlp_multipliers") or (1.0, 1.0)
@@ -245,7 +248,7 @@ def _falcon_to_ours(config: dict, weights: Weights) -> Weights:
     sizes += [config["mamba_n_heads"]]
     each = zip(config.get("ssm_multipliers") or [1.0] * 5, sizes, strict=True)
     channels = mx.concatenate([mx.full((size,), multiplier) for multiplier, size in each])
-    folded = {  # of weight and of bias
+    folded: dict[str, tuple[Any, Any]] = {  # of weight and of bias
         "embed_tokens": (get("embedding_multiplier"), 1.0),
         "lm_head": (get("lm_head_multiplier"), 1.0),
         "self_attn.q_proj": q,
@@ -265,17 +268,6 @@ def _falcon_to_ours(config: dict, weights: Weights) -> Weights:
             x = (x * of[kind == "bias"]).astype(x.dtype)
         out[name] = _swap_conv(name, x)
     return out
-
-
-_FALCON_MULTIPLIERS = (
-    "attention_in_multiplier",
-    "attention_out_multiplier",
-    "embedding_multiplier",
-    "key_multiplier",
-    "lm_head_multiplier",
-    "ssm_in_multiplier",
-    "ssm_out_multiplier",
-)
 
 
 def _of(model_type: str, config, sources: tuple[str, ...] = (), **mapping) -> Architecture:

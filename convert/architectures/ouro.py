@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...utils.errors import UserError
 from .base import Architecture
 
@@ -32,7 +34,7 @@ def _config(theirs: dict) -> dict:
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError("an Ouro checkpoint with scaled RoPE is not known; convert one without")
-    ours = {"model_type": "ouro"}
+    ours: dict[str, Any] = {"model_type": "ouro"}
     ours.update((name, theirs[name]) for name in _FIELDS if theirs.get(name) is not None)
     ours["rope_theta"] = theirs.get("rope_theta") or rope.get("rope_theta", 10_000.0)
     if theirs.get("use_sliding_window") and not theirs.get("layer_types"):

@@ -154,9 +154,10 @@ class JetNemotron(nn.Module):
 
     def __init__(self, config: dict, sleep: dict | None = None):
         super().__init__()
-        self.sliding = (sleep or {}).get("eviction") == "sliding"
+        sleep = sleep or {}
+        self.sliding = sleep.get("eviction") == "sliding"
         self.window = sleep["window"] if self.sliding else None
-        self.loop = (sleep or {}).get("loop_range") or (0, len(config["layer_types"]))
+        self.loop = sleep.get("loop_range") or (0, len(config["layer_types"]))
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         if config["tie_word_embeddings"]:

@@ -95,7 +95,7 @@ class Reference:
     def _state(self, cache: DynamicCache) -> State:
         state = State()
         for layer in cache.layers:
-            kept = {}
+            kept: dict[str, torch.Tensor] = {}
             if getattr(layer, "keys", None) is not None:
                 kept.update(keys=layer.keys, values=layer.values)
             if getattr(layer, "recurrent_states", {}).get(0) is not None:

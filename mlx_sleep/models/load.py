@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
+from .base import SleepModel
 from .compat import has_mlx_lm_model
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import abbreviate, check_tensors, not_finite, read_headers, weight_files
@@ -35,7 +36,7 @@ MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron
 _BLOCK = 64 * 1024
 
 
-def get_model_classes(model_type: Any) -> tuple[type[nn.Module], type]:
+def get_model_classes(model_type: Any) -> tuple[type[SleepModel], type]:
     """The (Model, ModelArgs) of an architecture: ours, or mlx-lm's wrapped. UserError for none."""
     if model_type in MODEL_TYPES:
         module = importlib.import_module(f"{__package__}.{model_type}")
@@ -185,7 +186,7 @@ def read_config(path: Path) -> dict:
 
 def build(
     config: dict, tensors: Collection[str] = (), *, where: str | Path = "config.json"
-) -> nn.Module:
+) -> SleepModel:
     """The model that the config describes; its arrays are not evaluated.
 
     tensors  the names of the weights: a layer is quantized where they have its scales

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
@@ -100,6 +100,18 @@ def _without_repeats(pairs: list) -> dict:
     if len(set(names)) < len(names):
         raise ValueError("a name occurs twice")
     return dict(pairs)
+
+
+def load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """(name -> lazy array, metadata) of a file whose header has been checked."""
+    arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+    return cast(dict[str, mx.array], arrays), cast(dict[str, str], metadata)
+
+
+def array_bytes(x: mx.array) -> memoryview:
+    """The bytes of an array, which is evaluated; in row-major order, as in a file."""
+    flat = mx.view(mx.contiguous(x).reshape(-1), mx.uint8)
+    return memoryview(flat)  # type: ignore[arg-type]  # an array is a buffer; its stubs omit it
 
 
 def encode_header(
