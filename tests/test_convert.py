@@ -197,7 +197,7 @@ def test_a_tensor_that_sanitize_swallows_is_no_secret(tmp_path):
     assert "unexpected: model.layers.0.shared_mlp.extra.weight" in message
 
 
-def test_the_report_says_what_became_of_each_tensor(tmp_path):
+def test_the_report_lists_each_tensor(tmp_path):
     weights = random_weights(GRANITE)
     convert(write(tmp_path / "theirs", GRANITE, weights), tmp_path / "ours")
     report = json.loads((tmp_path / "ours" / REPORT).read_text())
@@ -499,7 +499,7 @@ def test_bad_shards(tmp_path, weights):
     assert "truncated: 1 bytes are missing" in refusal(source, tmp_path / "ours")
 
 
-def test_a_name_that_stands_twice_in_a_header(checkpoint, tmp_path):
+def test_a_name_that_occurs_twice_in_a_header(checkpoint, tmp_path):
     file = checkpoint / "model.safetensors"
     whole = file.read_bytes()
     twice = whole.replace(b'"layers.1.mlp.up_proj.weight"', b'"layers.0.mlp.up_proj.weight"')

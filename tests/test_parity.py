@@ -18,6 +18,13 @@ def test_without_torch(monkeypatch):
         main([])
 
 
+def test_with_an_old_transformers(monkeypatch):
+    monkeypatch.setattr(parity, "find_spec", lambda name: name)
+    monkeypatch.setattr(parity, "version", lambda name: "5.9.1")
+    with pytest.raises(UserError, match="parity needs transformers 5.24 or newer"):
+        main([])
+
+
 def test_rows(monkeypatch, capsys):
     def rows(module, architecture):
         yield parity.Case(architecture, "somebody's", "prefill", 2e-6, 1.0)
@@ -25,6 +32,7 @@ def test_rows(monkeypatch, capsys):
     module = SimpleNamespace(ARCHITECTURES=("sleep_hybrid", "ouro"))
     monkeypatch.setattr(parity, "rows", rows)
     monkeypatch.setattr(parity, "find_spec", lambda name: name)
+    monkeypatch.setattr(parity, "version", lambda name: "5.24.0")
     monkeypatch.setattr(parity, "_modules", lambda: [module])
     main(["ouro", "--json"])
     result = json.loads(capsys.readouterr().out)

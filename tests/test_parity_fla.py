@@ -8,12 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests import parity
+
 pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", parity.TRANSFORMERS)
 
 from mlx_sleep.convert.pipeline import convert  # noqa: E402
 from mlx_sleep.models.load import load_model  # noqa: E402
-from tests import parity  # noqa: E402
 from tests.parity import fla  # noqa: E402
 
 

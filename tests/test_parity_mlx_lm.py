@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests import parity
+
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", parity.TRANSFORMERS)
 
 from safetensors.torch import save_file  # noqa: E402
 

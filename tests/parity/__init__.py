@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -21,6 +22,8 @@ from .cases import CASES, Compared, Pair, compare
 
 __all__ = ["CASES", "Case", "Compared", "Pair", "compare", "compared", "rows", "run"]
 
+TRANSFORMERS = "5.24"
+"""The oldest transformers whose models can be compared: earlier caches and kernels differ."""
 MODULES = ("fla", "jet_nemotron", "mlx_lm", "ouro", "sleep_hybrid")
 
 
@@ -47,6 +50,8 @@ def run(architectures: list[str] | None = None) -> Iterator[Case]:
     for extra in ("torch", "transformers"):
         if find_spec(extra) is None:
             raise UserError(f"parity needs {extra}; pip install 'mlx-sleep[torch]'")
+    if _series(version("transformers")) < _series(TRANSFORMERS):
+        raise UserError(f"parity needs transformers {TRANSFORMERS} or newer; update it")
     known = {name: module for module in _modules() for name in module.ARCHITECTURES}
     if unknown := [name for name in architectures or () if name not in known]:
         raise UserError(f"no comparison of {unknown[0]!r}; there are: {', '.join(known)}")
@@ -81,3 +86,7 @@ def compared(
 
 def _modules() -> list[ModuleType]:
     return [import_module(f"{__name__}.{name}") for name in MODULES]
+
+
+def _series(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")[:2]))
