@@ -1,17 +1,19 @@
-"""What the tests share: random numbers; when kernels can run, and in which order the threads do."""
+"""What the tests share: one tree, random numbers, and how kernels run."""
 
 from __future__ import annotations
 
 import mlx_sleep  # before MLX, for its BLAS  # isort: skip
 
 import io
-import os
 import secrets
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from mlx_sleep.cli import main
 from mlx_sleep.kernels import source
@@ -21,8 +23,37 @@ assert mlx_sleep  # imported for its effect
 source.without_metal = harness.metal_kernel
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("random numbers")
+    group.addoption("--seed", type=int, default=0, help="of every test's random numbers (0)")
+    group.addoption("--fresh-seed", action="store_true", help="draw --seed, and print it")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs Metal kernels, on a GPU or in the harness")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    _check_tree()
+    if config.option.fresh_seed:
+        config.option.seed = secrets.randbits(32)
+    else:
+        settings.register_profile("fixed", derandomize=True)
+        settings.load_profile("fixed")
+
+
+def _check_tree():
+    """Refuse to test two trees at once: `convert` and `kernels` come from wherever the
+    environment's editable install points, the rest from the folder that pytest started in."""
+    for name, place in (("", "mlx_sleep"), (".convert", "convert"), (".kernels", "kernels")):
+        file = Path(find_spec("mlx_sleep" + name).origin).resolve()
+        if file.parent != ROOT / place:
+            pytest.exit(f"mlx_sleep{name} comes from {file.parent}; run pip install -e {ROOT}", 4)
+
+
+def pytest_report_header(config):
+    return f"random numbers: --seed {config.option.seed}"
 
 
 def pytest_collection_modifyitems(items):
@@ -36,9 +67,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def rng(request):
-    """Fresh numbers for every test, MLX's too; a failed test says how to draw the same again."""
-    seed = int(os.environ.get("MLX_SLEEP_TEST_SEED") or secrets.randbits(32))
-    request.node.add_report_section("setup", "random numbers", f"MLX_SLEEP_TEST_SEED={seed}")
+    """NumPy's and MLX's random numbers, the same in every test and run unless --seed says other."""
+    seed = request.config.option.seed
+    request.node.add_report_section("setup", "random numbers", f"--seed {seed}")
     mx.random.seed(seed)
     return np.random.default_rng(seed)
 
