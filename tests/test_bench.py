@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from mlx_sleep.cli import output
 from mlx_sleep.cli.bench import app
 from mlx_sleep.lab import timing
-from mlx_sleep.lab.bench import data, ops, sleep, wake
+from mlx_sleep.lab.bench import ops, sleep, wake
+from mlx_sleep.lab.statistics import ratio
+from mlx_sleep.lab.study import data_speed
 from mlx_sleep.models.load import save
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.utils.errors import UserError
@@ -86,7 +88,7 @@ def test_clock_waits_for_the_arrays(wall, monkeypatch):
 
 
 def test_ratio_is_the_median_of_pairs():
-    assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
+    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
 
 
 def test_ops_rows_compare_the_same_numbers():
@@ -138,7 +140,7 @@ def test_sleep_rows(model):
 
 
 def test_data_rows():
-    rows = list(data.rows(1, ["depo"]))
+    rows = list(data_speed.rows(1, ["depo"]))
     assert [row["size"] for row in rows] == ["paper", "small", "tiny"]
     paper = rows[0]
     assert paper["tokens"] == paper["batch"] * (300 + 60)
@@ -202,7 +204,7 @@ def test_plot(model, tmp_path):
         (ops, ops.rows(1, [(1, 8, 2, 4, 4)])),
         (wake, wake.rows(model, (1,), (8, 16), 1)),
         (sleep, sleep.rows(model, (1, 2), repeats=1)),
-        (data, data.rows(1, ["depo"])),
+        (data_speed, data_speed.rows(1, ["depo"])),
     ):
         picture = output.Plot(tmp_path / "plot.png")
         module.plot(list(rows), picture.axes)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from mlx_sleep.cli.bench import app
-from mlx_sleep.lab.bench import train
+from mlx_sleep.lab.study import training_speed
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.training.trainer import Trainer, Window, labelled
 from mlx_sleep.utils.errors import UserError
@@ -35,7 +35,7 @@ CONFIG = {
 }
 
 
-def chunks_of(rng):
+def windows_of(rng):
     """Windows of 45 tokens: more than one chunk of the twin's solver, and not a multiple.
 
     There are labels enough for gradients of full rank: Muon makes every singular value one, and
@@ -50,19 +50,19 @@ def chunks_of(rng):
 def test_the_twin_takes_the_same_steps(tmp_path, rng):
     """Three steps: loss, gradients, clip, Muon and AdamW all show in the losses that follow."""
     pytest.importorskip("torch")
-    from mlx_sleep.lab.bench.train_torch import Step, tensors
+    from mlx_sleep.lab.study.torch_step import Step, tensors
 
     model = Model(ModelArgs.from_dict(CONFIG))
     weights = [
         (n, x + 0.1 * mx.random.normal(x.shape)) for n, x in tree_flatten(model.parameters())
     ]
     model.load_weights(weights)
-    plan = [chunks_of(rng) for _ in range(3)]
+    batches = [windows_of(rng) for _ in range(3)]
     step = Step(model.args, {n: np.array(x) for n, x in weights}, 0.004, 0.002)
-    theirs = [step(tensors(chunks), 3) for chunks in plan]
+    theirs = [step(tensors(windows), 3) for windows in batches]
     ours = []
     trainer = Trainer(
-        model, tmp_path, {}, 3, lambda i: (plan[i], 3), warmup=0, cooldown=1e-9,
+        model, tmp_path, {}, 3, lambda i: (batches[i], 3), warmup=0, cooldown=1e-9,
         muon_lr=0.004, adamw_lr=0.002,
     )  # fmt: skip
     trainer.run(lambda row: ours.append(row["loss"]))
@@ -78,7 +78,7 @@ def test_the_twin_takes_the_same_steps(tmp_path, rng):
 
 def test_rows_and_their_ratio():
     pytest.importorskip("torch")
-    (row,) = train.rows([2], repeats=1, batch=4)
+    (row,) = training_speed.rows([2], repeats=1, batch=4)
     assert row["tokens"] == 4 * 34
     assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["torch_tokens_per_second"])
     assert 0 < row["checkpointed_peak_bytes"] < row["peak_bytes"]

@@ -15,7 +15,18 @@ from typer.testing import CliRunner
 
 from mlx_sleep.cli import app
 from mlx_sleep.lab.statistics import wilson
-from mlx_sleep.lab.study import figures, models, plan, run, runner, score, table
+from mlx_sleep.lab.study import (
+    figures,
+    models,
+    plan,
+    probes,
+    records,
+    scheduler,
+    score,
+    table,
+    worker,
+)
+from mlx_sleep.lab.study.task import make_task
 from mlx_sleep.lab.tasks.gsm import Gsm, make_tokenizer
 from mlx_sleep.lab.tasks.rule110 import Rule110
 from mlx_sleep.lab.tasks.synthetic import Batch
@@ -88,7 +99,7 @@ def test_the_plans_in_the_package(task):
     for size in plan.sizes(task):
         values = plan.read_plan(task, size)
         assert values["size"] == size
-        data = run.make_task(values)
+        data = make_task(values)
         runs = plan.make_runs(values, data)
         for one in runs:
             for stage in models.stages_of(one.settings):
@@ -108,12 +119,12 @@ def test_the_plans_in_the_package(task):
 
 def test_the_papers_sizes():
     rule110 = plan.read_plan("rule110", "paper")
-    task = run.make_task(rule110)
+    task = make_task(rule110)
     assert (task.windows * task.window, task.window, rule110["batch"]) == (96, 24, 512)
     assert rule110["model"]["hidden_size"] == 256 and 32 in rule110["difficulties"]
-    depo = run.make_task(plan.read_plan("depo", "paper"))
+    depo = make_task(plan.read_plan("depo", "paper"))
     assert (depo.windows * depo.window, depo.final_tokens, depo.hops) == (300, 60, 16)
-    gsm = run.make_task(plan.read_plan("gsm", "paper"))
+    gsm = make_task(plan.read_plan("gsm", "paper"))
     assert (gsm.least, gsm.most, gsm.window, gsm.ops) == (2000, 3300, 2000, 8)
 
 
@@ -170,7 +181,7 @@ def test_other_bad_input(tmp_path):
     with pytest.raises(UserError, match="together"):
         plan.make_runs(PLAN, TASK, models=["looped"], passes=[2])
     with pytest.raises(UserError, match="does not fit rule110: .*wdith"):
-        run.make_task({**PLAN, "world": {"wdith": 5}})
+        make_task({**PLAN, "world": {"wdith": 5}})
     gsm = plan.read_plan("gsm", "tiny")
     for world, message in (
         ({"names": 5}, "does not fit gsm"),
@@ -178,7 +189,7 @@ def test_other_bad_input(tmp_path):
         ({"vocab_size": 10}, "no tokenizer with"),
     ):
         with pytest.raises(UserError, match=message):
-            run.make_task({**gsm, "world": {**gsm["world"], **world}})
+            make_task({**gsm, "world": {**gsm["world"], **world}})
     with pytest.raises(UserError, match="no multiple of the pattern"):
         settings = settings_of("hybrid-d2-n1-s0", model={**PLAN["model"], "blocks": 3})
         models.build(settings, {}, TASK)
@@ -235,7 +246,7 @@ def test_models_of_all_n_start_alike_and_see_the_same_data(tmp_path):
     def start(name):
         settings = settings_of(name)
         model = models.build(settings, {}, TASK)
-        trainer = run._trainer(settings, {"steps": 4}, TASK, model, tmp_path, 0, False)
+        trainer = worker.make_trainer(settings, {"steps": 4}, TASK, model, tmp_path, 0, False)
         chunks, passes = trainer.plan(3)
         return tree_flatten(model.parameters()), [c.tokens for c in chunks], passes
 
@@ -273,14 +284,14 @@ def test_a_question_is_right_when_all_its_tokens_are():
     errors = np.zeros((3, 5), np.int32)
     errors[1, 2] = 1  # the second token of the first answer
     errors[2, 4] = errors[2, 3] = 1  # the second answer; position 3 is nobody's label
-    got = score.answered(Oracle(errors), batch, [])
+    got = score.correct_answers(Oracle(errors), batch, [])
     assert got.tolist() == [[True, True], [False, True], [True, False]]
 
 
 def test_keeping_the_context_is_one_window_without_gaps():
     task = Gsm(make_tokenizer(), tokens=(60, 110), ops=2, window=40)
     batch = task.batch("test", range(4), 2)
-    (chunk,) = score.chunks_of(batch, kept=True)
+    (chunk,) = score.batch_windows(batch, kept=True)
     for row in range(4):
         context, final, _, [answer] = task.problem("test", row, 2)
         n = len(context) + len(final)
@@ -314,7 +325,7 @@ def test_constant_is_the_share_of_the_commonest_answer():
 def test_each_row_stops_when_its_own_s_is_still():
     model = model_of("random_passes-d2-n1to6-s0")
     batch = TASK.batch("test", range(8), 2)
-    chunk = score.chunks_of(batch)[0]
+    chunk = score.batch_windows(batch)[0]
     moves = []
     for row in range(8):
         _, report = consolidate(model, model.init_state(), chunk.tokens[row : row + 1], 5)
@@ -322,7 +333,7 @@ def test_each_row_stops_when_its_own_s_is_still():
     threshold = float(np.median([m[2] for m in moves]))  # some stop by pass 3, some later
     expected = [next((n for n, x in enumerate(m, 1) if x < threshold), 5) for m in moves]
     assert len(set(expected)) > 1
-    state, used = score._until_still(model, chunk, model.init_state(8), 5, threshold)
+    state, used = probes.sleep_until_still(model, chunk, model.init_state(8), 5, threshold)
     assert used.tolist() == expected
     for row, n in enumerate(expected):
         alone, _ = consolidate(model, model.init_state(), chunk.tokens[row : row + 1], n)
@@ -333,7 +344,7 @@ def test_each_row_stops_when_its_own_s_is_still():
 
 def test_halting_at_its_ends_is_a_fixed_n():
     model = model_of("random_passes-d2-n1to6-s0")
-    never, at_once = score.halting(model, TASK, 20, 2, 4, [0.0, 1e9])
+    never, at_once = probes.halting(model, TASK, 20, 2, 4, [0.0, 1e9])
     assert (never["mean_passes"], at_once["mean_passes"]) == (4, 1)
     for row, passes in ((never, 4), (at_once, 1)):
         fixed = score.examine(model, TASK, "test", 20, 2, passes)
@@ -361,41 +372,41 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path, monkeypatch, name):
             for n in ("random_passes", "sliding_warmup")
         ],
     )
-    whole = run.train(settings, tmp_path / "whole")
-    on_step, seen = run.Curve.on_step, []
+    whole = worker.train(settings, tmp_path / "whole")
+    on_step, seen = worker.Evaluation.on_step, []
 
     def stopping(self, row):
         on_step(self, row)
         seen.append(row)
-        if len(seen) == 5:  # one step behind a checkpoint
+        if len(seen) == 5:  # one step after a checkpoint
             raise Stop
 
-    monkeypatch.setattr(run.Curve, "on_step", stopping)
+    monkeypatch.setattr(worker.Evaluation, "on_step", stopping)
     with pytest.raises(Stop):
-        run.train(settings, tmp_path / "cut")
+        worker.train(settings, tmp_path / "cut")
     assert not (tmp_path / "cut" / "result.json").exists()
     for path in (tmp_path / "cut").rglob("evaluations.jsonl"):
         with open(path, "a") as file:
             file.write('{"tokens": 9')  # a kill in the middle of a row
             file.write("\n")
-    assert without_time(run.train(settings, tmp_path / "cut")) == without_time(whole)
+    assert without_time(worker.train(settings, tmp_path / "cut")) == without_time(whole)
     monkeypatch.undo()
-    monkeypatch.setattr(run, "_train", None)  # what is done is not done again
-    assert run.train(settings, tmp_path / "cut")["rows"] == whole["rows"]
-    assert runner._step(tmp_path / "cut") == 8
+    monkeypatch.setattr(worker, "_train", None)  # what is done is not done again
+    assert worker.train(settings, tmp_path / "cut")["rows"] == whole["rows"]
+    assert records.steps_done(tmp_path / "cut") == 8
 
 
 def test_the_warm_up_moves_the_inserted_layers_alone(tmp_path, monkeypatch):
-    make_trainer, batches = run._trainer, []
+    make_trainer, batches = worker.make_trainer, []
 
     def recording(*arguments):
         trainer = make_trainer(*arguments)
         batches.extend(trainer.plan(step)[0][0].tokens for step in range(trainer.steps))
         return trainer
 
-    monkeypatch.setattr(run, "_trainer", recording)
+    monkeypatch.setattr(worker, "make_trainer", recording)
     settings = settings_of("sliding_warmup-d2-n2-s0", steps=8)
-    result = run.train(settings, tmp_path)
+    result = worker.train(settings, tmp_path)
     context = [np.array(tokens)[:, :5] for tokens in batches]  # stage 1 has all in one window
     fresh = TASK.batch("train", range(8 * 4), 2).context[:, 0]
     np.testing.assert_array_equal(np.concatenate(context), fresh)  # no stage repeats data
@@ -419,62 +430,62 @@ def test_the_warm_up_moves_the_inserted_layers_alone(tmp_path, monkeypatch):
 def test_without_fast_weights_nothing_of_the_context_is_left(tmp_path):
     model = model_of("transformer-d2-n1-s3")
     batch = TASK.batch("test", range(6), 2)
-    state = score.sleep_over(model, score.chunks_of(batch)[:-1], 1, 6)
+    state = score.sleep_over(model, score.batch_windows(batch)[:-1], 1, 6)
     assert state == [{}, {}]
     full = models.build(
         settings_of("transformer_full-d2-n1-s3"), {}, TASK
     )  # sees it: another context, another answer
-    logits = full(score.chunks_of(batch, kept=True)[0].tokens)[0]
+    logits = full(score.batch_windows(batch, kept=True)[0].tokens)[0]
     assert np.abs(np.diff(np.array(logits[:, 10]), axis=0)).max() > 1e-4
 
 
 def test_another_config_is_refused(tmp_path):
     settings = settings_of("hybrid-d2-n1-s0")
-    run.train(settings, tmp_path)
+    worker.train(settings, tmp_path)
     other = {**settings, "batch": 5}
     with pytest.raises(UserError, match="another config; choose another --out"):
-        run.train(other, tmp_path)
+        worker.train(other, tmp_path)
     (tmp_path / "result.json").unlink()  # and so is an unfinished one
     with pytest.raises(UserError, match="another config"):
-        run.finished(tmp_path, other)
-    assert run.finished(tmp_path, settings) is None
+        records.finished(tmp_path, other)
+    assert records.finished(tmp_path, settings) is None
     (tmp_path / "result.json").write_text('{"rows')
     with pytest.raises(UserError, match="is damaged"):
-        run.train(settings, tmp_path)
+        worker.train(settings, tmp_path)
 
 
 def test_a_metrics_file_cut_short_is_refused(tmp_path):
     settings = settings_of("hybrid-d2-n1-s0")
-    run.train(settings, tmp_path)
+    worker.train(settings, tmp_path)
     (tmp_path / "result.json").unlink()
     metrics = tmp_path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:2]) + lines[2][:20])
     with pytest.raises(UserError, match="cut short: the checkpoint is at step 4"):
-        run.train(settings, tmp_path)
-    metrics.write_text("".join(lines) + '{"step": 5, "lo')  # rows behind it are repeated anyway
-    run.train(settings, tmp_path)
+        worker.train(settings, tmp_path)
+    metrics.write_text("".join(lines) + '{"step": 5, "lo')  # rows after it are repeated anyway
+    worker.train(settings, tmp_path)
 
 
 def test_a_run_ends_with_the_study_that_started_it(tmp_path, monkeypatch):
     parents = iter([1, 1, 1])  # the third step finds another parent
-    monkeypatch.setattr(run.os, "getppid", lambda: next(parents, 7))
+    monkeypatch.setattr(worker.os, "getppid", lambda: next(parents, 7))
     monkeypatch.setattr(sys, "argv", ["run", str(tmp_path)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(settings_of("hybrid-d2-n1-s0"))))
     with pytest.raises(SystemExit, match="the study that started this run is gone"):
-        run.main()
-    assert runner._step(tmp_path) == 3 and not (tmp_path / "result.json").exists()
+        worker.main()
+    assert records.steps_done(tmp_path) == 3 and not (tmp_path / "result.json").exists()
 
 
 def test_a_run_that_is_at_work_is_left_alone(tmp_path):
-    with run.Lock(tmp_path / "lock"), pytest.raises(UserError, match="is at work in"):
-        run.train(settings_of("hybrid-d2-n1-s0"), tmp_path)
+    with worker.Lock(tmp_path / "lock"), pytest.raises(UserError, match="is at work in"):
+        worker.train(settings_of("hybrid-d2-n1-s0"), tmp_path)
 
 
 def test_a_run_that_fails_says_which_and_why(tmp_path):
     runs = list(runs_of(trainer={**PLAN["trainer"], "warmth": 3}).values())[:1]
     with pytest.raises(UserError, match="the run hybrid-d1-n2-s0 failed: .*warmth"):
-        runner.run_all(runs, tmp_path)
+        scheduler.run_all(runs, tmp_path)
 
 
 # The command
@@ -527,7 +538,7 @@ def test_results_have_the_rows_of_the_runs(study):
 
 def test_a_second_study_does_nothing_twice(study, monkeypatch):
     folder, command, _ = study
-    monkeypatch.setattr(runner, "_start", None)
+    monkeypatch.setattr(scheduler, "_start", None)
     done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
     found = json.loads(done.stdout)
     assert found == json.loads((folder / "out" / "results.json").read_text())

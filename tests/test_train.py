@@ -14,11 +14,11 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from mlx_sleep.cli.train import train as train_command
-from mlx_sleep.lab import evaluate
-from mlx_sleep.lab.evaluate import evaluate_memory
+from mlx_sleep.lab import evaluation
+from mlx_sleep.lab.evaluation import evaluate_memory
+from mlx_sleep.lab.memory_training import make_batches, make_trainer, sentencepiece_encoder
 from mlx_sleep.lab.statistics import wilson
 from mlx_sleep.lab.tasks.memory import CASES, MemoryTask
-from mlx_sleep.lab.tasks.training import make_plan, make_trainer, sentencepiece_encoder
 from mlx_sleep.models.base import SleepConfig
 from mlx_sleep.models.load import EMBEDDED, load_model
 from mlx_sleep.training.recipe import read_recipe, total_steps
@@ -78,7 +78,7 @@ def test_a_resumed_run_has_the_same_losses(recipe, tmp_path):
         if row["step"] == 4:
             raise Stop
 
-    with pytest.raises(Stop):  # one step behind its last checkpoint
+    with pytest.raises(Stop):  # one step after its last checkpoint
         make_trainer(settings, tmp_path / "cut", EMBEDDED, save_every=3).run(stop)
     assert len(losses(tmp_path / "cut")) == 4
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:
@@ -159,7 +159,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(recipe, tmp_path):
         "from pathlib import Path\n"
         "from mlx_sleep.utils.errors import UserError\n"
         "from mlx_sleep.models.load import EMBEDDED\n"
-        "from mlx_sleep.lab.tasks.training import make_trainer\n"
+        "from mlx_sleep.lab.memory_training import make_trainer\n"
         "from mlx_sleep.training.recipe import read_recipe\n"
         "out = Path(sys.argv[2])\n"
         "trainer = make_trainer(read_recipe(sys.argv[1]), out, EMBEDDED, save_every=1)\n"
@@ -243,12 +243,12 @@ def free_port() -> int:
 
 def test_plan_is_a_function_of_the_step():
     encode, _, specials = sentencepiece_encoder(EMBEDDED)
-    plans = [make_plan(RECIPE, encode, specials) for _ in range(2)]
+    plans = [make_batches(RECIPE, encode, specials) for _ in range(2)]
     for step in (5, 0, 4):
         (a, n), (b, m) = plans[0](step), plans[1](step)
         assert n == m and len(a) == len(b)
         assert all(mx.array_equal(x.tokens, y.tokens) for x, y in zip(a, b, strict=True))
-    halves = [make_plan(RECIPE, encode, specials, rank=r, size=2)(4)[0] for r in range(2)]
+    halves = [make_batches(RECIPE, encode, specials, rank=r, size=2)(4)[0] for r in range(2)]
     both = mx.concatenate([h[0].tokens for h in halves])
     assert mx.array_equal(both, plans[0](4)[0][0].tokens)
 
@@ -333,7 +333,7 @@ def test_evaluation_counts_what_the_model_says(monkeypatch):
         by_prompt = {tuple(e.prompt): e.reply for e in group}
         return [encode("I am.") if zero else encode(by_prompt[tuple(p)]) for p in prompts]
 
-    monkeypatch.setattr(evaluate, "answer", by_the_book)
+    monkeypatch.setattr(evaluation, "answer", by_the_book)
     for case in CASES:
         examples = list(task.evaluation(case, 6))
         (row,) = evaluate_memory(model, task, decode, cases=[case], passes=[1], n=6, batch=4)

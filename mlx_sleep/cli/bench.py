@@ -126,7 +126,7 @@ def train(
 
     Example: mlx-sleep bench train
     """
-    from ..lab.bench import train
+    from ..lab.study import training_speed as train
 
     _run("bench train", train, train.rows(passes, repeats), json, plot)
 
@@ -137,7 +137,7 @@ def data(json: Json = False, plot: PlotFile = None, repeats: Repeats = 5):
 
     Example: mlx-sleep bench data
     """
-    from ..lab.bench import data
+    from ..lab.study import data_speed as data
 
     _run("bench data", data, data.rows(repeats), json, plot)
 
@@ -155,7 +155,7 @@ def convert(
 
     Example: mlx-sleep bench convert --gigabytes 8
     """
-    from ..lab.bench import convert
+    from ..lab.bench import conversion as convert
 
     rows = convert.rows(gigabytes, shard_gigabytes, folder)
     _run("bench convert", convert, rows, json, None)

@@ -54,10 +54,10 @@ def study(
     """
     from ..lab.latency import latency
     from ..lab.study import figures as drawing
-    from ..lab.study import runner, table
+    from ..lab.study import scheduler, table
     from ..lab.study.plan import make_runs, read_plan
-    from ..lab.study.run import TOKENIZER, make_task
     from ..lab.study.score import constant
+    from ..lab.study.task import TOKENIZER, make_task
     from ..utils.platform import device
 
     if jobs is not None and jobs < 1:
@@ -66,7 +66,7 @@ def study(
         drawing.check()
     plan = read_plan(task, size)
     out = out or Path("runs") / f"study-{task}-{plan['size']}"
-    runner.make_folder(out)
+    scheduler.make_folder(out)
     data = make_task(plan, out / TOKENIZER)
     runs = make_runs(
         plan,
@@ -76,8 +76,8 @@ def study(
     )
     show = _Progress(len(runs), quiet=json)
     try:
-        results = runner.run_all(
-            runs, out, jobs or runner.default_jobs(), show.on_change, show.on_done
+        results = scheduler.run_all(
+            runs, out, jobs or scheduler.default_jobs(), show.on_change, show.on_done
         )
     except KeyboardInterrupt:
         show.status.clear()

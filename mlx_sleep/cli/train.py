@@ -51,8 +51,8 @@ def train(
     """
     import mlx.core as mx
 
+    from ..lab.memory_training import make_trainer, sentencepiece_encoder
     from ..lab.tasks.memory import END, PAD
-    from ..lab.tasks.training import make_trainer, sentencepiece_encoder
     from ..models.load import EMBEDDED, save
     from ..training.recipe import TASKS, read_recipe
 
@@ -122,9 +122,9 @@ def evaluate(
 
     Example: mlx-sleep eval memory --passes 1,2,4
     """
-    from ..lab.evaluate import evaluate_memory
+    from ..lab.evaluation import evaluate_memory
+    from ..lab.memory_training import sentencepiece_encoder
     from ..lab.tasks.memory import CASES, MemoryTask
-    from ..lab.tasks.training import sentencepiece_encoder
     from ..lab.tasks.words import SPLITS
     from ..models.load import EMBEDDED, load_model
     from ..training.recipe import TASKS

@@ -7,7 +7,6 @@ knows no op and no model.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,11 +24,11 @@ def clock(run: Callable[..., object], *args) -> Callable[[], float]:
 
 
 def interleave(clocks: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
-    """What each clock says in each of `repeats` rounds: [clock][round].
+    """The times of each clock in each of `repeats` rounds: [clock][round].
 
-    A round asks all clocks, one after the other, and each round begins with another one: what
-    stands behind a run that empties the caches would always seem slow. One round before the
-    first only warms up.
+    A round asks all clocks, one after the other, and each round begins with another one: a clock
+    that always came after a run that empties the caches would always seem slow. One more round
+    before the first only warms up.
     """
     rounds = []
     for start in range(repeats + 1):
@@ -37,8 +36,3 @@ def interleave(clocks: Sequence[Callable[[], float]], repeats: int) -> list[list
         times = {i: clocks[i]() for i in order}
         rounds.append([times[i] for i in range(len(clocks))])
     return [list(times) for times in zip(*rounds[1:], strict=True)]
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median over rounds of over/under; a slow round slows both."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))

@@ -19,7 +19,8 @@ from ...ops.ssd import ssd_chunk
 from ...utils.errors import UserError
 from ...utils.files import os_errors_as_user_errors
 from ...utils.platform import device
-from ..timing import clock, interleave, ratio
+from ..statistics import ratio
+from ..timing import clock, interleave
 
 DIMS = ((128, 128), (96, 256))  # Dk, Dv of Qwen3-Next and of Jet-Nemotron
 
@@ -49,7 +50,7 @@ def timed_rows(tokens: int = 2048, repeats: int = 5, heads: int = 16) -> Iterato
         mx.eval(inputs)
         results = [f(*inputs) for f in (ours, theirs)]
         error = max(
-            (mx.abs(x - y).max() / mx.maximum(mx.abs(y).max(), 1e-30)).item()
+            float(mx.abs(x - y).max() / mx.maximum(mx.abs(y).max(), 1e-30))
             for x, y in zip(*results, strict=True)
         )
         times = interleave([clock(f, *inputs) for f in (ours, theirs)], repeats)
@@ -101,7 +102,7 @@ Inputs = Callable[..., list]  # of tokens, Dk, Dv
 
 def gradients_of(op: Callable) -> Callable:
     """Of (q, k, v, g, beta, state, d_o, d_state), as the backward kernels take them."""
-    return lambda *args: mx.vjp(op, args[:6], args[6:])[1]
+    return lambda *args: mx.vjp(op, [*args[:6]], [*args[6:]])[1]
 
 
 def _mlx_lm_metal(q, k, v, g, beta, state):
@@ -141,7 +142,7 @@ def rule_inputs(T: int, Dk: int, Dv: int, H: int = 1) -> list[mx.array]:
 
 
 def backward_inputs(T: int, Dk: int, Dv: int, H: int = 1) -> list[mx.array]:
-    """With gradients of o and of the last state behind them."""
+    """The same, followed by gradients of o and of the last state."""
     return [*rule_inputs(T, Dk, Dv, H), *random_arrays((1, T, H, Dv), (1, H, Dv, Dk))]
 
 

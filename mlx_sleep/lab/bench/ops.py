@@ -12,7 +12,8 @@ from ...models.load import EMBEDDED, read_config
 from ...ops.gated_delta import gated_delta
 from ...ops.ssd import ssd
 from ...utils.errors import UserError
-from ..timing import clock, interleave, ratio
+from ..statistics import ratio
+from ..timing import clock, interleave
 
 Shape = tuple[int, int, int, int, int]  # B, T, heads, Dk, Dv
 SHAPES: tuple[Shape, ...] = ((1, 2048, 16, 128, 128), (1, 2048, 12, 96, 256))
@@ -136,4 +137,4 @@ def _gradients(op, inputs):
 
 
 def _error(x: mx.array, y: mx.array) -> float:
-    return (mx.abs(x - y).max() / mx.abs(y).max()).item()
+    return float(mx.abs(x - y).max() / mx.abs(y).max())

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from ...sleep import SleepCancelled, consolidate
-from ..timing import clock, interleave, ratio
+from ..statistics import ratio
+from ..timing import clock, interleave
 
 PASSES = (1, 2, 4, 8)
 REQUESTS = 10

@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from ...models.base import State, fast_weight_bytes, kv_bytes
 from ...sleep import consolidate
-from ..timing import interleave, ratio
+from ..statistics import ratio
+from ..timing import interleave
 
 PASSES = (1, 2, 4, 8)
 HISTORIES = (512, 1024, 2048, 4096, 8192, 16384)

@@ -14,7 +14,7 @@ WHAT = {"rule110": "t", "depo": "hops", "gsm": "operations"}
 
 
 def check() -> None:
-    """UserError when matplotlib is missing: asked for before the training, not behind it."""
+    """UserError when matplotlib is missing: asked for before the training, not after it."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -37,10 +37,11 @@ def draw(found: dict, out: Path, examples: int) -> list[Path]:
         rows = found["rows"] if name == "passes" else found["curve" if panels else name]
         if not rows:
             continue
-        count = len(panels or [None])
+        difficulties: list[int | None] = [*panels] if panels else [None]
+        count = len(difficulties)
         figure = Figure(figsize=(max(6, 4 * count), 4.2), layout="constrained")
         axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-        for one, difficulty in zip(axes, panels or [None], strict=True):
+        for one, difficulty in zip(axes, difficulties, strict=True):
             plot(found, one, difficulty, examples)
             one.set_ylim(0, 1.02)
             one.grid(alpha=0.3)
@@ -59,7 +60,7 @@ def _difficulties(rows: list[dict]) -> list[int]:
 
 def _line(axes, x: list, rows: list[dict], label: str, **style) -> None:
     y = [row["accuracy"] for row in rows]
-    # Rounding may put an end of an interval on the wrong side of the point by a hair.
+    # By rounding, the end of an interval may lie on the wrong side of the point.
     errors = [
         [max(0.0, row["accuracy"] - row["low"]) for row in rows],
         [max(0.0, row["high"] - row["accuracy"]) for row in rows],
@@ -68,11 +69,11 @@ def _line(axes, x: list, rows: list[dict], label: str, **style) -> None:
 
 
 def _passes(found, axes, _difficulty, _examples):
-    """Accuracy against N, a line for each difficulty; at N = 1 the models that spend what N = 4
-    costs in another way."""
+    """Accuracy against N, a line for each difficulty; at N = 1 also the models that spend the FLOPs
+    of N = 4 in another way."""
     groups = pooled(found["rows"], ("model", "difficulty", "passes"), found["test"])
     for i, difficulty in enumerate(_difficulties(found["rows"])):
-        # Those of N = 1 stand beside one another, not on top.
+        # Those of N = 1 are drawn side by side.
         for model, words, aside, style in (
             ("hybrid", "", 0, {"marker": "o"}),
             ("random_passes", ", N drawn", 0, {"linestyle": "--", "alpha": 0.6}),
@@ -109,14 +110,16 @@ def _tokens(found, axes, difficulty, _examples):
 def _curve(rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
     """(tokens, accuracies) of all seeds for each examination, as far as every seed has it.
 
-    Seeds are examined after the same steps; where contexts are padded, those have not the same
-    number of tokens.
+    Seeds are examined after the same steps, which differ in tokens where contexts are padded.
     """
     seeds: dict = {}
     for row in sorted(rows, key=lambda row: row["tokens"]):
         seeds.setdefault(row["seed"], []).append(row)
     times = list(zip(*seeds.values(), strict=False))
-    return tuple([tuple(r[key] for r in rows) for rows in times] for key in ("tokens", "accuracy"))
+    tokens, accuracies = (
+        [tuple(row[key] for row in rows) for rows in times] for key in ("tokens", "accuracy")
+    )
+    return tokens, accuracies
 
 
 def _retention(found, axes, _difficulty, examples):

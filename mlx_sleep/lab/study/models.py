@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ...models.sleep_hybrid import Model, ModelArgs
 from ...utils.errors import UserError
+from .task import Task
 
 
 class StudyModel(Model):
@@ -30,7 +31,7 @@ def stages_of(settings: dict) -> list[dict]:
     """The stages of a run, each with its number of steps; one for most models."""
     stages = settings["variant"].get("stages", [{}])
     steps, done, share = settings["steps"], 0, 0.0
-    result = []
+    result: list[dict] = []
     for stage in stages:
         share += stage.get("share", 1.0)
         until = steps if len(result) + 1 == len(stages) else round(share * steps)
@@ -42,11 +43,11 @@ def stages_of(settings: dict) -> list[dict]:
 
 
 def keeps_context(settings: dict, stage: dict) -> bool:
-    """Whether the whole context stands in the window of the answer, and nothing is slept over."""
+    """Whether the whole context is in the window of the answer, and nothing is slept over."""
     return stage.get("context", settings["variant"].get("context", "evicted")) == "kept"
 
 
-def config_of(settings: dict, stage: dict, task) -> dict:
+def config_of(settings: dict, stage: dict, task: Task) -> dict:
     """The contents of config.json for a run's model in one stage."""
     sizes = {key: value for key, value in settings["model"].items() if key != "blocks"}
     pattern = settings["variant"]["layers"]
@@ -69,8 +70,8 @@ def config_of(settings: dict, stage: dict, task) -> dict:
     }
 
 
-def build(settings: dict, stage: dict, task) -> StudyModel:
-    """A model with the random weights of the run's seed; frozen but for what the stage trains."""
+def build(settings: dict, stage: dict, task: Task) -> StudyModel:
+    """A model with random weights from the run's seed; what the stage does not train is frozen."""
     mx.random.seed(settings["seed"])
     args = ModelArgs.from_dict(config_of(settings, stage, task))
     loops = settings["variant"].get("loops", 1)

@@ -4,7 +4,7 @@
      "world": {"width": 10, "strings": 3},                     arguments of the task
      "difficulties": [1, 4],                                   what the test set asks
      "model": {"hidden_size": 64, "blocks": 4, ...},           config.json but for the layers
-     "batch": 128, "steps": 300, "trainer": {...},             arguments of `train.Trainer`
+     "batch": 128, "steps": 300, "trainer": {...},             arguments of `training.Trainer`
      "evaluate": {"every": 50, "valid": 256, "test": 1000},    steps, and examples a difficulty
      "beyond": {"difficulty": 4, "examples": 250,              what else trained models are asked
                 "thresholds": [0.1, 0.3], "further": [1, 2]},
@@ -13,8 +13,7 @@
 A model (configs/models/NAME.json) has a pattern of layers, repeated over the blocks, and what sets
 it apart: `context` "evicted" or "kept" (never slept over), `deeper` (so many times the blocks),
 `loops` (how often the blocks are run in every forward pass), `train_passes` (N drawn for each
-step), `flops_of_passes` (as many steps as cost what N passes would), `stages`. This file makes no
-model and no data.
+step), `flops_of_passes` (as many steps as cost what N passes would), `stages`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from pathlib import Path
 from ...utils.errors import UserError
 from ...utils.files import read_json
 from ..tasks.synthetic import check_int
+from .task import Task
 
 CONFIGS = Path(__file__).parent / "configs"
 TASKS = ("rule110", "depo", "gsm")
@@ -96,7 +96,7 @@ def read_model(name: str) -> dict:
 
 def make_runs(
     plan: dict,
-    task,
+    task: Task,
     models: Sequence[str] | None = None,
     passes: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
@@ -125,14 +125,14 @@ def make_runs(
     return chosen
 
 
-def _refuse(what: str, wanted, known):
+def _refuse(what: str, wanted: Sequence | None, known: Sequence) -> None:
     for value in wanted or ():
         if value not in known:
             names = ", ".join(map(str, sorted(set(known))))
             raise UserError(f"the plan has no run with {what} {value}; it has: {names}")
 
 
-def _runs_of(plan: dict, task, entry: dict) -> list[Run]:
+def _runs_of(plan: dict, task: Task, entry: dict) -> list[Run]:
     if not isinstance(entry, dict) or "model" not in entry:
         raise UserError(f"a run of the plan needs a model: {entry!r}")
     model = read_model(entry["model"])
@@ -144,10 +144,14 @@ def _runs_of(plan: dict, task, entry: dict) -> list[Run]:
     runs = []
     for difficulty in difficulties:
         task.check(difficulty)
-        for some in passes:
+        for train_passes in passes:
             for seed in entry.get("seeds", [0]):
                 name = entry["model"] + ("" if difficulty is None else f"-d{difficulty}")
-                name += f"-n{some[0]}" if len(some) == 1 else f"-n{some[0]}to{some[-1]}"
+                name += (
+                    f"-n{train_passes[0]}"
+                    if len(train_passes) == 1
+                    else f"-n{train_passes[0]}to{train_passes[-1]}"
+                )
                 asked = plan["difficulties"] if difficulty is None else [difficulty]
                 steps = check_int("steps", entry.get("steps", plan["steps"]), 1)
                 settings = {
@@ -157,7 +161,7 @@ def _runs_of(plan: dict, task, entry: dict) -> list[Run]:
                     "asked": asked,
                     "model": plan["model"],
                     "variant": {key: x for key, x in model.items() if key != "about"},
-                    "passes": list(some),
+                    "passes": list(train_passes),
                     "seed": seed,
                     "batch": plan["batch"],
                     "steps": _matched(steps, model, task),
@@ -166,11 +170,11 @@ def _runs_of(plan: dict, task, entry: dict) -> list[Run]:
                     "beyond": plan["beyond"],
                 }
                 name = f"{name}-s{seed}"
-                runs.append(Run(name, entry["model"], some, difficulty, seed, settings))
+                runs.append(Run(name, entry["model"], train_passes, difficulty, seed, settings))
     return runs
 
 
-def _matched(steps: int, model: dict, task) -> int:
+def _matched(steps: int, model: dict, task: Task) -> int:
     """Steps with one pass that cost the training FLOPs of `steps` with `flops_of_passes`.
 
     Blocks cost the same for each token that passes through them, and the rest next to nothing.

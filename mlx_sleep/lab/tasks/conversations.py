@@ -204,7 +204,8 @@ class Writer:
                 queue.append(ahead.pop(0))
             turns: list[Turn] = []
             tokens: list[list[int]] = []
-            used, waiting = 0, []
+            used = 0
+            waiting: list[Draft] = []
             for draft in queue:
                 limit = level.window_tokens if last or not turns else cap
                 if draft.size > level.window_tokens or self.orphan(draft):

@@ -44,7 +44,7 @@ def fact_key(subject: str, kind: Kind, topic: str) -> tuple[str, str, str]:
 class World:
     """Everything told so far; the newest value of a fact holds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.facts: dict[tuple[str, str, str], Fact] = {}
         self.corrected: set[tuple[str, str, str]] = set()
         self.owners: dict[str, str] = {}  # name -> the subject that it names
@@ -105,7 +105,7 @@ def capitalize(text: str, template: str, kind: Kind) -> str:
 
 
 def reply_parts(kind: Kind, subject: str, topic: str, value: str) -> tuple[str, str]:
-    """The canonical reply as (all before the value, the value): the value stands last."""
+    """The canonical reply as (all before the value, the value): the value comes last."""
     spoken = "Your " + subject[3:] if subject.startswith("my ") else subject
     head = kind.reply.split("{v}")[0] if "{v}" in kind.reply else kind.reply.split("{av}")[0]
     head = head.format(

@@ -1,9 +1,9 @@
 """The task `gsm`: arithmetic word problems from a random graph of quantities, with filler.
 
-In the manner of GSM-Infinite, as arXiv 2605.26099 uses it: some sentences say how quantities hang
-together, the others have nothing to do with the question, and the answer must come at once, with
-no chain of thought. The difficulty is the number of operations between the numbers that are told
-and the one that is asked for. The question stands before the context (as in the paper) or behind
+In the manner of GSM-Infinite, as arXiv 2605.26099 uses it: some sentences relate quantities to one
+another, the others have nothing to do with the question, and the answer must come at once, with no
+chain of thought. The difficulty is the number of operations between the numbers that are told
+and the one that is asked for. The question comes before the context (as in the paper) or after
 it (harder: a sleep doesn't know what will be asked). All of the context is slept over; only the
 answer's window is not, where the paper also predicts from what is left of the context.
 """
@@ -67,7 +67,7 @@ class Gsm:
 
     tokenizer  a serialized sentencepiece model (`make_tokenizer`)
     window     tokens between two sleeps
-    question   "first" or "last": before or behind the context
+    question   "first" or "last": before or after the context
     largest    no quantity is larger, or below 0
     names      how many animals and places there are: the number of quantities is their product;
                with 0 places it is the first, "owls" instead of "owls in Alder Valley"
@@ -166,7 +166,7 @@ class Gsm:
         told, quantities, name = graph(draw, ops or draw.randint(1, self.ops), names, self.largest)
         sentences = [self._sentence(parts) for parts in told]
         least = sum(map(len, sentences))
-        # With further windows, all of the problem stands in the first one, and is asked for alone.
+        # With further windows, the whole problem is in the first one and the only one asked for.
         count = 1 if further else self.questions
         if self.question == "first":
             least += count * self._asking
@@ -260,7 +260,7 @@ class Gsm:
         return self._sentence(("How many", name, "?"))
 
     def _cue(self, name: tuple) -> list[int]:
-        """What stands before an answer: the question, or of what it is the number."""
+        """What comes before an answer: the question, or the quantity that it is the number of."""
         if self.question == "last":
             return self._question(name)
         return self._sentence(("Answer:",) if self.questions == 1 else (name, "?"))

@@ -162,15 +162,17 @@ class Teller:
         link = LINKS[link_class]
         kinds = [k for k in BY_SUBJECT[attr_class] if not k.link]
         kind = rng.choices(kinds, [k.weight for k in kinds])[0]
-        pairs = []
+        pairs: list[tuple[Fact, Fact]] = []
         for topic in rng.sample(link.topics, count) if link.topics else [""] * count:
             if topic:
                 first = self.plan(link, "my " + topic, topic)
             else:  # "a florp is a kind of dask"
                 first = self.plan(link, self.fresh_word(), "", self.fresh_word())
-            if first is None:  # "my mum" beside "my mother"
+            if first is None:  # "my mum" after "my mother"
                 continue
-            pairs.append((first, self.plan(kind, first.value, "")))
+            second = self.plan(kind, first.value, "")
+            assert second is not None  # nothing is planned of a new name
+            pairs.append((first, second))
         return pairs
 
     # --- messages ---

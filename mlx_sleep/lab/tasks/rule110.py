@@ -34,7 +34,7 @@ class Rule110:
         self.final_tokens = self.strings + 1
         self.seed = seed
 
-    def check(self, difficulty: int) -> None:
+    def check(self, difficulty: int | None) -> None:
         """UserError unless the difficulty is one that this task has."""
         check_int("t (steps of the automaton)", difficulty, 1)
 

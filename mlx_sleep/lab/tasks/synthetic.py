@@ -1,4 +1,4 @@
-"""What the tasks of the study share: draws that hang on an index alone, batches, and windows.
+"""What the tasks of the study share: draws that depend on an index alone, batches, and windows.
 
 An example is a pure function of (seed, split, index): the same in every process, in any order and
 whatever else is in its batch. Nothing here knows a model.
@@ -62,7 +62,7 @@ def check_split(split: str) -> None:
 
 
 def check_int(what: str, value: object, least: int) -> int:
-    """value, when it is a whole number of at least `least`. UserError says what is wrong."""
+    """value, if it is an int of at least `least`. UserError says what is wrong."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{what} must be a whole number >= {least}, not {value!r}")
     return value

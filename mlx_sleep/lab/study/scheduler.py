@@ -1,4 +1,4 @@
-"""Runs a plan: several processes at a time, each one run; what is done is not done again."""
+"""Runs a plan, each run in a process of its own, several at a time; finished runs are kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from ...utils.errors import UserError
 from ...utils.files import os_errors_as_user_errors
 from .plan import Run
-from .run import check_metrics, finished
+from .records import check_metrics, finished, steps_done
 
 # One thread for each process when there are several: they share the CPUs already.
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -48,7 +49,8 @@ def run_all(
     stopped then, as they are by Ctrl-C, and go on when the study is asked for again.
     """
     make_folder(out)
-    results, waiting = {}, []
+    results: dict[str, dict] = {}
+    waiting: list[Run] = []
     for run in runs:
         result = finished(out / run.name, run.settings)
         if result is None:
@@ -56,7 +58,7 @@ def run_all(
             waiting.append(run)
         else:
             results[run.name] = result
-    running: list[tuple] = []  # (run, process, its standard error)
+    running: list[tuple[Run, subprocess.Popen[str], IO[str]]] = []  # with its standard error
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -71,7 +73,7 @@ def run_all(
                 if on_done:
                     on_done(run, results[run.name])
             if on_change:
-                steps = [(run, _step(out / run.name)) for run, _, _ in running]
+                steps = [(run, steps_done(out / run.name)) for run, _, _ in running]
                 on_change(waiting, steps, len(results))
             if running:
                 time.sleep(0.2)
@@ -84,13 +86,13 @@ def run_all(
     return {run.name: results[run.name] for run in runs}
 
 
-def _start(run: Run, folder: Path, jobs: int):
+def _start(run: Run, folder: Path, jobs: int) -> tuple[subprocess.Popen[str], IO[str]]:
     environment = dict(os.environ)
     if jobs > 1:
         environment |= dict.fromkeys(_THREADS, "1")
     errors = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_sleep.lab.study.run", str(folder)],
+        [sys.executable, "-m", "mlx_sleep.lab.study.worker", str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=errors,
@@ -98,12 +100,13 @@ def _start(run: Run, folder: Path, jobs: int):
         env=environment,
         start_new_session=True,  # Ctrl-C is ours to pass on
     )
+    assert process.stdin is not None  # a pipe
     with process.stdin as pipe:
         json.dump(run.settings, pipe)
     return process, errors
 
 
-def _result(run: Run, folder: Path, process, errors) -> dict:
+def _result(run: Run, folder: Path, process: subprocess.Popen[str], errors: IO[str]) -> dict:
     errors.seek(0)
     lines = [line for line in errors.read().splitlines() if line.strip()]
     errors.close()
@@ -112,12 +115,3 @@ def _result(run: Run, folder: Path, process, errors) -> dict:
         why = lines[-1].removeprefix("error: ") if lines else f"exit code {process.returncode}"
         raise UserError(f"the run {run.name} failed: {why}")
     return result
-
-
-def _step(folder: Path) -> int:
-    """Steps that a run has done, all stages together."""
-    done = 0
-    for path in (folder / "metrics.jsonl", *sorted(folder.glob("stage-*/metrics.jsonl"))):
-        if path.exists():
-            done += path.read_bytes().count(b"\n")
-    return done

@@ -88,7 +88,7 @@ class Model(definition.SleepHybrid):
     def loss(self, windows, final, positions, targets, weights, passes: int):
         """Algorithm 1's loss: N passes over each of `windows` [B, T], one over `final` [B, F].
 
-        positions, targets [B, K] int64 and weights [B, K] as in `train.Chunk`.
+        positions, targets [B, K] int64 and weights [B, K] as in `training`'s Window.
         """
         state = self.fresh()
         for tokens in windows:
@@ -170,12 +170,13 @@ class Step:
         named = list(self.model.named_parameters())
         muon = [p for name, p in named if p.ndim == 2 and "proj" in name]
         rest = [p for name, p in named if not (p.ndim == 2 and "proj" in name)]
-        self.optimizers = [Muon(muon, muon_lr), Adam(rest, adamw_lr)]
+        self.optimizers: list[torch.optim.Optimizer] = [Muon(muon, muon_lr), Adam(rest, adamw_lr)]
         self.clip = clip
 
     def __call__(self, batch, passes: int) -> float:
         """batch: (windows, final, positions, targets, weights), tensors; the loss."""
-        loss = self.model.loss(*batch, passes)
+        windows, final, positions, targets, weights = batch
+        loss = self.model.loss(windows, final, positions, targets, weights, passes)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         for optimizer in self.optimizers:
@@ -184,16 +185,16 @@ class Step:
         return loss.item()
 
 
-def tensors(chunks) -> tuple:
-    """`train.Chunk`s (unpadded) as what `Step` takes."""
+def tensors(windows) -> tuple:
+    """Unpadded windows as what `Step` takes."""
     import numpy as np
 
-    *windows, last = (
+    *slept, last = (
         {n: torch.from_numpy(np.array(x)) for n, x in c._asdict().items() if x is not None}
-        for c in chunks
+        for c in windows
     )
     return (
-        [w["tokens"].long() for w in windows],
+        [w["tokens"].long() for w in slept],
         last["tokens"].long(),
         last["positions"].long(),
         last["targets"].long(),

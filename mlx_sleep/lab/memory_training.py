@@ -1,28 +1,33 @@
-"""Runs a recipe (training/recipe.py) on the task `memory`. Nothing here knows a terminal."""
+"""Trains on the task `memory` by a recipe (training/recipe.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
-from ...models.sleep_hybrid import Model, ModelArgs
-from ...training.recipe import choices, stage_of, total_steps
-from ...training.trainer import Trainer, Window, labelled
-from ...utils.errors import UserError
-from .memory import Level, MemoryTask
+from ..models.load import load_model
+from ..models.sleep_hybrid import Model, ModelArgs
+from ..training.recipe import choices, stage_of, total_steps
+from ..training.trainer import Trainer, Window, labelled
+from ..utils.errors import UserError
+from .tasks.memory import ASSISTANT, END, PAD, USER, Level, MemoryTask
+from .windows import windows_of
 
 
-def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", rank=0, size=1):
-    """step -> (chunks, passes): this process's share of the batch, a function of the step alone."""
+def make_batches(
+    recipe: dict, encode, specials: dict[str, int], split="train", rank=0, size=1
+) -> Callable[[int], tuple[list[Window], int]]:
+    """step -> (windows, passes) of this process's share of the batch; depends on the step alone."""
     task = MemoryTask(encode, specials, split, seed=recipe.get("seed", 0))
     batch = recipe["batch"] // size
 
-    def plan(step: int) -> tuple[list[Window], int]:
+    def batches(step: int) -> tuple[list[Window], int]:
         stage = stage_of(recipe, step)
         draw = Random(f"{recipe.get('seed', 0)}/{step}")
         passes = draw.choice(choices(stage["passes"]))
@@ -31,26 +36,19 @@ def make_plan(recipe: dict, encode, specials: dict[str, int], split="train", ran
             for key, v in stage["level"].items()
         }
         first = step * recipe["batch"] + rank * batch
-        return chunks_of(task.batch(range(first, first + batch), make_level(level))), passes
+        arrays = task.batch(range(first, first + batch), make_level(level))
+        final = (arrays[f"final_{name}"] for name in ("tokens", "mask", "loss", "value"))
+        return windows_of(arrays["tokens"], arrays["mask"], labelled(*final)), passes
 
-    return plan
+    return batches
 
 
 def make_level(values: dict) -> Level:
     unknown = set(values) - {f.name for f in fields(Level)}
     if unknown:
         raise UserError(f"unknown fields in a level: {', '.join(sorted(unknown))}")
-    return Level(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def chunks_of(batch: dict[str, np.ndarray]) -> list[Window]:
-    """The arrays of `MemoryTask.batch` as the windows of Algorithm 1: sleeps, then one answer."""
-    chunks = [
-        Window(mx.array(batch["tokens"][:, w]), mx.array(batch["mask"][:, w]))
-        for w in range(batch["tokens"].shape[1])
-    ]
-    final = (batch[f"final_{name}"] for name in ("tokens", "mask", "loss", "value"))
-    return [*chunks, labelled(*final)]
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Level(**given)
 
 
 def make_trainer(
@@ -58,13 +56,11 @@ def make_trainer(
     folder: Path,
     tokenizer_folder: Path,
     *,
-    start=None,
-    checkpoint_passes=False,
-    save_every=200,
+    start: str | Path | None = None,
+    checkpoint_passes: bool = False,
+    save_every: int = 200,
 ) -> Trainer:
     """A trainer for the recipe. `start` is a model folder to begin from (fresh optimizer)."""
-    from ...models.load import load_model
-
     group = mx.distributed.init()
     if recipe["batch"] % group.size():
         raise UserError(f"batch {recipe['batch']} cannot be split over {group.size()} processes")
@@ -74,16 +70,16 @@ def make_trainer(
     if start is not None:
         weights = tree_flatten(load_model(start)[0].parameters())
         try:
-            model.load_weights(weights)
+            model.load_weights(weights)  # type: ignore[arg-type]  # a list, without destination
         except ValueError as e:
             raise UserError(f"{start} does not fit the recipe's model: {e}") from None
-    plan = make_plan(recipe, encode, specials, rank=group.rank(), size=group.size())
+    batches = make_batches(recipe, encode, specials, rank=group.rank(), size=group.size())
     return Trainer(
         model,
         folder,
         {**recipe, "start": start and str(start)},
         total_steps(recipe),
-        plan,
+        batches,
         checkpoint_passes=checkpoint_passes,
         save_every=save_every,
         group=group,
@@ -92,10 +88,8 @@ def make_trainer(
 
 
 def sentencepiece_encoder(folder: Path):
-    """(encode, decode, specials) straight from tokenizer.model: what a task needs, and quick."""
+    """(encode, decode, specials) from tokenizer.model alone, which loads fast."""
     from sentencepiece import SentencePieceProcessor
-
-    from .memory import ASSISTANT, END, PAD, USER
 
     path = Path(folder).expanduser() / "tokenizer.model"
     if not path.exists():
@@ -105,7 +99,7 @@ def sentencepiece_encoder(folder: Path):
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise UserError(f"{path} is not a sentencepiece model; get it anew") from None
+        raise UserError(f"{path} is not a sentencepiece model; download it again") from None
     specials = {name: sp.piece_to_id(name) for name in (USER, ASSISTANT, END, PAD)}
     if missing := [name for name, i in specials.items() if i == sp.unk_id()]:
         raise UserError(

@@ -10,9 +10,9 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 
-from ..study.plan import TASKS, read_plan, sizes
-from ..study.run import make_task
 from ..timing import clock, interleave
+from .plan import TASKS, read_plan, sizes
+from .task import make_task
 
 
 def rows(repeats: int = 5, tasks: Sequence[str] = TASKS) -> Iterator[dict]:

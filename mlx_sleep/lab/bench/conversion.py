@@ -76,6 +76,7 @@ def rows(gigabytes: float = 4.0, shard_gigabytes: float = 1.0, folder=None) -> I
 
 def _write_checkpoint(folder: Path, gigabytes: float, shard_bytes: int) -> None:
     """A checkpoint of at least so many gigabytes in the shapes of a model of that size."""
+    layers: list[str] = []
     config = {
         "model_type": "sleep_hybrid",
         "vocab_size": 32_768,
@@ -86,13 +87,13 @@ def _write_checkpoint(folder: Path, gigabytes: float, shard_bytes: int) -> None:
         "linear_num_value_heads": 8,
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 256,
-        "layer_types": [],
+        "layer_types": layers,
     }
     shapes: dict[str, tuple[int, ...]] = {}
     while 2 * sum(map(np.prod, shapes.values())) < 1e9 * gigabytes:
-        config["layer_types"] += ["attention", "gated_deltanet"]
-        parameters = tree_flatten(build(config).parameters())
-        shapes = {name: tuple(x.shape) for name, x in parameters}
+        layers += ["attention", "gated_deltanet"]
+        parameters = dict(tree_flatten(build(config).parameters()))
+        shapes = {name: tuple(x.shape) for name, x in parameters.items()}
     rng = np.random.default_rng(0)
 
     def entry(name: str, shape: tuple[int, ...]) -> Entry:
@@ -101,7 +102,7 @@ def _write_checkpoint(folder: Path, gigabytes: float, shard_bytes: int) -> None:
         def data() -> memoryview:
             # Any 16 bits without the exponent's highest are a finite bfloat16, below 2.
             bits = rng.integers(0, 1 << 16, count, dtype=np.uint16) & 0xBFFF
-            return memoryview(bits.view(np.uint8))
+            return bits.view(np.uint8).data
 
         return Entry(name, "BF16", list(shape), 2 * count, data)
 

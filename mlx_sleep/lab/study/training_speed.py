@@ -1,17 +1,18 @@
-"""Training through sleep, beside the same model and step in PyTorch (`mlx-sleep bench train`).
+"""Speed of training through sleep, beside the same in PyTorch (`mlx-sleep bench train`).
 
-On the study's `tiny` configuration of rule110: whole steps, optimizer and all, on one batch that
-both have ready. What bounds it, from CPU times on one core of an AMD EPYC at N = 2 with four
-blocks: the optimizer is a twentieth of a step and the forward pass two fifths; a Gated DeltaNet
-block takes two and a half times as long as an attention block, and its MLP a tenth of it. So it is
-the small batched products of the gated delta rule and the elementwise work around them, not the
-projections.
+On the study's `tiny` configuration of rule110: whole steps of the same model, optimizer and all, on
+one batch that both have ready. What bounds it, from CPU times on one core of an AMD EPYC at N = 2
+with four blocks: the optimizer takes a twentieth of a step and the forward pass two fifths; a Gated
+DeltaNet block takes two and a half times as long as an attention block, of which its MLP takes a
+tenth. So the small batched products of the gated delta rule and the elementwise work around them
+bound it, not the projections.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,11 +20,12 @@ from mlx.utils import tree_flatten
 
 from ...training.trainer import Trainer
 from ...utils.errors import UserError
-from ..study.models import build
-from ..study.plan import make_runs, read_plan
-from ..study.run import make_task
-from ..study.score import chunks_of
-from ..timing import clock, interleave, ratio
+from ..statistics import ratio
+from ..timing import clock, interleave
+from .models import build
+from .plan import make_runs, read_plan
+from .score import batch_windows
+from .task import Task, make_task
 
 PASSES = (1, 2, 4)
 
@@ -49,18 +51,19 @@ def rows(
     settings = run.settings
     difficulty = settings["difficulty"]
     examples = task.batch("train", range(batch or settings["batch"]), difficulty)
-    chunks = chunks_of(examples)
-    tokens = sum(chunk.tokens.size for chunk in chunks)
+    windows = batch_windows(examples)
+    tokens = sum(window.tokens.size for window in windows)
 
     plain, checkpointed = (_trainer(settings, task, on) for on in (False, True))
-    weights = {name: np.array(x) for name, x in tree_flatten(plain.model.parameters())}
+    parameters = dict(tree_flatten(plain.model.parameters()))
+    weights = {name: np.array(x) for name, x in parameters.items()}
     rates = {key: settings["trainer"][key] for key in ("muon_lr", "adamw_lr")}
     theirs = torch_step(plain.model.args, weights, **rates)
-    their_batch = tensors(chunks)
+    their_batch = tensors(windows)
 
     def ours(trainer, N):
         def step():
-            return trainer._step(chunks, N), trainer.model.state, trainer.optimizer.state
+            return trainer._step(windows, N), trainer.model.state, trainer.optimizer.state
 
         return step
 
@@ -106,19 +109,19 @@ def _torch():
             "bench train compares with PyTorch: pip install 'mlx-sleep[torch]'"
         ) from None
     from ...utils.platform import available_cpus
-    from .train_torch import Step, tensors
+    from .torch_step import Step, tensors
 
     torch.set_num_threads(available_cpus())
     return Step, tensors
 
 
-def _trainer(settings: dict, task, checkpoint_passes: bool) -> Trainer:
+def _trainer(settings: dict, task: Task, checkpoint_passes: bool) -> Trainer:
     """A trainer that never runs, only steps: nothing is written into its folder."""
     model = build(settings, {}, task)
     rates = {key: settings["trainer"][key] for key in ("muon_lr", "adamw_lr")}
     trainer = Trainer(
         model,
-        "unused",
+        Path("unused"),
         {},
         1,
         None,

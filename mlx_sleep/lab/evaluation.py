@@ -1,13 +1,14 @@
 """What a model still knows: exact answers after sleep, with intervals (`mlx-sleep eval memory`).
 
-Each item is a conversation that nobody trained on: its windows are slept over one by one, the KV
-cache is gone, and one question is answered greedily in an empty window. The same is done with S
-set to zero before the question, which must fall to chance if it is S that carries the answer.
+Each example is a conversation that no training has seen: its windows are slept over one by one,
+the KV cache is gone, and one question is answered greedily in an empty window. The same is done
+with S set to zero before the question: if it is S that carries the answer, accuracy must fall to
+chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
 import mlx.core as mx
@@ -15,7 +16,8 @@ import numpy as np
 
 from ..models.base import State
 from ..sleep import consolidate
-from .statistics import wilson
+from .statistics import accuracy
+from .tasks.memory import Example, correct
 
 
 def evaluate_memory(
@@ -33,17 +35,16 @@ def evaluate_memory(
 
     task is a `MemoryTask` of the split to be asked (its seed picks the set), decode turns ids into
     text. The conversations fill windows of the model's own length at most. on_batch(done, total)
-    is told about progress in conversations. UserError where that length is too short for a case.
+    reports progress in conversations. UserError where that length is too short for a case.
     """
-    from .tasks.memory import correct
-
     window = model.sleep.window
     cases, passes = list(cases), list(passes)
-    rows, done, total = [], 0, len(cases) * len(passes) * n
+    rows: list[dict] = []
+    done, total = 0, len(cases) * len(passes) * n
     for case in cases:
         examples = list(task.evaluation(case, n, window))
         for N in passes:
-            right = zeroed = 0
+            with_s = zeroed = 0
             for group in _groups(examples, batch):
                 state = sleep_over(model, [e.windows for e in group], N)
                 if group[0].context:  # told in the window that the question is asked in
@@ -55,19 +56,16 @@ def evaluate_memory(
                     pairs = zip(replies, group, strict=True)
                     return sum(correct(decode(reply), e.value) for reply, e in pairs)
 
-                right += hits(state)
+                with_s += hits(state)
                 zeroed += hits(zero_fast_weights(state))
                 done += len(group)
                 if on_batch:
                     on_batch(done, total)
-            low, high = wilson(right, n)
             rows.append(
                 {
                     "case": case,
                     "passes": N,
-                    "accuracy": right / n,
-                    "low": low,
-                    "high": high,
+                    **accuracy(with_s, n),
                     "n": n,
                     "zeroed": zeroed / n,
                 }
@@ -76,7 +74,7 @@ def evaluate_memory(
 
 
 def sleep_over(model, windows: list[list[list[int]]], passes: int) -> State:
-    """The state after sleeping over each row's windows; all rows have the same number of them."""
+    """The state after sleeping over the windows (token ids) of each row; all have as many."""
     state = model.init_state(len(windows))
     for w in range(len(windows[0])):
         tokens, mask = pad([row[w] for row in windows])
@@ -84,7 +82,9 @@ def sleep_over(model, windows: list[list[list[int]]], passes: int) -> State:
     return state
 
 
-def answer(model, prompts: list[list[int]], state: State, end: int, most: int = 24):
+def answer(
+    model, prompts: list[list[int]], state: State, end: int, most: int = 24
+) -> list[list[int]]:
     """Greedy replies (token ids without `end`), one forward pass for each token of the batch."""
     tokens, mask = pad(prompts)
     logits, state = model(tokens, state, mask)
@@ -103,7 +103,7 @@ def answer(model, prompts: list[list[int]], state: State, end: int, most: int = 
 
 
 def zero_fast_weights(state: State) -> State:
-    """The state with S = 0 in every layer: what is left when the fast weights are taken away."""
+    """The state with S = 0 in every layer."""
     return [
         {k: mx.zeros_like(x) if k == "fast_weights" else x for k, x in layer.items()}
         for layer in state
@@ -118,7 +118,7 @@ def pad(rows: list[list[int]]) -> tuple[mx.array, mx.array]:
     return mx.array(tokens, mx.int32), mx.array(mask)
 
 
-def _groups(examples, batch):
+def _groups(examples: list[Example], batch: int) -> Iterator[list[Example]]:
     """At most `batch` examples at a time, alike in windows and in whether there is a context."""
 
     def kind(e):
