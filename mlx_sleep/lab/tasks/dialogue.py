@@ -76,8 +76,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """windows: turns of each window, the final one last (a turn cut by a boundary is listed where
-    it begins). chunks: token ids of the consolidation windows. final: token ids of the final window;
+    """windows: turns of each window, the final one last (a cut turn is listed where it begins).
+    chunks: token ids of the consolidation windows. final: token ids of the final window;
     weights: loss weight for predicting each of them; values: True on value tokens of answers."""
 
     windows: list[list[Turn]]
