@@ -1,6 +1,7 @@
 # Every target sets up what it needs: Python >= 3.10 is enough, on macOS and Debian alike.
 #   make chat [ARGS="--memory work"]    talk to the embedded model
-#   make test | lint | wheel | clean
+#   make test [ARGS="-m 'not slow'"]    the whole suite, or the quick tests
+#   make lint | types | wheel | clean
 #   make parity [ARGS="NAME --json"]    compare the architectures with PyTorch's; needs torch
 #   make kernel-report                  count what the kernels ask of a GPU, without one
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
@@ -13,8 +14,16 @@ chat: $(READY)
 test: $(READY)
 	@.venv/bin/python -m pytest -q $(ARGS)
 
-lint: $(READY)
+lint: $(READY) types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@! command -v actionlint >/dev/null || actionlint
+
+# mypy reads the packages where they are imported from: kernels/ and convert/ in mlx_sleep.
+types: $(READY)
+	@rm -rf build/types/mlx_sleep && mkdir -p build/types/mlx_sleep
+	@ln -s "$(CURDIR)"/mlx_sleep/* "$(CURDIR)/convert" "$(CURDIR)/kernels" build/types/mlx_sleep/
+	@cd build/types && ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p mlx_sleep
 
 mutants: $(READY)
 	@.venv/bin/python -m tests.metal.mutants $(ARGS)
@@ -29,9 +38,9 @@ wheel: $(READY)
 	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint parity kernel-report mutants wheel clean
+.PHONY: chat test lint types parity kernel-report mutants wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \
