@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 
 from mlx_sleep.lab.tasks import phrases, words
 from mlx_sleep.lab.tasks import tokenizer as task_tokenizer
 from mlx_sleep.lab.tasks.memory import CASES, Level, MemoryTask, correct
 from mlx_sleep.lab.tasks.phrases import KINDS, NEVER_TOLD
+from mlx_sleep.models.load import EMBEDDED
 from mlx_sleep.utils.errors import UserError
 
-EMBEDDED = Path(task_tokenizer.__file__).parents[2] / "embedded"
-SP, SPECIALS = task_tokenizer.load(EMBEDDED)
+SP = SentencePieceProcessor(model_file=str(EMBEDDED / "tokenizer.model"))
+SPECIALS = {name: SP.piece_to_id(name) for name in task_tokenizer.SPECIALS}
 USER, ASSISTANT, END, PAD = (SPECIALS[s] for s in ("<|user|>", "<|assistant|>", "<|end|>", "<pad>"))
 
 LEVELS = [
@@ -184,7 +186,7 @@ def test_tokens_are_the_turns(level):
     for index in range(30):
         one = task()
         conversation = one.conversation(index, level)
-        spoken = [t for turn in turns(conversation) for t in one.turn_tokens(turn)]
+        spoken = [t for turn in turns(conversation) for t in one.encoder.turn_tokens(turn)]
         chunks = [t for chunk in conversation.chunks for t in chunk]
         assert chunks + conversation.final == spoken
 

@@ -95,10 +95,6 @@ class MemoryTask:
         self.seed = seed
         self.end, self.pad = specials[END], specials[PAD]
 
-    def turn_tokens(self, turn: Turn) -> list[int]:
-        """<|user|> TEXT <|assistant|> REPLY <|end|> as ids."""
-        return self.encoder.turn_tokens(turn)
-
     def rng(self, index: int, level: object) -> Random:
         text = repr((self.seed, self.split, index, level)).encode()
         return Random(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))

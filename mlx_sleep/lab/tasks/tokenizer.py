@@ -145,12 +145,6 @@ def dump(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, dict[str, int]]:
-    """The sentencepiece processor of a folder and the ids of its special tokens."""
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(path) / "tokenizer.model"))
-    return sp, {s: sp.piece_to_id(s) for s in SPECIALS}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
