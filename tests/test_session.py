@@ -302,8 +302,8 @@ def watched_windows():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    window=st.integers(2, 40),
-    turns=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 60)), min_size=1, max_size=4),
+    window=st.integers(2, 16),
+    turns=st.lists(st.tuples(st.integers(1, 36), st.integers(0, 24)), min_size=1, max_size=3),
 )
 def test_whatever_the_lengths_every_token_is_folded_in_once_in_windows_that_fit(window, turns):
     session, expected = Session(MODEL, TOKENIZER, window=window, passes=1), []
