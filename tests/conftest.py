@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs Metal kernels, on a GPU or in the harness")
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "slow: takes seconds, or is in a file that does")
     _check_tree()
     if config.option.fresh_seed:
         config.option.seed = secrets.randbits(32)
@@ -56,7 +56,23 @@ def pytest_report_header(config):
     return f"random numbers: --seed {config.option.seed}"
 
 
+# Files that start PyTorch, a terminal, many processes or a build: more than half of the suite's time.
+SLOW = (
+    "test_bench_train",
+    "test_cli_chat",
+    "test_cli_terminal",
+    "test_convert_torch",
+    "test_examples",
+    "test_memory_crash",
+    "test_packaging",
+    "test_parity_",
+)
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     if mx.metal.is_available() or harness.compiler() is not None:
         return
     skip = pytest.mark.skip(reason="neither Metal nor a C++ compiler: install g++ or clang++")
