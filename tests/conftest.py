@@ -56,7 +56,7 @@ def pytest_report_header(config):
     return f"random numbers: --seed {config.option.seed}"
 
 
-# Files that start PyTorch, a terminal, many processes or a build: more than half of the suite's time.
+# Files that start PyTorch, a terminal, processes or a build: more than half of the suite's time.
 SLOW = (
     "test_bench_train",
     "test_cli_chat",
