@@ -124,7 +124,7 @@ def _trainer(settings: dict, task: Task, checkpoint_passes: bool) -> Trainer:
         Path("unused"),
         {},
         1,
-        None,
+        lambda step: ([], 1),
         warmup=0,
         cooldown=1.0,
         checkpoint_passes=checkpoint_passes,
