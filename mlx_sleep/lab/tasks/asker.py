@@ -139,6 +139,7 @@ class Asker:
         who, handle, by_pronoun = self.speak_of(entity, scene, fact, pronoun)
         fields = {**others, **values, "w": entity.name}
         if question is None:
+            assert what is not None  # else the form is not "recall"
             clause = templates.fill(as_user(what), fields, who)
             text = rng.choice(speech.RECALL).format(x=clause)
         else:
@@ -234,6 +235,7 @@ class Asker:
         what the assistant said is not the truth."""
         turn = draft.turns[0]
         asked = turn.asked
+        assert asked is not None  # it is a question
         reply = speech.NEVER_TOLD
         if asked.told and asked.value and self.rng.random() < 0.7:
             pool = self.library.scenes.get(asked.key[1])

@@ -225,7 +225,7 @@ class LifeWriter(Told):
             draft = self.untold.ask()
         else:
             for _ in range(4):  # not every fact can be asked for in the words of every split
-                draft = self.asker.ask(self.again() if theme == "asking" else self.asker.fact())
+                draft = self.asker.ask(self.again() if theme == "asking" else self.any_fact())
                 if draft:
                     break
             if draft and theme != "asking" and rng.random() < MIXED:
@@ -237,7 +237,7 @@ class LifeWriter(Told):
         """The question in a message that tells something else first."""
         telling = self.teller.tell()
         turn, asked = question.turns[0], question.turns[0].asked
-        if telling is None or asked.pronoun:
+        if telling is None or asked is None or asked.pronoun:
             return question
         told = telling.turns[0]
         if any(event.key[:2] == asked.key[:2] for event in told.events):
@@ -247,14 +247,20 @@ class LifeWriter(Told):
         changes = [*telling.changes, *question.changes]
         return Draft([both], changes, question.topic, whole=True)
 
+    def any_fact(self) -> Fact:
+        """A fact of a life that has some."""
+        fact = self.asker.fact()
+        assert fact is not None
+        return fact
+
     def again(self) -> Fact:
         """A fact of the few that this life comes back to, or any."""
         rng = self.rng
         if rng.random() >= self.level.re_asked:
-            return self.asker.fact()
+            return self.any_fact()
         holds = [k for k in self.favourites if k in self.world.facts]
         while len(holds) < min(5, len(self.world.facts)):
-            key = self.asker.fact().key
+            key = self.any_fact().key
             if key not in holds:
                 holds.append(key)
         self.favourites = holds

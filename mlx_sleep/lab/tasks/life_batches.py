@@ -107,6 +107,7 @@ def _start(source: Source) -> None:
 
 
 def _make(job: tuple[Sequence[int], Level]) -> dict[str, np.ndarray]:
+    assert _lives is not None  # _start made them
     return batch(_lives, *job)
 
 

@@ -80,7 +80,8 @@ class _Script:
         pronoun: of the being of the turn before, by "he" or "she"."""
         writer = self.writer
         for _ in range(200):
-            entity = writer.topic[0] if pronoun else None
+            topic = writer.topic if pronoun else None
+            entity = topic[0] if topic else None
             found = writer.teller.pick(entity, kind)
             if found is None or (pronoun and not found[2].mentions("s")):
                 continue
@@ -104,7 +105,7 @@ class _Script:
         """A plain question for a fact; None where the split has none."""
         for _ in range(60):
             draft = self.writer.asker.ask(fact, pronoun=False)
-            if draft and draft.turns[0].asked.form == "ask":
+            if draft and (asked := draft.turns[0].asked) and asked.form == "ask":
                 return draft.turns[0]
         return None
 
@@ -204,14 +205,14 @@ def _attempt(lives: Lives, case: str, index: int, attempt: int, size: int) -> Ex
         level = Level(windows, size, wrong=0.0, ordinary=0.0, cut=0.0)
         life = lives.writer(level, case, index, attempt).life()
         turns = [t for t in life.windows[-1].turns if t.asked and not t.asked.pronoun]
-        turn = next((t for t in turns if fits(t.asked)), None)
+        turn = next((t for t in turns if t.asked and fits(t.asked)), None)
         before = [window.pieces for window in life.windows[:-1]]
     else:
         level = Level(1, size, untold=0.0, quick_fix=0.0)
         script = _Script(lives.writer(level, case, index, attempt))
         turn = _SCRIPTS.get(case, _re_asked)(script, day)
         before = script.windows[:-1]
-    if turn is None:
+    if turn is None or turn.asked is None:
         return None
     asked = turn.asked
     return Example(

@@ -71,8 +71,10 @@ class Pieces:
         self.reply += other.reply
 
     def cut(self, at: int) -> tuple[Pieces, Pieces]:
-        lists = (self.ids, self.weight, self.value, self.reply)
-        return Pieces(*(x[:at] for x in lists)), Pieces(*(x[at:] for x in lists))
+        def part(at: slice) -> Pieces:
+            return Pieces(self.ids[at], self.weight[at], self.value[at], self.reply[at])
+
+        return part(slice(at)), part(slice(at, None))
 
 
 class LifeEncoder:

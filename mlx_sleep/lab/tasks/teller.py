@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from . import speech, templates
 from .drafts import Clause, Draft, Told
@@ -102,7 +102,7 @@ class Teller:
                 return f"{entity.relation} {entity.name}"
         return rng.choice(entity.known_as())
 
-    def values(self, entity: Entity, scene: Scene, slots: Sequence[str]) -> dict[str, str]:
+    def values(self, entity: Entity, scene: Scene, slots: Iterable[str]) -> dict[str, str]:
         """Values for these slots: those that hold, or new ones."""
         if scene.id in NAMES:
             return {"v": entity.name, "r": entity.relation.split(" ", 1)[1]}
@@ -308,7 +308,10 @@ class Teller:
             return None
         topic = self.told.topic
         pronoun = (
-            bool(topic) and topic[0] is entity and entity.has_pronoun() and wording.mentions("s")
+            topic is not None
+            and topic[0] is entity
+            and entity.has_pronoun()
+            and wording.mentions("s")
         )
         clause = self.clause(entity, scene, wording, values, pronoun and rng.random() < 0.5)
         clause.facts = [f for f in clause.facts if f.scene is not scene or f.slot in wording.slots]
@@ -318,7 +321,12 @@ class Teller:
         events = (*turn.events, *(Event(k, None) for k in doubted))
         turn = Turn(turn.user, turn.reply, "fix", ACK_WEIGHT, (), events)
         draft = self.place(Draft([turn]), [clause])
-        draft.changes.append(lambda: [self.world.doubt(k) for k in doubted])
+
+        def doubt() -> None:
+            for key in doubted:
+                self.world.doubt(key)
+
+        draft.changes.append(doubt)
         return draft
 
     def insist(self, fact: Fact) -> Draft | None:
@@ -373,4 +381,9 @@ class Teller:
         events = tuple(Event(key, None, True) for key in sorted(keys))
         reply = self.rng.choice(speech.FORGET_ACKS)
         turn = Turn(user, reply, "forget", ACK_WEIGHT, (), events)
-        return Draft([turn], [lambda: [self.world.forget(*pair) for pair in told]])
+
+        def forget() -> None:
+            for entity, scene in told:
+                self.world.forget(entity, scene)
+
+        return Draft([turn], [forget])

@@ -113,12 +113,15 @@ def fill(
             out.append(part)
             continue
         if part.name == "s" or part.name in PRONOUNS:
+            assert who is not None  # a wording with {s} is of somebody
             text = who.form(part.name, part.case)
         elif part.name == "w":
             text = KEEP + values["w"] + KEEP_END + (part.case if part.case == "'s" else "")
         else:
             other = part.case == "~"
-            value = (others if other else values)[part.name]
+            source = others if other else values
+            assert source is not None  # {v~} needs others
+            value = source[part.name]
             if mark in (None, part.name) and not other:
                 text = VALUE + value + VALUE_END
             else:

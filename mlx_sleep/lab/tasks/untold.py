@@ -57,33 +57,31 @@ class Untold:
                 return entity, usable, rng.choice(untold)
             if scene.about in ("person", "pet", "word") and rng.random() < 0.6:
                 other = self.other(entity)
-                return other and (other, usable, fact.slot)
+                return (other, usable, fact.slot) if other else None
             if entity.about in ("none",) or scene.id in NAMES:
                 return None
-            usable = self.library.draw(rng, told.split, entity.about)
-            if usable is None:
+            drawn = self.library.draw(rng, told.split, entity.about)
+            if drawn is None or not self.teller.fits(entity, drawn.scene):
                 return None
-            scene = usable.scene
-            if not self.teller.fits(entity, scene):
-                return None
-            return entity, usable, rng.choice(list(scene.slots) or [""])
-        usable = self.library.draw(rng, told.split)
-        scene = usable.scene
+            return entity, drawn, rng.choice(list(drawn.scene.slots) or [""])
+        drawn = self.library.draw(rng, told.split)
+        assert drawn is not None  # every split has scenes
+        scene = drawn.scene
         if scene.id in NAMES:
             beings = [e for e in self.cast.of(NAMES[scene.id]) if not e.linked]
             being = rng.choice(beings) if beings else None
-            return being and (being, usable, "v" if being.first == being.relation else "r")
+            return (being, drawn, "v" if being.first == being.relation else "r") if being else None
         if scene.about == "me":
-            entity = self.cast.me
+            subject: Entity | None = self.cast.me
         elif scene.about == "thing":
-            entity = self.cast.thing(rng.choice(scene.subjects))
+            subject = self.cast.thing(rng.choice(scene.subjects))
         elif scene.about == "none":
-            entity = self.cast.none(scene.id)
+            subject = self.cast.none(scene.id)
         else:
-            entity = self.other(None, scene.about)
-        if entity is None:
+            subject = self.other(None, scene.about)
+        if subject is None:
             return None
-        return entity, usable, rng.choice(list(scene.slots) or [""])
+        return subject, drawn, rng.choice(list(scene.slots) or [""])
 
     def other(self, entity: Entity | None, about: str = "") -> Entity | None:
         """Somebody else of the same sort, known or not."""
