@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...utils.errors import UserError
 from ...utils.atomic import replace_file
+from ...utils.errors import UserError
 from ..tasks.depo import Depo
 from ..tasks.gsm import Gsm, make_tokenizer
 from ..tasks.rule110 import Rule110

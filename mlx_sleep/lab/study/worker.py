@@ -17,8 +17,8 @@ from random import Random
 
 from ...memory.lock import InUse, Lock
 from ...training.trainer import Trainer, Window
-from ...utils.errors import UserError
 from ...utils.atomic import replace_file
+from ...utils.errors import UserError
 from . import models
 from .probes import halting, retention
 from .records import (
