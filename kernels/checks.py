@@ -58,5 +58,18 @@ def check_groups(what: str, Hk: int, Hv: int) -> None:
         raise ValueError(f"{what}: Hv must be a multiple of Hk; they are {Hv} and {Hk}")
 
 
+def supported(Dk: int, Dv: int) -> bool:
+    """Whether the kernels take heads of these sizes: multiples of 8 from 32 to 256."""
+    return all(32 <= d <= 256 and d % 8 == 0 for d in (Dk, Dv))
+
+
+def check_heads(what: str, Dk: int, Dv: int) -> None:
+    """Heads must be `supported`."""
+    if not supported(Dk, Dv):
+        raise ValueError(
+            f"{what} take Dk and Dv that are multiples of 8 from 32 to 256, not {Dk} and {Dv}"
+        )
+
+
 def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import chunks
-from .checks import check, check_groups
+from .checks import check, check_groups, check_heads
 from .source import kernel
 
 SIMD_GROUPS = 8  # of a threadgroup of the step
@@ -38,7 +38,8 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
     conv         [B, K-1, Hv Dv + 2 Hk Dk]  the inputs before this one, oldest first
     conv_weight  [Hv Dv + 2 Hk Dk, K]; conv_bias [Hv Dv + 2 Hk Dk]
     A_log, dt_bias, D [Hv]; dt_limits the least and the largest step
-    state        [B, Hv, Dv, Dk] float32
+    state        [B, Hv, Dv, Dk] float32; begins at a multiple of 16 bytes, as every array does that
+                 is no cut of a flat one
 
     Returns (o [B, Hv, Dv] in xBC's dtype, conv in its dtype, state float32).
     """
@@ -56,6 +57,7 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
         D=(D, (Hv,)),
     )
     check_groups("the ssd step", Hk, Hv)
+    check_heads("the ssd kernels", Dk, Dv)
     return tuple(
         kernel("ssd.metal", "ssd_step")(
             inputs=[
