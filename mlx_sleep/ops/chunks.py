@@ -23,6 +23,11 @@ def masked(k, v, g, beta, mask):
     return mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0), g, beta
 
 
+def heads_of(k, v) -> tuple[int, int, int, int]:
+    """Hk, Hv, Dk, Dv of k [B, T, Hk, Dk] and v [B, T, Hv, Dv]."""
+    return k.shape[2], v.shape[2], k.shape[3], v.shape[3]
+
+
 def zero_state(k, v, dtype=mx.float32):
     """S = 0 [B, Hv, Dv, Dk] for k [B, T, Hk, Dk] and v [B, T, Hv, Dv]."""
     return mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype)

@@ -59,7 +59,7 @@ def gated_delta_net(
         return o[:, None], conv, state
 
     inputs = qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, state
-    if fused("gated_delta", T, Dk, Dv, K, mask):
+    if fused("gated_delta", T, (Hk, Hv, Dk, Dv), K, mask):
         return _one_launch(launch, arrays, inputs)
     return arrays(*inputs)
 
@@ -106,7 +106,7 @@ def mamba2(
         return o[:, None], conv, state
 
     inputs = xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state
-    if fused("ssd", T, Dk, Dv, K, mask):
+    if fused("ssd", T, (Hk, Hv, Dk, Dv), K, mask):
         return _one_launch(launch, arrays, inputs)
     return arrays(*inputs)
 

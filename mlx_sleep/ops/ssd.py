@@ -26,7 +26,7 @@ import mlx.nn as nn
 
 from ..kernels import ssd as kernels
 from ..kernels.checks import check_rule
-from .chunks import decay_matrix, prepare, unstack, zero_state
+from .chunks import decay_matrix, heads_of, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 64  # tokens a chunk
@@ -39,7 +39,7 @@ def ssd(q, k, v, g, beta, state=None, mask=None, D=None):
     """
     check_rule("ssd", q, k, v, g, beta, state, mask, D=(D, ("Hv",)))
     return {"metal": ssd_metal, "step": ssd_step, "chunk": ssd_chunk}[
-        path("ssd", q.shape[1], k.shape[3], v.shape[3])
+        path("ssd", q.shape[1], heads_of(k, v))
     ](q, k, v, g, beta, state, mask, D)
 
 
