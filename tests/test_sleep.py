@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_sleep.models.base import evict, flatten_state, kv_bytes, kv_length, unflatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.sleep import SleepCancelled, SleepFailed, consolidate, passes_over
-from mlx_sleep.training.trainer import checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.losses import checkpointed_block, sleep_loss
+from mlx_sleep.training.windows import labelled
 from mlx_sleep.utils.errors import UserError
 from tests.reference import Reference, weights
 
@@ -291,7 +292,7 @@ def example(rng):
 
 
 def labelled_free(x):
-    from mlx_sleep.training.trainer import Window
+    from mlx_sleep.training.windows import Window
 
     return Window(mx.array(x[None]))
 

@@ -60,7 +60,7 @@ def rows(
 
     def ours(trainer, N):
         def step():
-            return trainer._step(chunks, N), trainer.model.state, trainer.optimizer.state
+            return trainer.update(chunks, N), trainer.model.state, trainer.optimizer.state
 
         return step
 

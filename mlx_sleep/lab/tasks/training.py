@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 
 from ...models.sleep_hybrid import Model, ModelArgs
 from ...training.recipe import choices, stage_of, total_steps
-from ...training.trainer import Trainer, Window, labelled
+from ...training.trainer import Trainer
+from ...training.windows import Window, labelled
 from ...utils.errors import UserError
 from .memory import Level, MemoryTask
 
