@@ -8,7 +8,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)  # what the kernels take
 
 
 def check(what: str, dtypes=FLOATS, **arrays) -> dict[str, int]:
-    """The sizes behind the letters, which are the same in all arrays.
+    """The size of each letter, which is the same in all arrays.
 
     Each array comes as NAME=(array or None, sizes), a size being a number or a letter: q=(q,
     ("B", "T", "Hk", "Dk")). `mask` must be bool and the others of one of `dtypes` (None: of any).

@@ -250,8 +250,8 @@ for (int i = 0; i < key_tiles; ++i) {
 // the rows, so that blocks of rows leave partial sums: d_q, d_k [blocks, B, T, Hv, Dk] and d_g,
 // d_beta [blocks, B, T, Hv]; d_v and d_state are whole. dS lives in d_state, chunk after chunk.
 //
-// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j) and in the words
-// of the forward pass R = V - e K S^T, Y = U / b = R - N U, N_tj = D_tj k_t.k_j (j < t):
+// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j) and with the
+// forward pass's R = V - e K S^T, Y = U / b = R - N U, N_tj = D_tj k_t.k_j (j < t):
 //
 //   dU = P^T dO + f K dS'^T - N^T dY,   dY = b dU (solved from the last token back),   dV = dY
 //   db_t = dU_t.Y_t,   dP = dO U^T (j <= t),   dN = -dY U^T (j < t)

@@ -50,7 +50,7 @@ def cut(text: str) -> dict[str, Source]:
     header, *parts = _MARK.split(text)
     kernels = {}
     for name, inputs, outputs, body in zip(*[iter(parts)] * 4, strict=True):
-        names = (tuple(x.split(", ")) for x in (inputs, outputs))
+        names = tuple(inputs.split(", ")), tuple(outputs.split(", "))
         kernels[name] = Source(name, *names, header, body)
     return kernels
 
@@ -68,7 +68,7 @@ def kernel(file: str, name: str):
 
 def build(source: Source):
     """The callable of a Source. UserError where nothing can run it (`runs`)."""
-    if not runs():
-        raise UserError("the Metal kernels need a Metal GPU, and this machine has none")
     make = mx.fast.metal_kernel if mx.metal.is_available() else without_metal
+    if make is None:
+        raise UserError("the Metal kernels need a Metal GPU, and this machine has none")
     return make(PREFIX + source.name, source.inputs, source.outputs, source.body, source.header)

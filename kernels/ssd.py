@@ -17,7 +17,7 @@ def prefill(q, k, v, g, beta, state=None, mask=None, D=None):
 
 
 def backward(q, k, v, g, beta, state, d_o, d_state, mask=None, D=None):
-    """As `chunks.backward`, with the gradient of D behind the others where D is given."""
+    """As `chunks.backward`, and the gradient of D last where D is given."""
     inputs = q, k, v, g, beta, state, d_o, d_state, mask
     *grads, d_D = chunks.backward("ssd", *inputs, **_skip(D, v), per_head=True)
     return tuple(grads) if D is None else (*grads, d_D.astype(D.dtype))
