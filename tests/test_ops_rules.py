@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_sleep.ops.gates import decay_gates
 from mlx_sleep.ops.paths import VARIABLE
-from mlx_sleep.ops.ssd import mamba2_gates, ssd
+from mlx_sleep.ops.ssd import ssd
 from tests import ops_transformers
 from tests.ops_reference import (
     arrays,
@@ -237,7 +238,7 @@ def test_mamba2_against_transformers(monkeypatch, rng, kernels, limits):
     inputs = [q, k, v, rng.standard_normal(g.shape), A_log, dt_bias, D, state]
 
     def op(q, k, v, dt, A_log, dt_bias, D, state):
-        return ssd(q, k, v, *mamba2_gates(dt, A_log, dt_bias, limits), state, D=D)
+        return ssd(q, k, v, *decay_gates(dt, A_log, dt_bias, limits), state, D=D)
 
     to = weights(rng, [q, k, v, g, g, state])
     results, grads = ops_transformers.mamba2(inputs, to, limits)

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..ops.activations import silu
 from ..ops.gated_delta import gated_delta
+from ..ops.gates import decay_gates
 from ..ops.mixers import gated_delta_net, l2_norm
 from ..utils.errors import UserError
 from .base import SleepConfig, from_config
@@ -159,8 +160,7 @@ class GatedDeltaNet(nn.Module):
         beta = mx.sigmoid(self.b_proj(x).astype(mx.float32))
         if self.allow_neg_eigval:
             beta = 2 * beta
-        step = nn.softplus(self.a_proj(x).astype(mx.float32) + self.dt_bias.astype(mx.float32))
-        g = -mx.exp(self.A_log.astype(mx.float32)) * step
+        g, _ = decay_gates(self.a_proj(x), self.A_log, self.dt_bias)
         o, new["fast_weights"] = gated_delta(
             q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask
         )

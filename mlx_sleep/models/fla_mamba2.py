@@ -16,8 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..ops.activations import silu
+from ..ops.gates import decay_gates
 from ..ops.mixers import mamba2
-from ..ops.ssd import mamba2_gates, ssd
+from ..ops.ssd import ssd
 from ..utils.errors import UserError
 from .base import SleepConfig, from_config
 from .fla_common import (
@@ -152,7 +153,7 @@ class Mamba2(nn.Module):
         v, k, q = mx.split(xBC, [self.inner, self.inner + self.G * self.N], axis=-1)
         v = v.reshape(B, T, self.H, self.P)
         q, k = (a.reshape(B, T, self.G, self.N) for a in (q, k))
-        g, beta = mamba2_gates(dt, self.A_log, self.dt_bias, self._dt_limits)
+        g, beta = decay_gates(dt, self.A_log, self.dt_bias, self._dt_limits)
         o, S = ssd(q, k, v, g, beta, state.get("fast_weights"), mask)
         return o + self.D.reshape(self.H, -1) * v, {"fast_weights": S, "conv": conv}
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from ..ops.activations import silu
 from ..ops.conv import dynamic_conv
 from ..ops.gated_delta import gated_delta
+from ..ops.gates import decay_gates
 from ..ops.mixers import l2_norm
 from ..utils.errors import UserError
 from .attention import Attention
@@ -164,8 +165,7 @@ class JetBlock(nn.Module):
         v, conv = self.dynamic_conv1d(self.v_proj(x), x, state.get("conv"), mask)
         v = v.reshape(B, T, self.H, self.Dv)
         beta = mx.sigmoid(self.b_proj(x))
-        a = self.a_proj(x).astype(mx.float32)
-        g = -mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(a + self.dt_bias)
+        g, _ = decay_gates(self.a_proj(x), self.A_log, self.dt_bias)
         o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask)
         z = self.g_proj(x).reshape(B, T, self.H, self.Dv)
         o = self.o_norm(o) * silu(z)
