@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.base import State, evict
-from ...sleep import passes_over
+from ...sleep import fast_weights_moved, passes_over
 from ...training.windows import Window, labelled
 from ..statistics import wilson
 from ..tasks.synthetic import Batch
@@ -166,7 +166,8 @@ def _until_still(model, chunk: Window, state: State, most: int, threshold: float
     used = np.full(len(chunk.tokens), most)
     before = state
     for n, now in enumerate(after, 1):
-        used = np.where((used == most) & (_moved(before, now) < threshold), n, used)
+        moved = np.array(fast_weights_moved(before, now, axis=(1, 2, 3)))
+        used = np.where((used == most) & (moved < threshold), n, used)
         before = now
     which = mx.array(used - 1)
     chosen = []
@@ -179,18 +180,6 @@ def _until_still(model, chunk: Window, state: State, most: int, threshold: float
         chosen.append(layer)
     mx.eval(chosen)
     return chosen, used
-
-
-def _moved(before: State, after: State) -> np.ndarray:
-    """|after - before| / |after| of S for each row [B]."""
-    change = size = 0.0
-    for old, new in zip(before, after, strict=True):
-        if "fast_weights" in new:
-            S = new["fast_weights"]
-            step = S - old["fast_weights"] if "fast_weights" in old else S
-            change = change + mx.square(step).sum(axis=(1, 2, 3))
-            size = size + mx.square(S).sum(axis=(1, 2, 3))
-    return np.array(mx.sqrt(change / mx.maximum(size, 1e-30)))
 
 
 def _groups(n: int) -> Iterator[range]:
