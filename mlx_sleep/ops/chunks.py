@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
+
+custom_function: Any = mx.custom_function  # in MLX's stub a call of one gives `object`
 
 
 def prepare(q, k, v, g, beta, state, mask):
@@ -33,7 +37,7 @@ def zero_state(k, v, dtype=mx.float32):
     return mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype)
 
 
-@mx.custom_function
+@custom_function
 def decay_matrix(g):
     """Decay between the tokens of a chunk: D_tj = a_{j+1} ... a_t for j <= t, 0 above.
 
@@ -59,7 +63,7 @@ def _triangles(g):
     return mx.tril(ones), mx.tril(ones, -1).astype(mx.bool_)
 
 
-@mx.custom_function
+@custom_function
 def unstack(x):
     """The rows x[0], x[1], ... as a list, with a gradient that is one stack.
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from ..kernels import gated_delta as kernels
 from ..kernels.checks import check_rule
-from .chunks import decay_matrix, heads_of, prepare, unstack, zero_state
+from .chunks import custom_function, decay_matrix, heads_of, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 32  # tokens a chunk; a power of two
@@ -118,11 +118,11 @@ def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUN
         u = u_i - w_i @ state.swapaxes(-1, -2)
         o.append(q_i @ state.swapaxes(-1, -2) + within_i @ u)
         state = through * state + u.swapaxes(-1, -2) @ k_i
-    o = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
-    return o[:, :T].astype(dtype), state
+    joined = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
+    return joined[:, :T].astype(dtype), state
 
 
-@mx.custom_function
+@custom_function
 def unit_lower_inverse(A: mx.array) -> mx.array:
     """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two.
 

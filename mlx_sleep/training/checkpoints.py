@@ -65,8 +65,8 @@ def load(run: Path) -> Checkpoint | None:
     if not folder.exists():
         return None
     try:
-        weights = mx.load(str(folder / "model.safetensors"))
-        optimizer = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
+        weights = _arrays(folder / "model.safetensors")
+        optimizer = tree_unflatten(list(_arrays(folder / "optimizer.safetensors").items()))
         progress = json.loads((folder / "progress.json").read_text())
         return Checkpoint(weights, optimizer, progress["step"], progress["tokens"])
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -74,3 +74,9 @@ def load(run: Path) -> Checkpoint | None:
             f"the checkpoint in {run} cannot be read: {one_line(error)}; remove it to start from "
             "the first step"
         ) from error
+
+
+def _arrays(file: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)  # what a .safetensors file gives
+    return arrays

@@ -23,18 +23,18 @@ def sleep_loss(
     """
     state = model.init_state(windows[0].tokens.shape[0])
     total = weight = hits = labels = mx.array(0.0)
-    for window in windows:
-        if window.positions is None:
-            state = passes_over(model, window.tokens, state, passes, window.mask, block=block)
+    for tokens, mask, positions, targets, weights, scored in windows:
+        if positions is None or targets is None or weights is None or scored is None:
+            state = passes_over(model, tokens, state, passes, mask, block=block)
             continue
-        h, state = model.hidden(window.tokens, state, window.mask)
+        h, state = model.hidden(tokens, state, mask)
         state = evict(state, model.sleep)
-        logits = model.head(mx.take_along_axis(h, window.positions[..., None], axis=1))
-        losses = nn.losses.cross_entropy(logits, window.targets)
-        total = total + (losses * window.weights).sum()
-        weight = weight + window.weights.sum()
-        hits = hits + ((mx.argmax(logits, axis=-1) == window.targets) & window.scored).sum()
-        labels = labels + window.scored.sum()
+        logits = model.head(mx.take_along_axis(h, positions[..., None], axis=1))
+        losses = nn.losses.cross_entropy(logits, targets)
+        total = total + (losses * weights).sum()
+        weight = weight + weights.sum()
+        hits = hits + ((mx.argmax(logits, axis=-1) == targets) & scored).sum()
+        labels = labels + scored.sum()
     return total / weight, hits / mx.maximum(labels, 1)
 
 

@@ -145,14 +145,15 @@ class Trainer:
         if not self.compiled:
             return self._update(windows, passes)
         if passes not in self._updates:
-            state = [self.model.state, self.optimizer.state]
-            # Over plain tuples: mx.compile gives containers back as lists, tuples and dicts.
-            self._updates[passes] = mx.compile(
-                lambda rows: self._update([Window(*row) for row in rows], passes),
-                inputs=state,
-                outputs=state,
-            )
+            self._updates[passes] = self._compile(passes)
         return self._updates[passes]([tuple(window) for window in windows])
+
+    def _compile(self, passes: int) -> Callable:
+        def update(rows):  # plain tuples: mx.compile knows lists, tuples and dicts alone
+            return self._update([Window(*row) for row in rows], passes)
+
+        state = [self.model.state, self.optimizer.state]
+        return mx.compile(update, inputs=state, outputs=state)
 
     def _update(self, windows, passes):
         grad = nn.value_and_grad(self.model, sleep_loss)
@@ -168,7 +169,7 @@ class Trainer:
     def _check_finite(self, **values: mx.array) -> None:
         """A gradient that is not finite has spoilt the weights: stop before they are saved."""
         for what, value in values.items():
-            if not math.isfinite(value.item()):
+            if not math.isfinite(float(value)):
                 raise UserError(
                     f"the {what} is not finite at step {self.step + 1}; lower the learning rates "
                     "in the recipe, and start again in another --out"

@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
     def count_tokens(self) -> int:
         """Tokens that are not padding."""
-        return self.tokens.size if self.mask is None else int(self.mask.sum().item())
+        return self.tokens.size if self.mask is None else int(self.mask.sum())
 
 
 def labelled(tokens, mask, weights, scored=None) -> Window:
