@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_sleep.models.base import evict, flatten_state, kv_bytes, kv_length, unflatten_state
+from mlx_sleep.models.base import evict, flatten_state, kv_bytes, unflatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.sleep import SleepCancelled, SleepFailed, consolidate, passes_over
 from mlx_sleep.training.losses import checkpointed_block, sleep_loss
 from mlx_sleep.training.windows import labelled
 from mlx_sleep.utils.errors import UserError
 from tests.reference import Reference, weights
+from tests.states import kv_length
 
 LAYERS = ("attention", "gated_deltanet", "attention", "mamba2")
 
