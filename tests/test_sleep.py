@@ -220,7 +220,7 @@ def test_a_cancelled_sleep_changes_nothing(rng, stop_after):
             3,
             should_stop=lambda: asked.append(1) or len(asked) == stop_after,
         )
-    assert len(asked) == stop_after  # once behind every block
+    assert len(asked) == stop_after  # once after every block
     after = copies(state)
     assert before.keys() == after.keys()
     assert all((before[n] == after[n]).all() for n in before)

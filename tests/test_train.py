@@ -124,7 +124,7 @@ def test_the_compiled_path_gives_the_same_losses(recipe, tmp_path, monkeypatch):
 
 
 def test_a_row_of_the_metrics_is_written_whole_or_not_at_all(tmp_path):
-    """A limit of the file's size stands in for a full disk, in the middle of a row."""
+    """A file size limit in place of a full disk, in the middle of a row."""
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
@@ -220,7 +220,7 @@ def raise_stop(row):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(recipe, tmp_path):
-    """A file size limit stands in for a full disk, as in test_load.py."""
+    """A file size limit in place of a full disk, as in test_load.py."""
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"

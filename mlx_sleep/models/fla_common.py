@@ -1,4 +1,4 @@
-"""What the hybrids of flash-linear-attention (fla) have in common: attention, MLP, convolution.
+"""What the hybrids of flash-linear-attention (fla) share: attention, MLP, convolution.
 
 fla is PyTorch and Triton, github.com/fla-org/flash-linear-attention; its layers are followed as of
 version 0.6.0, and parameters carry its names. A layer is one function for a chunk of any length
