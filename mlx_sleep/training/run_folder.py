@@ -58,12 +58,13 @@ class Metrics:
             if row["step"] > step:
                 break
             rows.append(line + "\n")
-        replace_file(self._path, "".join(rows).encode())
+        with self._one_line_errors():
+            replace_file(self._path, "".join(rows).encode())
 
     def append(self, row: dict) -> None:
         """One more row, by a single write: a kill leaves all of it or nothing."""
         line = (json.dumps(row) + "\n").encode()
-        with os_errors_as_user_errors(f"cannot write {self._path}", "make it writable"):
+        with self._one_line_errors():
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 size = os.fstat(file).st_size
@@ -73,3 +74,6 @@ class Metrics:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(file)
+
+    def _one_line_errors(self):
+        return os_errors_as_user_errors(f"cannot write {self._path}", "make it writable")
