@@ -8,7 +8,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)  # what the kernels take
 
 
 def check(what: str, dtypes=FLOATS, **arrays) -> dict[str, int]:
-    """The sizes behind the letters, which are the same in all arrays.
+    """The size of each letter, which is the same in all arrays.
 
     Each array comes as NAME=(array or None, sizes), a size being a number or a letter: q=(q,
     ("B", "T", "Hk", "Dk")). `mask` must be bool and the others of one of `dtypes` (None: of any).
@@ -56,6 +56,19 @@ def check_groups(what: str, Hk: int, Hv: int) -> None:
     """Heads of v must share out evenly among those of k."""
     if Hv and (Hk < 1 or Hv % Hk):
         raise ValueError(f"{what}: Hv must be a multiple of Hk; they are {Hv} and {Hk}")
+
+
+def supported(Dk: int, Dv: int) -> bool:
+    """Whether the kernels take heads of these sizes: multiples of 8 from 32 to 256."""
+    return all(32 <= d <= 256 and d % 8 == 0 for d in (Dk, Dv))
+
+
+def check_heads(what: str, Dk: int, Dv: int) -> None:
+    """Heads must be `supported`."""
+    if not supported(Dk, Dv):
+        raise ValueError(
+            f"{what} take Dk and Dv that are multiples of 8 from 32 to 256, not {Dk} and {Dv}"
+        )
 
 
 def _name(dtype: mx.Dtype) -> str:

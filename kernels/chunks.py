@@ -1,30 +1,28 @@
 """Launches of the prefill and backward kernels, which the families share: shapes, types, grids.
 
 `rule` is a family's name: RULE.metal holds RULE_prefill and RULE_backward. Arrays are named and
-shaped as in the ops. The kernels take heads whose Dk and Dv are `supported`.
+shaped as in the ops. Heads must be `checks.supported`.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from .checks import FLOATS, check_rule
+from .checks import FLOATS, check_heads, check_rule
 from .source import kernel
 
+MOST_BANDS = 8
+"""SIMD groups of a prefill threadgroup. M1 and M2 launch 512 threads only of a kernel with at most
+104 registers a thread, and these may have more; 256 threads always launch."""
 BACKWARD_CHUNK = 8  # tokens; one state is kept for each
 BACKWARD_GROUPS = 8  # SIMD groups of a threadgroup
-
-
-def supported(Dk: int, Dv: int) -> bool:
-    """Whether the kernels take heads of these sizes: multiples of 8 from 32 to 256."""
-    return all(32 <= d <= 256 and d % 8 == 0 for d in (Dk, Dv))
 
 
 def prefill(rule, q, k, v, g, beta, state=None, mask=None, extra=(), extra_template=()):
     """Any number of tokens: (o [B, T, Hv, Dv] in v's dtype, 0 at padding, state float32).
 
-    One launch. q and k are read once where one threadgroup holds all of Dv, and once for each
-    block of Dv otherwise; everything else is read or written once.
+    One launch. A threadgroup holds up to 64 of Dv, and each reads q, k, g and beta; all else is
+    read or written once.
     """
     _check(rule, q, k, v, g, beta, state, mask)
     B, T, Hv, Dv = v.shape
@@ -109,17 +107,13 @@ def backward(
 
 def _check(rule, q, k, v, g, beta, state, mask, **more):
     check_rule(f"the {rule} kernels", q, k, v, g, beta, state, mask, FLOATS, **more)
-    if not supported(k.shape[3], v.shape[3]):
-        raise ValueError(
-            f"the {rule} kernels take Dk and Dv that are multiples of 8 from 32 to 256, "
-            f"not {k.shape[3]} and {v.shape[3]}"
-        )
+    check_heads(f"the {rule} kernels", k.shape[3], v.shape[3])
 
 
 def _prefill(rule, inputs, o_shape, o_dtype, mask, C, checkpoints, extra_template):
     B, _, Hv, Dv = inputs[2].shape
     Dk = inputs[1].shape[3]
-    bands = _largest_divisor(Dv // 8, 16 if Dk <= 128 else 8)  # registers hold 8 Dk of S a band
+    bands = _largest_divisor(Dv // 8, MOST_BANDS)
     return tuple(
         kernel(f"{rule}.metal", f"{rule}_prefill")(
             inputs=inputs,

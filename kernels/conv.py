@@ -15,7 +15,7 @@ def forward(x, weight, state=None, mask=None):
     """y [B, T, C] and the state [B, K-1, C], both in x's dtype.
 
     x [B, T, C]; weight [C, K], or [B, T, C, K] for taps of their own at each token; state
-    [B, K-1, C] or None for zeros; mask [B, T] bool, False for padding behind a row's real tokens.
+    [B, K-1, C] or None for zeros; mask [B, T] bool, False for padding after a row's real tokens.
     K is at least 2.
     """
     B, T, C, K = _check(x, weight, state, mask)

@@ -7,18 +7,18 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
-// Arrays that stay in registers need loops without a counter.
+// Arrays that stay in registers need loops without a counter, of a fixed number of rounds.
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 constant constexpr float kNormEps = 1e-6f;  // of the L2 norm of q and k
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+inline float sigmoid(float x) { return 1.0f / (1.0f + precise::exp(-x)); }
 inline float silu(float x) { return x * sigmoid(x); }
 // log(1 + exp(x)) to the last digits also where exp(x) is far below 1 (Kahan's log1p).
 inline float softplus(float x) {
-  const float e = exp(x);
+  const float e = precise::exp(x);
   const float y = 1.0f + e;
-  return x > 20.0f ? x : y == 1.0f ? e : log(y) * e / (y - 1.0f);
+  return x > 20.0f ? x : y == 1.0f ? e : precise::log(y) * e / (y - 1.0f);
 }
 
 // exp of g[from] + ... + g[to]: as exact as the recurrence, where a difference of running sums is
@@ -26,7 +26,7 @@ inline float softplus(float x) {
 inline float decay(const threadgroup float* g, int from, int to) {
   float sum = 0.0f;
   for (int i = from; i <= to; ++i) sum += g[i];
-  return exp(sum);
+  return precise::exp(sum);
 }
 
 // kernel gated_delta_prefill(q, k, v, g, beta, state, mask, T, Hk, Hv) -> (o, state_out)
@@ -92,7 +92,7 @@ for (int start = 0; start < T; start += C) {
     }
   }
 
-  // Padding, and what lies behind the last token, has a = 1 and b = 0.
+  // Padding, and what follows the last token, has a = 1 and b = 0.
   for (int i = index; i < C * Dk; i += threads) {
     const int t = i / Dk;
     const int d = i % Dk;
@@ -121,7 +121,8 @@ for (int start = 0; start < T; start += C) {
   UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     UNROLL
-    for (int j = 0; j <= i; ++j) {
+    for (int j = 0; j < chunk_tiles; ++j) {
+      if (j > i) continue;
       for (int which = 0; which < (Checkpoints ? 1 : 2); ++which, ++job) {
         if (job % Bands != simd_index) continue;
         const threadgroup float* left = (which ? q_chunk : k_chunk) + 8 * i * row_size;
@@ -183,7 +184,9 @@ for (int start = 0; start < T; start += C) {
     for (int t = 0; t < C; ++t) {
       u[t] = band[8 * t + lane];
       UNROLL
-      for (int s = 0; s < t; ++s) u[t] = fma(-A[t * C + s], u[s], u[t]);
+      for (int s = 0; s < C; ++s) {
+        if (s < t) u[t] = fma(-A[t * C + s], u[s], u[t]);
+      }
       band[8 * t + lane] = u[t];
     }
   }
@@ -199,7 +202,8 @@ for (int start = 0; start < T; start += C) {
     simdgroup_load(x, start_diagonal + 64 * i, 8);
     simdgroup_multiply(out, x, q_S[i]);
     UNROLL
-    for (int j = 0; j <= i; ++j) {
+    for (int j = 0; j < chunk_tiles; ++j) {
+      if (j > i) continue;
       simdgroup_load(x, P + 8 * i * C + 8 * j, C);
       simdgroup_multiply_accumulate(out, x, U[j], out);
     }
@@ -246,8 +250,8 @@ for (int i = 0; i < key_tiles; ++i) {
 // the rows, so that blocks of rows leave partial sums: d_q, d_k [blocks, B, T, Hv, Dk] and d_g,
 // d_beta [blocks, B, T, Hv]; d_v and d_state are whole. dS lives in d_state, chunk after chunk.
 //
-// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j) and in the words
-// of the forward pass R = V - e K S^T, Y = U / b = R - N U, N_tj = D_tj k_t.k_j (j < t):
+// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j) and with the
+// forward pass's R = V - e K S^T, Y = U / b = R - N U, N_tj = D_tj k_t.k_j (j < t):
 //
 //   dU = P^T dO + f K dS'^T - N^T dY,   dY = b dU (solved from the last token back),   dV = dY
 //   db_t = dU_t.Y_t,   dP = dO U^T (j <= t),   dN = -dY U^T (j < t)
@@ -402,7 +406,9 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
     for (int t = 0; t < C; ++t) {
       y[t] = U[t * value_row + d];
       UNROLL
-      for (int s = 0; s < t; ++s) y[t] = fma(-N[8 * t + s], u[s], y[t]);
+      for (int s = 0; s < C; ++s) {
+        if (s < t) y[t] = fma(-N[8 * t + s], u[s], y[t]);
+      }
       u[t] = beta_chunk[t] * y[t];
       U[t * value_row + d] = u[t];
     }
@@ -411,9 +417,13 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       float du = dY[t * value_row + d];
       f_sum[t] += u[t] * du;
       UNROLL
-      for (int s = t; s < C; ++s) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
+      for (int s = 0; s < C; ++s) {
+        if (s >= t) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
+      }
       UNROLL
-      for (int s = t + 1; s < C; ++s) du = fma(-N[8 * s + t], dy[s], du);
+      for (int s = 0; s < C; ++s) {
+        if (s > t) du = fma(-N[8 * s + t], dy[s], du);
+      }
       beta_sum[t] += du * y[t];
       dy[t] = beta_chunk[t] * du;
       dY[t * value_row + d] = dy[t];
@@ -561,7 +571,7 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
 constexpr int parts = (Dk + 127) / 128;  // float4s of a row of S that a lane holds
 constexpr int threads = 32 * SimdGroups;
 
-threadgroup float inputs[2 * Dk + Dv];  // q, k, v behind the convolution and silu
+threadgroup float inputs[2 * Dk + Dv];  // q, k, v after the convolution and silu
 threadgroup float read_out[Dv];
 
 const int index = thread_index_in_threadgroup;
@@ -621,8 +631,9 @@ for (int i = 0; i < parts; ++i) {
 const float beta = sigmoid(static_cast<float>(ba[2 * b * Hv + hv]));
 const float step = softplus(static_cast<float>(ba[(2 * b + 1) * Hv + hv]) +
                             static_cast<float>(dt_bias[hv]));
-const float a = exp(-exp(static_cast<float>(A_log[hv])) * step);
+const float a = precise::exp(-precise::exp(static_cast<float>(A_log[hv])) * step);
 
+// Rows of S are read as float4s: Dk is a multiple of 4, and `state` begins at 16 bytes.
 for (int row = simd_index; row < Dv; row += SimdGroups) {
   const size_t at = (size_t(n) * Dv + row) * Dk;
   const device float4* from = (const device float4*)(state + at);

@@ -7,7 +7,7 @@ from functools import partial
 import mlx.core as mx
 
 from . import chunks
-from .checks import check, check_groups
+from .checks import check, check_groups, check_heads
 from .source import kernel
 
 SIMD_GROUPS = 8  # of a threadgroup of the step
@@ -25,7 +25,8 @@ def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, s
     conv         [B, K-1, 2 Hk Dk + Hv Dv]  the inputs before this one, oldest first
     conv_weight  [2 Hk Dk + Hv Dv, K]
     A_log, dt_bias [Hv]; norm_weight [Dv]; norm_eps a float
-    state        [B, Hv, Dv, Dk] float32
+    state        [B, Hv, Dv, Dk] float32; begins at a multiple of 16 bytes, as every array does that
+                 is no cut of a flat one
 
     Returns (o [B, Hv, Dv] in z's dtype, conv in its dtype, state float32).
     """
@@ -43,6 +44,7 @@ def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, s
         norm_weight=(norm_weight, (Dv,)),
     )
     check_groups("the gated_delta step", Hk, Hv)
+    check_heads("the gated_delta kernels", Dk, Dv)
     return tuple(
         kernel("gated_delta.metal", "gated_delta_step")(
             inputs=[

@@ -1,6 +1,6 @@
 """Cuts a .metal file into its kernels and compiles one when it is first called.
 
-A file holds one family. What stands before its first kernel is shared by all of them, and each
+A file holds one family. The text before its first kernel is shared by all of them, and each
 kernel opens with a line that names its buffers in order:
 
     // kernel NAME(input, ...) -> (output, ...)
@@ -19,6 +19,9 @@ from importlib import resources
 import mlx.core as mx
 
 from ..utils.errors import UserError
+
+PREFIX = "mlx_sleep_"
+"""Of the names that Metal sees: mlx-lm has a kernel `gated_delta_step`, too."""
 
 without_metal: Callable | None = None
 """Takes the place of `mx.fast.metal_kernel` where there is no Metal. Tests set it."""
@@ -47,7 +50,7 @@ def cut(text: str) -> dict[str, Source]:
     header, *parts = _MARK.split(text)
     kernels = {}
     for name, inputs, outputs, body in zip(*[iter(parts)] * 4, strict=True):
-        names = (tuple(x.split(", ")) for x in (inputs, outputs))
+        names = tuple(inputs.split(", ")), tuple(outputs.split(", "))
         kernels[name] = Source(name, *names, header, body)
     return kernels
 
@@ -65,7 +68,7 @@ def kernel(file: str, name: str):
 
 def build(source: Source):
     """The callable of a Source. UserError where nothing can run it (`runs`)."""
-    if not runs():
-        raise UserError("the Metal kernels need a Metal GPU, and this machine has none")
     make = mx.fast.metal_kernel if mx.metal.is_available() else without_metal
-    return make(source.name, source.inputs, source.outputs, source.body, source.header)
+    if make is None:
+        raise UserError("the Metal kernels need a Metal GPU, and this machine has none")
+    return make(PREFIX + source.name, source.inputs, source.outputs, source.body, source.header)

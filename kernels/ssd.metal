@@ -8,15 +8,15 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
-// Arrays that stay in registers need loops without a counter.
+// Arrays that stay in registers need loops without a counter, of a fixed number of rounds.
 #define UNROLL _Pragma("clang loop unroll(full)")
 
-inline float silu(float x) { return x / (1.0f + exp(-x)); }
+inline float silu(float x) { return x / (1.0f + precise::exp(-x)); }
 // log(1 + exp(x)) to the last digits also where exp(x) is far below 1 (Kahan's log1p).
 inline float softplus(float x) {
-  const float e = exp(x);
+  const float e = precise::exp(x);
   const float y = 1.0f + e;
-  return x > 20.0f ? x : y == 1.0f ? e : log(y) * e / (y - 1.0f);
+  return x > 20.0f ? x : y == 1.0f ? e : precise::log(y) * e / (y - 1.0f);
 }
 
 // exp of g[from] + ... + g[to]: as exact as the recurrence, where a difference of running sums is
@@ -24,7 +24,7 @@ inline float softplus(float x) {
 inline float decay(const threadgroup float* g, int from, int to) {
   float sum = 0.0f;
   for (int i = from; i <= to; ++i) sum += g[i];
-  return exp(sum);
+  return precise::exp(sum);
 }
 
 // kernel ssd_prefill(q, k, v, g, beta, state, mask, T, Hk, Hv, D) -> (o, state_out)
@@ -87,7 +87,7 @@ for (int start = 0; start < T; start += C) {
     }
   }
 
-  // Padding, and what lies behind the last token, has a = 1 and b = 0.
+  // Padding, and what follows the last token, has a = 1 and b = 0.
   for (int i = index; i < C * Dk; i += threads) {
     const int t = i / Dk;
     const int d = i % Dk;
@@ -167,7 +167,8 @@ for (int start = 0; start < T; start += C) {
     simdgroup_load(x, start_diagonal + 64 * i, 8);
     simdgroup_multiply(out, x, q_S[i]);
     UNROLL
-    for (int j = 0; j <= i; ++j) {
+    for (int j = 0; j < chunk_tiles; ++j) {
+      if (j > i) continue;
       simdgroup_load(x, P + 8 * i * C + 8 * j, C);
       simdgroup_multiply_accumulate(out, x, U[j], out);
     }
@@ -366,7 +367,9 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       U[t * value_row + d] = beta_chunk[t] * value;
       f_sum[t] += beta_chunk[t] * value * du;
       UNROLL
-      for (int s = t; s < C; ++s) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
+      for (int s = 0; s < C; ++s) {
+        if (s >= t) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
+      }
       beta_sum[t] += du * value;
       const float d_out = d_o_chunk[t * value_row + d];
       D_sum += d_out * value;
@@ -431,8 +434,14 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
     }
     for (int which = 0; which < 2; ++which) {  // dK, dQ
       simdgroup_float8x8 sum(0.0f);
-      simdgroup_load(x, dP, 8, ulong2(0, 0), which == 0);
-      simdgroup_load(y, (which ? k_chunk : q_chunk) + column, key_row);
+      // macOS 14 and 15 want a transpose flag that is a constant.
+      if (which) {
+        simdgroup_load(x, dP, 8);
+        simdgroup_load(y, k_chunk + column, key_row);
+      } else {
+        simdgroup_load(x, dP, 8, ulong2(0, 0), true);
+        simdgroup_load(y, q_chunk + column, key_row);
+      }
       simdgroup_multiply_accumulate(sum, x, y, sum);
       if (!which) {
         simdgroup_load(x, end_diagonal, 8);
@@ -503,7 +512,7 @@ if (index == 0) {
 constexpr int parts = (Dk + 127) / 128;  // float4s of a row of S that a lane holds
 constexpr int threads = 32 * SimdGroups;
 
-threadgroup float inputs[Dv + 2 * Dk];  // v, k, q behind the convolution and silu
+threadgroup float inputs[Dv + 2 * Dk];  // v, k, q after the convolution and silu
 
 const int index = thread_index_in_threadgroup;
 const int simd_index = simdgroup_index_in_threadgroup;
@@ -535,7 +544,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 const float dt_raw = static_cast<float>(dt[b * Hv + hv]) + static_cast<float>(dt_bias[hv]);
 const float step = clamp(softplus(dt_raw), dt_least, dt_most);
-const float a = exp(-exp(static_cast<float>(A_log[hv])) * step);
+const float a = precise::exp(-precise::exp(static_cast<float>(A_log[hv])) * step);
 const float skip = static_cast<float>(D[hv]);
 
 float4 k4[parts];
@@ -551,6 +560,7 @@ for (int i = 0; i < parts; ++i) {
     q4[i] = float4(key[Dk], key[Dk + 1], key[Dk + 2], key[Dk + 3]);
   }
 }
+// Rows of S are read as float4s: Dk is a multiple of 4, and `state` begins at 16 bytes.
 for (int row = simd_index; row < Dv; row += SimdGroups) {
   const size_t at = (size_t(n) * Dv + row) * Dk;
   const device float4* from = (const device float4*)(state + at);

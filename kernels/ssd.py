@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import chunks
-from .checks import check, check_groups
+from .checks import check, check_groups, check_heads
 from .source import kernel
 
 SIMD_GROUPS = 8  # of a threadgroup of the step
@@ -17,7 +17,7 @@ def prefill(q, k, v, g, beta, state=None, mask=None, D=None):
 
 
 def backward(q, k, v, g, beta, state, d_o, d_state, mask=None, D=None):
-    """As `chunks.backward`, with the gradient of D behind the others where D is given."""
+    """As `chunks.backward`, and the gradient of D last where D is given."""
     inputs = q, k, v, g, beta, state, d_o, d_state, mask
     *grads, d_D = chunks.backward("ssd", *inputs, **_skip(D, v), per_head=True)
     return tuple(grads) if D is None else (*grads, d_D.astype(D.dtype))
@@ -38,7 +38,8 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
     conv         [B, K-1, Hv Dv + 2 Hk Dk]  the inputs before this one, oldest first
     conv_weight  [Hv Dv + 2 Hk Dk, K]; conv_bias [Hv Dv + 2 Hk Dk]
     A_log, dt_bias, D [Hv]; dt_limits the least and the largest step
-    state        [B, Hv, Dv, Dk] float32
+    state        [B, Hv, Dv, Dk] float32; begins at a multiple of 16 bytes, as every array does that
+                 is no cut of a flat one
 
     Returns (o [B, Hv, Dv] in xBC's dtype, conv in its dtype, state float32).
     """
@@ -56,6 +57,7 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
         D=(D, (Hv,)),
     )
     check_groups("the ssd step", Hk, Hv)
+    check_heads("the ssd kernels", Dk, Dv)
     return tuple(
         kernel("ssd.metal", "ssd_step")(
             inputs=[

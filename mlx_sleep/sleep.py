@@ -60,17 +60,17 @@ def passes_over(
 ) -> State:
     """N passes of the blocks over one window, Algorithm 1: the state that crosses the boundary.
 
-    tokens [B, T] int32, mask [B, T] bool (False is padding on the right), state as it stood at
-    the START of the window. h runs on from pass to pass, S is never reset, and the KV cache is
-    rebuilt from h in each pass. Blocks outside the model's `loop_range` run once.
+    tokens [B, T] int32, mask [B, T] bool (False is padding on the right), state as of the START of
+    the window. h runs on from pass to pass, S is never reset, and the KV cache is rebuilt from h
+    in each pass. Blocks outside the model's `loop_range` run once.
 
-    Of a model that loops when awake (`loops` > 1), pass n stands for loop n, and every pass beyond
-    the last loop for the last: it attends to the KV that this loop kept at an earlier boundary,
-    and what is kept of its own KV goes to that loop, and to those after it that had no pass of
-    their own. There is one S, in the slots of the first loop; S of the others is dropped.
+    In a model that loops when awake (`loops` > 1), pass n is loop n, and every pass beyond the last
+    loop is the last again: it attends to the KV that this loop kept at an earlier boundary, and
+    what is kept of its own KV goes to that loop, and to later ones that had no pass of their own.
+    There is one S, in the slots of the first loop; S of the others is dropped.
 
-    `after_block(pass, h, state)` is called behind every block; `block` stands in for
-    `model.block`, which is how training checkpoints the passes.
+    `after_block(pass, h, state)` is called after every block; `block` replaces `model.block`, which
+    is how training checkpoints the passes.
     """
     block = block or model.block
     blocks = model.num_layers
@@ -87,7 +87,7 @@ def passes_over(
             if "fast_weights" in state[i]:
                 before = {**before, "fast_weights": state[i]["fast_weights"]}
             h, after = block(i, h, before, mask)
-            # A hard eviction drops the KV of all loops: there the newest may stand in for each.
+            # A hard eviction drops the KV of all loops: there the newest serves for each.
             first = loop if model.sleep.eviction == "sliding" and lo <= i < hi else 0
             _place(state, i, after, range(first * blocks + i, len(state), blocks))
             if i == blocks - 1:
@@ -98,7 +98,7 @@ def passes_over(
 
 
 def _place(state, i, after, slots):
-    """Puts block i's state behind a pass into the list: S into slot i, all else into `slots`."""
+    """Puts block i's state after a pass into the list: S into slot i, all else into `slots`."""
     rest = {name: x for name, x in after.items() if name != "fast_weights"}
     for slot in slots:
         state[slot] = rest
@@ -139,17 +139,16 @@ def consolidate(
         raise UserError(NOTHING_TO_SLEEP_INTO)
     started = time.perf_counter()
     lo, hi = model.sleep.loop_range or (0, model.num_layers)
-    done, held, moved = 0, 0, []
-    before = _fast_weights(state)
+    done, held, before = 0, 0, state
+    moved: list[float] = []
 
     def after_block(n, h, new):
         nonlocal done, before, held
         mx.eval(h, new)  # bounded memory, and a bounded wait for the cancel check
         done += 1
         if done == hi + (n - 1) * (hi - lo):  # the last block of pass n
-            after = _fast_weights(new)
-            moved.append(_distance(before, after))
-            before = after
+            moved.append(float(fast_weights_moved(before, new)))
+            before = list(new)
             if on_pass:
                 on_pass(n, passes, moved[-1])
         held = max(held, kv_bytes(new))
@@ -160,7 +159,7 @@ def consolidate(
     mx.eval(new)
     if not all(mx.isfinite(x).all().item() for layer in new for x in _arrays(layer)):
         raise SleepFailed("the sleep gave fast weights that are not finite; nothing was changed")
-    tokens_in = tokens.size if mask is None else int(mask.sum().item())
+    tokens_in = tokens.size if mask is None else int(mask.sum())
     seconds = time.perf_counter() - started
     return new, SleepReport(tokens_in, passes, seconds, tuple(moved), held - kv_bytes(new))
 
@@ -169,15 +168,16 @@ def _arrays(layer):
     return [x for x in layer.values() if isinstance(x, mx.array) and x.dtype != mx.bool_]
 
 
-def _fast_weights(state):
-    return [layer.get("fast_weights") for layer in state]
+def fast_weights_moved(before: State, after: State, axis=None) -> mx.array:
+    """|S_after - S_before| / |S_after| over all layers (Frobenius); a layer without S has S = 0.
 
-
-def _distance(before, after) -> float:
-    """|after - before| / |after| over all layers; None stands for zero."""
+    A number []; with axis=(1, 2, 3) one for each row of the batch, [B].
+    """
     change = size = mx.array(0.0)
     for old, new in zip(before, after, strict=True):
-        if new is not None:
-            change = change + mx.square(new if old is None else new - old).sum()
-            size = size + mx.square(new).sum()
-    return mx.sqrt(change / mx.maximum(size, 1e-30)).item()
+        if "fast_weights" in new:
+            S = new["fast_weights"]
+            step = S - old["fast_weights"] if "fast_weights" in old else S
+            change = change + mx.square(step).sum(axis=axis)
+            size = size + mx.square(S).sum(axis=axis)
+    return mx.sqrt(change / mx.maximum(size, 1e-30))

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from mlx_sleep.cli.bench import app
 from mlx_sleep.lab.study import training_speed
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
-from mlx_sleep.training.trainer import Trainer, Window, labelled
+from mlx_sleep.training.trainer import Trainer
+from mlx_sleep.training.windows import Window, labelled
 from mlx_sleep.utils.errors import UserError
 
 assert mlx_sleep  # imported for its effect

@@ -18,7 +18,9 @@ from mlx_sleep.models import inserted, mlx_lm_model, ouro, sleep_hybrid
 from mlx_sleep.models.load import load_model
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
-from mlx_sleep.training.trainer import Trainer, Window, checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.losses import checkpointed_block, sleep_loss
+from mlx_sleep.training.trainer import Trainer
+from mlx_sleep.training.windows import Window, labelled
 from mlx_sleep.utils.errors import UserError
 from tests.fakes import fake_folder, fake_tokenizer
 

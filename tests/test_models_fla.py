@@ -12,12 +12,13 @@ from mlx.utils import tree_flatten
 
 from mlx_sleep.convert.architectures import for_source
 from mlx_sleep.models import fla_gated_deltanet, fla_mamba2
-from mlx_sleep.models.base import kv_length
 from mlx_sleep.models.fla_common import powlu
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.sleep import consolidate
-from mlx_sleep.training.trainer import Window, checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.losses import checkpointed_block, sleep_loss
+from mlx_sleep.training.windows import Window, labelled
 from mlx_sleep.utils.errors import UserError
+from tests.states import kv_length
 
 ATTN = {"layers": [1], "num_heads": 4, "num_kv_heads": 2}
 DELTA = {

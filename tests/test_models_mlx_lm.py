@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_sleep.convert import architectures
-from mlx_sleep.models.base import kv_length
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.models.mlx_lm_model import NOT_IN_OLD, OLD, TESTED, Model, ModelArgs
 from mlx_sleep.sleep import consolidate, passes_over
 from mlx_sleep.utils.errors import UserError
+from tests.states import kv_length
 
 BASE = {
     "vocab_size": 61,

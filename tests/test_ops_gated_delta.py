@@ -60,12 +60,12 @@ def test_against_mlx_lm(rng):
 
 
 def test_bfloat16_of_mlx(rng):
-    """MLX's array path rounds what it writes to bfloat16."""
+    """Arithmetic in float32: only what goes in and comes out is rounded."""
     inputs = draw(rng, T=CHUNK + 5)
     low = [*arrays(inputs[:5], mx.bfloat16), mx.array(inputs[5], mx.float32)]
     exact = [np.array(x.astype(mx.float32), np.float64) for x in low]
     expected_o, expected_state = reference(RULE, *exact)
     o, state = gated_delta_mlx(*low)
     assert o.dtype == mx.bfloat16 and state.dtype == mx.float32
-    assert error(state, expected_state) <= 2**-6
-    assert error(o, expected_o) <= 2**-6
+    assert error(state, expected_state) <= 2e-6
+    assert error(o, expected_o) <= 2**-8

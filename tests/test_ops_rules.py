@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_sleep.ops.gates import decay_gates
 from mlx_sleep.ops.paths import VARIABLE
-from mlx_sleep.ops.ssd import mamba2_gates, ssd
+from mlx_sleep.ops.ssd import ssd
 from tests import ops_transformers
 from tests.ops_reference import (
     arrays,
@@ -24,7 +25,14 @@ from tests.ops_reference import (
     reference,
     weights,
 )
-from tests.rules import RULES, spoil
+from tests.rules import (
+    GATES,
+    RULES,
+    assert_nan_stays_in_its_row,
+    draw_gates,
+    nan_in_the_middle_row,
+    spoil,
+)
 
 assert mlx_sleep  # imported for its effect
 
@@ -149,22 +157,11 @@ def test_backward_of_masked(rng, rule):
     assert_close(got, expected, 2e-5)
 
 
-GATES = {
-    "none": 0.0,
-    "almost none": -1e-6,
-    "full": -100.0,
-    "mixed": None,  # drawn below: a few tokens forget everything, the others little
-}
-
-
 @pytest.mark.parametrize("beta", (0.0, 1e-4, 1.0, 2.0))
 @pytest.mark.parametrize("gate", GATES)
 def test_extreme_gates(rng, rule, gate, beta):
     T = rule.CHUNK + 30
-    g = GATES[gate]
-    if g is None:
-        g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -rng.exponential(0.05, (2, T, 4)))
-    inputs = draw(rng, T=T, g=g, beta=beta)
+    inputs = draw(rng, T=T, g=draw_gates(rng, gate, T), beta=beta)
     # At beta = 2 every write is a reflection, and rounding does not fade.
     tolerance = 1e-5 if beta == 2 else 3e-6
     assert_close(rule.chunk(*arrays(inputs)), reference(rule.name, *inputs), tolerance)
@@ -176,15 +173,8 @@ def test_extreme_gates(rng, rule, gate, beta):
 
 
 def test_a_nan_stays_in_its_row(rng, rule):
-    for i in range(6):
-        inputs = draw(rng, B=3, T=rule.CHUNK + 5)
-        inputs[i] = np.array(inputs[i])
-        inputs[i][1].flat[0] = np.nan
-        expected = reference(rule.name, *(x[[0, 2]] for x in inputs))
-        o, state = rule.op(*arrays(inputs))
-        keep = mx.array([0, 2])
-        assert_close((o[keep], state[keep]), expected, 2e-6)
-        assert not np.isfinite(np.array(o[1])).all()
+    for inputs in nan_in_the_middle_row(rng, T=rule.CHUNK + 5):
+        assert_nan_stays_in_its_row(rule, inputs, *rule.op(*arrays(inputs)), 2e-6)
         grads = gradients(rule.op, inputs, weights(rng, inputs))
         assert all(np.isfinite(x[[0, 2]]).all() for x in grads)
 
@@ -237,7 +227,7 @@ def test_mamba2_against_transformers(monkeypatch, rng, kernels, limits):
     inputs = [q, k, v, rng.standard_normal(g.shape), A_log, dt_bias, D, state]
 
     def op(q, k, v, dt, A_log, dt_bias, D, state):
-        return ssd(q, k, v, *mamba2_gates(dt, A_log, dt_bias, limits), state, D=D)
+        return ssd(q, k, v, *decay_gates(dt, A_log, dt_bias, limits), state, D=D)
 
     to = weights(rng, [q, k, v, g, g, state])
     results, grads = ops_transformers.mamba2(inputs, to, limits)

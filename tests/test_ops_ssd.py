@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_sleep.ops.chunks import decay_matrix, unstack
-from mlx_sleep.ops.ssd import mamba2_gates, ssd, ssd_chunk, ssd_naive, ssd_step
+from mlx_sleep.ops.gates import decay_gates
+from mlx_sleep.ops.ssd import ssd, ssd_chunk, ssd_naive, ssd_step
 from tests.ops_reference import arrays, assert_close, draw, error, gradients, reference, weights
 
 assert mlx_sleep  # imported for its effect
@@ -81,15 +82,15 @@ def test_gates_of_mamba2(rng):
     """Small steps keep their digits; a step at a limit has no gradient."""
     raw = np.array([[[-30.0, -7.0, 0.5, 30.0]]])
     A_log, bias = rng.standard_normal((2, 4))
-    g, beta = mamba2_gates(*arrays([raw, A_log, bias]))
+    g, beta = decay_gates(*arrays([raw, A_log, bias]))
     step = np.log1p(np.exp(-np.abs(raw + bias))) + np.maximum(raw + bias, 0)
     np.testing.assert_allclose(np.array(beta), step, rtol=2e-5)
     np.testing.assert_allclose(np.array(g), -np.exp(A_log) * step, rtol=2e-5)
 
     limits = (1e-2, 5.0)
     inputs = arrays([raw, A_log, bias])
-    _, clipped = mamba2_gates(*inputs, limits)
+    _, clipped = decay_gates(*inputs, limits)
     np.testing.assert_allclose(np.array(clipped), np.clip(step, *limits), rtol=2e-5)
-    grad = mx.grad(lambda *x: mamba2_gates(*x, limits)[1].sum())(*inputs)
+    grad = mx.grad(lambda *x: decay_gates(*x, limits)[1].sum())(*inputs)
     slope = np.where((limits[0] < step) & (step < limits[1]), 1 / (1 + np.exp(-raw - bias)), 0)
     np.testing.assert_allclose(np.array(grad), slope, rtol=2e-5)

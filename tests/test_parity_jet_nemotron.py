@@ -19,7 +19,7 @@ from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.models.jet_nemotron import JetArgs, JetBlock, Model, ModelArgs
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.sleep import consolidate, passes_over
-from mlx_sleep.training.trainer import checkpointed_block
+from mlx_sleep.training.losses import checkpointed_block
 from mlx_sleep.utils.errors import UserError
 from tests.parity import CASES, compare, jet_nemotron
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_sleep.models.base import evict, flatten_state, kv_bytes, kv_length, unflatten_state
+from mlx_sleep.models.base import evict, flatten_state, kv_bytes, unflatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.sleep import SleepCancelled, SleepFailed, consolidate, passes_over
-from mlx_sleep.training.trainer import checkpointed_block, labelled, sleep_loss
+from mlx_sleep.training.losses import checkpointed_block, sleep_loss
+from mlx_sleep.training.windows import labelled
 from mlx_sleep.utils.errors import UserError
 from tests.reference import Reference, weights
+from tests.states import kv_length
 
 LAYERS = ("attention", "gated_deltanet", "attention", "mamba2")
 
@@ -218,7 +220,7 @@ def test_a_cancelled_sleep_changes_nothing(rng, stop_after):
             3,
             should_stop=lambda: asked.append(1) or len(asked) == stop_after,
         )
-    assert len(asked) == stop_after  # once behind every block
+    assert len(asked) == stop_after  # once after every block
     after = copies(state)
     assert before.keys() == after.keys()
     assert all((before[n] == after[n]).all() for n in before)
@@ -291,7 +293,7 @@ def example(rng):
 
 
 def labelled_free(x):
-    from mlx_sleep.training.trainer import Window
+    from mlx_sleep.training.windows import Window
 
     return Window(mx.array(x[None]))
 

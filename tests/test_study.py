@@ -247,8 +247,8 @@ def test_models_of_all_n_start_alike_and_see_the_same_data(tmp_path):
         settings = settings_of(name)
         model = models.build(settings, {}, TASK)
         trainer = worker.make_trainer(settings, {"steps": 4}, TASK, model, tmp_path, 0, False)
-        chunks, passes = trainer.plan(3)
-        return tree_flatten(model.parameters()), [c.tokens for c in chunks], passes
+        windows, passes = trainer.batches(3)
+        return tree_flatten(model.parameters()), [w.tokens for w in windows], passes
 
     (a, x, n), (b, y, m), (c, z, _) = (
         start(f"hybrid-d2-n{passes}-s{seed}") for passes, seed in ((1, 0), (2, 0), (1, 1))
@@ -401,7 +401,7 @@ def test_the_warm_up_moves_the_inserted_layers_alone(tmp_path, monkeypatch):
 
     def recording(*arguments):
         trainer = make_trainer(*arguments)
-        batches.extend(trainer.plan(step)[0][0].tokens for step in range(trainer.steps))
+        batches.extend(trainer.batches(step)[0][0].tokens for step in range(trainer.steps))
         return trainer
 
     monkeypatch.setattr(worker, "make_trainer", recording)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,8 @@ from mlx_sleep.lab.tasks.memory import CASES, MemoryTask
 from mlx_sleep.models.base import SleepConfig
 from mlx_sleep.models.load import EMBEDDED, load_model
 from mlx_sleep.training.recipe import read_recipe, total_steps
-from mlx_sleep.training.trainer import Trainer, rate_at
+from mlx_sleep.training.schedule import rate_at
+from mlx_sleep.training.trainer import Trainer
 from mlx_sleep.utils.errors import UserError
 
 RECIPE = {
@@ -97,6 +99,71 @@ def test_checkpointed_passes_give_the_same_losses(recipe, tmp_path):
     )
 
 
+def test_the_compiled_path_gives_the_same_losses(recipe, tmp_path, monkeypatch):
+    """The path of a Mac: one graph for each number of passes, over batches of several shapes."""
+    compiled, compile_ = [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda *x, **y: compiled.append(x) or compile_(*x, **y))
+    settings = read_recipe(str(recipe))
+    make_trainer(settings, tmp_path / "plain", EMBEDDED).run()
+    passes = set()
+
+    def stop(row):
+        passes.add(row["passes"])
+        if row["step"] == 4:
+            raise Stop
+
+    cut = make_trainer(settings, tmp_path / "compiled", EMBEDDED, save_every=3)
+    cut.compiled = True
+    with pytest.raises(Stop):
+        cut.run(stop)
+    trainer = make_trainer(settings, tmp_path / "compiled", EMBEDDED, checkpoint_passes=True)
+    trainer.compiled = True
+    trainer.run(lambda row: passes.add(row["passes"]))
+    assert passes == {1, 2} and len(compiled) >= 2
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-4)
+
+
+def test_a_row_of_the_metrics_is_written_whole_or_not_at_all(tmp_path):
+    """A file size limit in place of a full disk, in the middle of a row."""
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from mlx_sleep.training.run_folder import Metrics\n"
+        "from mlx_sleep.utils.errors import UserError\n"
+        "metrics = Metrics(Path(sys.argv[1]))\n"
+        "metrics.append({'step': 1})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "try: metrics.append({'step': 2})\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert "cannot write" in done.stdout and "free some space" in done.stdout, done.stderr
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "metrics.jsonl"])
+def test_a_kill_leaves_readable_files(recipe, tmp_path, monkeypatch, name):
+    """What is replaced is replaced by one rename: before it, the old file is there or none."""
+    settings, run = read_recipe(str(recipe)), tmp_path / "run"
+    if name == "metrics.jsonl":
+        with pytest.raises(Stop):
+            make_trainer(settings, run, EMBEDDED, save_every=3).run(raise_stop)
+    before = (run / name).read_text() if run.exists() else None
+
+    def killed(source, target):
+        assert Path(target) == run / name
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(os, "replace", killed)
+        make_trainer(settings, run, EMBEDDED, save_every=3).open()
+    assert ((run / name).read_text() if (run / name).exists() else None) == before
+    make_trainer(settings, run, EMBEDDED, save_every=3).run()
+    assert len(losses(run)) == 6 and json.loads((run / "recipe.json").read_text())["seed"] == 5
+
+
 def test_another_recipe_in_the_same_folder_is_refused(recipe, tmp_path):
     settings = read_recipe(str(recipe))
     trainer = make_trainer(settings, tmp_path / "run", EMBEDDED)
@@ -116,14 +183,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(recipe, tmp_path, monkeypatch):
     trainer = make_trainer(read_recipe(str(recipe)), tmp_path / "run", EMBEDDED, save_every=1)
-    step, calls = trainer._step, []
+    step, calls = trainer.update, []
 
     def spoilt(chunks, passes):
-        loss, right, norm = step(chunks, passes)
+        loss, accuracy, norm = step(chunks, passes)
         calls.append(passes)
-        return loss, right, norm if len(calls) < 2 else mx.array(float("inf"))
+        return loss, accuracy, norm if len(calls) < 2 else mx.array(float("inf"))
 
-    monkeypatch.setattr(trainer, "_step", spoilt)
+    monkeypatch.setattr(trainer, "update", spoilt)
     with pytest.raises(UserError, match="gradient is not finite at step 2"):
         trainer.run()
     progress = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())
@@ -153,7 +220,7 @@ def raise_stop(row):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(recipe, tmp_path):
-    """A file size limit stands in for a full disk, as in test_load.py."""
+    """A file size limit in place of a full disk, as in test_load.py."""
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
@@ -180,7 +247,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(recipe, tmp_path):
 def test_a_kill_after_a_killed_save_leaves_a_checkpoint_as_well(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     trainer = make_trainer(read_recipe(str(recipe)), run, EMBEDDED)
-    trainer._open_folder()
+    trainer.open()
     trainer.save()
     (run / "checkpoint").rename(run / "checkpoint.old")  # a kill between two renames
 

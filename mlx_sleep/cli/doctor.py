@@ -22,6 +22,7 @@ from ..utils.files import one_line
 from . import output
 from .options import Json
 
+_USUAL_HEADS = (16, 32, 128, 128)  # Hk, Hv, Dk, Dv of Qwen3-Next
 _LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones stay below 1e-5
 
 
@@ -102,22 +103,22 @@ def _backend(mx) -> str:
 
 
 def _ops() -> dict[str, dict[str, str]]:
-    """The path of each op for a prompt and for a single token, with heads of 128."""
+    """The path of each op for a prompt and for a single token, with heads like Qwen3-Next's."""
     from ..ops.paths import conv_path, path
 
     ops = {
-        op: {"prompt": path(op, 256, 128, 128), "token": path(op, 1, 128, 128)}
+        op: {"prompt": path(op, 256, _USUAL_HEADS), "token": path(op, 1, _USUAL_HEADS)}
         for op in ("gated_delta", "ssd")
     }
     return ops | {"conv": {"prompt": conv_path(), "token": conv_path()}}
 
 
 def _odd_heads() -> str:
-    """The path of a prompt whose heads our Metal kernels do not support; "" for the usual one."""
+    """The path of a prompt whose heads the kernels in use do not support; "" for the usual one."""
     from ..ops.paths import path
 
-    odd = path("gated_delta", 256, 20, 20)
-    return "" if odd == path("gated_delta", 256, 128, 128) else odd
+    odd = path("gated_delta", 256, (16, 32, 20, 20))
+    return "" if odd == path("gated_delta", 256, _USUAL_HEADS) else odd
 
 
 def _kernels() -> list[str]:
@@ -199,9 +200,11 @@ def _lines(report: dict) -> list[str]:
         rows.append((op, ", ".join(f"{path} for a {what}" for what, path in paths.items())))
     rows.append(("kernels", _kernels_line(report)))
     if report["odd_heads"]:
-        rows.append(
-            ("", f"take heads of 32 to 256 in steps of 8; others go by {report['odd_heads']}")
+        ours = report["ops"]["gated_delta"]["prompt"] == "metal"
+        takes = (
+            "take heads of 32 to 256 in steps of 8" if ours else "mlx.fast takes few kinds of heads"
         )
+        rows.append(("", f"{takes}; others go by {report['odd_heads']}"))
     if model := report["model"]:
         rows.append(("model", _model_line(model)))
     data = report["data"]

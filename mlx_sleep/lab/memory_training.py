@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from ..models.load import load_model
 from ..models.sleep_hybrid import Model, ModelArgs
 from ..training.recipe import choices, stage_of, total_steps
-from ..training.trainer import Trainer, Window, labelled
+from ..training.trainer import Trainer
+from ..training.windows import Window, labelled
 from ..utils.errors import UserError
 from .tasks.memory import ASSISTANT, END, PAD, USER, Level, MemoryTask
 from .windows import windows_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..training.trainer import Window
+from ..training.windows import Window
 
 
 def windows_of(tokens: np.ndarray, mask: np.ndarray | None, last: Window) -> list[Window]:

@@ -5,9 +5,12 @@ It doesn't know when a model sleeps: what the cache holds is the state that it w
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..utils.errors import UserError
 from .base import LayerState, append_kv
 
 
@@ -42,6 +45,19 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps)
             self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps)
 
+    @classmethod
+    def from_args(cls, args: Any, sliding: int | None = None, **options) -> Attention:
+        """With the sizes of a ModelArgs."""
+        return cls(
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+            rope_theta=args.rope_theta,
+            sliding=sliding,
+            **options,
+        )
+
     def __call__(self, x, state: LayerState, mask=None):
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
@@ -53,6 +69,19 @@ class Attention(nn.Module):
         return self.o_proj(o), state
 
 
+def check_heads(args: Any) -> None:
+    """Fills in the usual num_key_value_heads and head_dim of a ModelArgs that leaves them out.
+
+    UserError for heads that do not fit.
+    """
+    args.num_key_value_heads = args.num_key_value_heads or args.num_attention_heads
+    args.head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    if args.num_attention_heads % args.num_key_value_heads:
+        raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
+    if args.head_dim % 2:
+        raise UserError(f"head_dim must be even for RoPE, not {args.head_dim}")
+
+
 def attend(
     q,
     k,
@@ -62,42 +91,28 @@ def attend(
     *,
     rope_theta: float | None,
     sliding: int | None = None,
-    scale: float | None = None,
-    rope_dims: int | None = None,
-    traditional: bool = False,
 ):
-    """(o [B, T, H * d], the layer's new state) for new tokens behind those of the cache.
+    """(o [B, T, H * d], the layer's new state) for new tokens after those of the cache.
 
-    q            [B, T, H, d]; k, v [B, T, Hkv, d], H a multiple of Hkv, without RoPE
-    mask         [B, T] bool, False for padding on the right; o is meaningless there
-    rope_theta   base of the rotary embedding; None for no positions
-    sliding      newest tokens that a token sees, itself included; None for all
-    scale        of q.k; None is d^-0.5
-    rope_dims    leading dims that are rotated; None is all d
-    traditional  pairs (0, 1), (2, 3), ... in place of (0, d/2), (1, d/2 + 1), ...
+    q           [B, T, H, d]; k, v [B, T, Hkv, d], H a multiple of Hkv, without RoPE
+    mask        [B, T] bool, False for padding on the right; o is meaningless there
+    rope_theta  base of the rotary embedding, over pairs (0, d/2), (1, d/2 + 1), ...; None for no
+                positions
+    sliding     newest tokens that a token sees, itself included; None for all
     """
     B, T, _, d = q.shape
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))  # [B, H, T, d]
     offset, past = state.get("offset", 0), state.get("length", 0)
     if rope_theta is not None:
-        q, k = (
-            mx.fast.rope(
-                a,
-                rope_dims or d,
-                traditional=traditional,
-                base=rope_theta,
-                scale=1.0,
-                offset=offset,
-            )
-            for a in (q, k)
-        )
+        rope = {"traditional": False, "base": rope_theta, "scale": 1.0, "offset": offset}
+        q, k = (mx.fast.rope(a, d, **rope) for a in (q, k))
     state = append_kv(state, k, v, mask)
     end = state["length"]
     o = mx.fast.scaled_dot_product_attention(
         q,
         state["keys"][:, :, :end],
         state["values"][:, :, :end],
-        scale=d**-0.5 if scale is None else scale,
+        scale=d**-0.5,
         mask=attention_mask(T, past, state, sliding),
     )
     return o.transpose(0, 2, 1, 3).reshape(B, T, -1), state
@@ -106,13 +121,14 @@ def attend(
 def attention_mask(T: int, past: int, state: LayerState, sliding: int | None = None):
     """Who sees whom, for T new tokens: None, "causal", or bool [T, S] or [B, 1, T, S].
 
-    state is the layer's behind them, with S = past + T slots in use.
+    state is the layer's after them, with S = past + T slots in use.
     """
     end = past + T
-    slides = sliding is not None and end > sliding
-    # Padding stands on the right: with no past, causality alone hides it from real tokens.
+    if sliding is not None and end <= sliding:
+        sliding = None
+    # Padding is on the right: with no past, causality alone hides it from real tokens.
     padded = "valid" in state and past > 0
-    if not slides and not padded:
+    if sliding is None and not padded:
         return None if T == 1 else "causal"
     query, key = mx.arange(past, end)[:, None], mx.arange(end)
     sees = key <= query
@@ -121,4 +137,4 @@ def attention_mask(T: int, past: int, state: LayerState, sliding: int | None = N
         # Positions count real tokens only, so that a padded row sees as far as a full one.
         at = mx.cumsum(state["valid"], axis=1)[:, None, :]
         query, key = at[:, :, past:, None], at[:, :, None, :]
-    return sees & (key > query - sliding) if slides else sees
+    return sees if sliding is None else sees & (key > query - sliding)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,8 +38,8 @@ class SleepConfig:
     window      L, tokens that the KV cache holds before the model must sleep
     eviction    "hard": the KV cache is dropped; "sliding": its newest L - 1 entries stay
     loop_range  the blocks [lo, hi) that are looped; those outside run once. None is all
-    carry_conv  whether the short convolution's left context crosses a boundary. None is no for
-                hard eviction, where only S may cross, and yes for sliding
+    carry_conv  whether the short convolution's left context crosses a boundary. The default, None,
+                is False for hard eviction, where only S may cross, and True for sliding
     """
 
     passes: int = 1
@@ -70,16 +70,28 @@ class SleepConfig:
         return min((n for n in limits if n is not None), default=None)
 
 
-def from_config(cls, config: dict):
+T = TypeVar("T")
+
+
+def from_config(cls: type[T], config: dict) -> T:
     """An instance of the dataclass cls from the contents of config.json.
 
-    Fields that cls doesn't have are left out. UserError names what is missing.
+    Fields that cls doesn't have are left out. UserError names the missing ones.
     """
     names = inspect.signature(cls).parameters
     missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
     return cls(**{name: value for name, value in config.items() if name in names})
+
+
+class Config:
+    """A dataclass whose fields are those of a config.json."""
+
+    @classmethod
+    def from_dict(cls: type[T], config: dict) -> T:
+        """See `from_config`."""
+        return from_config(cls, config)
 
 
 class SleepModel(nn.Module):
@@ -108,8 +120,8 @@ class SleepModel(nn.Module):
 
     @property
     def block_modules(self) -> list[nn.Module]:
-        """The module of each block, in order: what holds the parameters that `block` uses."""
-        return self.layers if hasattr(self, "layers") else self.model.layers
+        """The module of each block, in order, with the parameters that `block` uses."""
+        raise NotImplementedError
 
     @property
     def has_fast_weights(self) -> bool:
@@ -130,7 +142,7 @@ class SleepModel(nn.Module):
         raise NotImplementedError
 
     def final_norm(self, h):
-        """h behind the last block of a pass, as the next pass or the head reads it."""
+        """h after the last block of a pass, as the next pass or the head reads it."""
         return h
 
     def head(self, h):
@@ -181,7 +193,7 @@ def _trim(layer: LayerState, keep: int) -> LayerState:
 
 
 def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
-    """The KV cache with keys and values [B, Hkv, T, D] behind those of `layer`.
+    """The KV cache with keys and values [B, Hkv, T, D] after those of `layer`.
 
     mask [B, T] bool marks real tokens; rows may then hold different numbers of them.
     """
@@ -215,11 +227,6 @@ _KV = ("keys", "values")
 _KV_ENTRIES = (*_KV, "length", "offset", "valid")
 
 
-def kv_length(state: State) -> int:
-    """Tokens in the KV cache: the largest number of slots in use in any layer."""
-    return max((layer.get("length", 0) for layer in state), default=0)
-
-
 def kv_bytes(state: State) -> int:
     """Bytes of the KV entries in use (not of the room kept for growth)."""
     total = 0
@@ -234,7 +241,7 @@ def kv_bytes(state: State) -> int:
 def fast_weight_bytes(state: State) -> int:
     """Bytes of S in all layers: fixed, whatever has been folded in.
 
-    A looped model has one S a layer behind a sleep, and awake one for each loop.
+    A looped model has one S a layer after a sleep, and awake one for each loop.
     """
     return sum(layer["fast_weights"].nbytes for layer in state if "fast_weights" in layer)
 

@@ -1,4 +1,4 @@
-"""What the hybrids of flash-linear-attention (fla) have in common: attention, MLP, convolution.
+"""What the hybrids of flash-linear-attention (fla) share: attention, MLP, convolution.
 
 fla is PyTorch and Triton, github.com/fla-org/flash-linear-attention; its layers are followed as of
 version 0.6.0, and parameters carry its names. A layer is one function for a chunk of any length
@@ -16,11 +16,12 @@ from ..ops.activations import silu
 from ..ops.conv import short_conv
 from ..utils.errors import UserError
 from .attention import Attention
-from .base import SleepConfig, SleepModel, from_config
+from .base import Config, SleepConfig
+from .decoder import DecoderModel
 
 
 @dataclass
-class AttentionSpec:
+class AttentionSpec(Config):
     """Softmax attention in some layers of a hybrid: an entry of fla's config field `attn`.
 
     window_size is the number of newest tokens that a token sees, itself included; None for all.
@@ -29,7 +30,7 @@ class AttentionSpec:
 
     layers: list[int]
     num_heads: int
-    num_kv_heads: int | None = None
+    num_kv_heads: int = 0  # num_heads
     qkv_bias: bool = False
     qk_norm: bool = False
     window_size: int | None = None
@@ -53,7 +54,7 @@ def attention_layers(attn, hidden_size: int, layers: int) -> dict[int, Attention
     found: dict[int, AttentionSpec] = {}
     for entry in [attn] if isinstance(attn, dict) else attn or []:
         try:
-            spec = from_config(AttentionSpec, entry)
+            spec = AttentionSpec.from_dict(entry)
         except UserError as error:
             raise UserError(f"attn: {error}") from error
         spec.check(hidden_size)
@@ -90,7 +91,7 @@ class ShortConv(nn.Module):
 
 
 def taps(convs: list[ShortConv]):
-    """(weight [C, K], bias [C] or None) of convolutions that stand side by side."""
+    """(weight [C, K], bias [C] or None) of convolutions side by side."""
     if len(convs) == 1:
         return convs[0].weight, convs[0].get("bias")
     weight = mx.concatenate([conv.weight for conv in convs])
@@ -98,7 +99,7 @@ def taps(convs: list[ShortConv]):
 
 
 def convolve(x, convs: list[ShortConv], state, mask):
-    """silu of the short convolution of x [B, T, C]; convs stand side by side over its channels.
+    """silu of the short convolution of x [B, T, C]; convs are side by side over its channels.
 
     Returns (y [B, T, C], the new state [B, K-1, C]).
     """
@@ -136,7 +137,7 @@ class Decoder(nn.Module):
         self[norm] = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
 
 
-class HybridModel(SleepModel):
+class HybridModel(DecoderModel):
     """A whole model of fla, but for its blocks.
 
     block(args, AttentionSpec or None, SleepConfig) makes one; decoder and norm are the names that
@@ -144,28 +145,23 @@ class HybridModel(SleepModel):
     """
 
     def __init__(self, args, block, decoder: str, norm: str):
-        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
-        self.args = args
+        super().__init__(args, args.num_hidden_layers)
         self._names = decoder, norm
         self[decoder] = Decoder(args, block, norm, self.sleep)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.add_head()
 
     @property
     def decoder(self) -> Decoder:
         return self[self._names[0]]
 
     @property
+    def embedding(self) -> nn.Embedding:
+        return self.decoder.embeddings
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The modules of the blocks, in order."""
-        return self.decoder.layers
-
-    def embed(self, tokens):
-        return self.decoder.embeddings(tokens)
-
-    def block(self, i, h, layer_state, mask=None):
-        return self.decoder.layers[i](h, layer_state, mask)
+        return self.block_modules
 
     def head(self, h):
-        h = self.decoder[self._names[1]](h)
-        return self.lm_head(h) if "lm_head" in self else self.decoder.embeddings.as_linear(h)
+        return self.unembed(self.decoder[self._names[1]](h))

@@ -14,9 +14,10 @@ import mlx.nn as nn
 
 from ..ops.activations import silu
 from ..ops.gated_delta import gated_delta
+from ..ops.gates import decay_gates
 from ..ops.mixers import gated_delta_net, l2_norm
 from ..utils.errors import UserError
-from .base import SleepConfig, from_config
+from .base import Config, SleepConfig
 from .fla_common import (
     ACTIVATIONS,
     AttentionSpec,
@@ -33,7 +34,7 @@ GATES = {"swish": silu, "silu": silu, "sigmoid": mx.sigmoid}
 
 
 @dataclass
-class ModelArgs:
+class ModelArgs(Config):
     """The fields of fla's config.json, with its defaults, and `sleep`.
 
     attn            {"layers": [...], "num_heads": ..., ...}: `AttentionSpec`; a list for several
@@ -50,7 +51,7 @@ class ModelArgs:
     expand_v: float = 2.0
     head_dim: int = 256
     num_heads: int = 6
-    num_v_heads: int | None = None
+    num_v_heads: int = 0  # num_heads
     use_gate: bool = True
     output_gate_activation: str = "swish"
     use_short_conv: bool = True
@@ -72,7 +73,9 @@ class ModelArgs:
             raise UserError("num_v_heads must be a multiple of num_heads")
         value_dim = int(self.head_dim * self.expand_v)
         if abs(value_dim - self.head_dim * self.expand_v) > 1e-5 * value_dim:
-            raise UserError(f"expand_v {self.expand_v} times head_dim {self.head_dim} is not whole")
+            raise UserError(
+                f"expand_v {self.expand_v} times head_dim {self.head_dim} is not a whole number"
+            )
         if self.output_gate_activation not in GATES:
             raise UserError(f"output_gate_activation must be one of {', '.join(GATES)}")
         if self.hidden_act not in ACTIVATIONS:
@@ -80,12 +83,7 @@ class ModelArgs:
         if self.attnres_block_size is not None:
             raise UserError("attention residuals (attnres_block_size) are not supported")
         if not self.norm_first:
-            raise UserError("norms behind the mixers (norm_first: false) are not supported")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> ModelArgs:
-        """From the contents of config.json. UserError names what is missing."""
-        return from_config(cls, config)
+            raise UserError("norms after the mixers (norm_first: false) are not supported")
 
 
 class GatedDeltaNet(nn.Module):
@@ -135,8 +133,8 @@ class GatedDeltaNet(nn.Module):
             mx.concatenate([self.b_proj(x), self.a_proj(x)], axis=-1),
             state.get("conv"),
             taps(convs)[0],
-            self.A_log.astype(mx.float32),
-            self.dt_bias.astype(mx.float32),
+            self.A_log,
+            self.dt_bias,
             self.o_norm.weight,
             self.o_norm.eps,
             state.get("fast_weights"),
@@ -159,8 +157,7 @@ class GatedDeltaNet(nn.Module):
         beta = mx.sigmoid(self.b_proj(x).astype(mx.float32))
         if self.allow_neg_eigval:
             beta = 2 * beta
-        step = nn.softplus(self.a_proj(x).astype(mx.float32) + self.dt_bias.astype(mx.float32))
-        g = -mx.exp(self.A_log.astype(mx.float32)) * step
+        g, _ = decay_gates(self.a_proj(x), self.A_log, self.dt_bias)
         o, new["fast_weights"] = gated_delta(
             q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask
         )

@@ -16,10 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..ops.activations import silu
+from ..ops.gates import decay_gates
 from ..ops.mixers import mamba2
-from ..ops.ssd import mamba2_gates, ssd
+from ..ops.ssd import ssd
 from ..utils.errors import UserError
-from .base import SleepConfig, from_config
+from .base import Config, SleepConfig
 from .fla_common import (
     AttentionSpec,
     HybridModel,
@@ -31,13 +32,13 @@ from .layers import decay_init
 
 
 @dataclass
-class ModelArgs:
+class ModelArgs(Config):
     """The fields of fla's config.json, with its defaults, and `sleep`.
 
     attn              {"layers": [...], "num_heads": ..., ...}: `AttentionSpec`; a list for several
     expand            the mixer is so many times as wide as hidden_size, in heads of head_dim
     D_has_hdim        the skip D is a number for each channel, not for each head
-    rmsnorm           a gated RMSNorm behind the mixer, over n_groups groups; else a gate alone
+    rmsnorm           a gated RMSNorm after the mixer, over n_groups groups; else a gate alone
     norm_before_gate  norm(y) silu(z) in place of norm(y silu(z))
     dt_limit          the time steps' range; None for an open end
     residual_in_fp32  h is added to in float32 where it is held in 16 bits
@@ -73,11 +74,6 @@ class ModelArgs:
             raise UserError(f"n_groups must divide the number of heads, {inner // self.head_dim}")
         if self.hidden_act not in ("silu", "swish"):
             raise UserError(f"hidden_act must be silu or swish, not {self.hidden_act!r}")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> ModelArgs:
-        """From the contents of config.json. UserError names what is missing."""
-        return from_config(cls, config)
 
 
 class GatedNorm(nn.Module):
@@ -152,7 +148,7 @@ class Mamba2(nn.Module):
         v, k, q = mx.split(xBC, [self.inner, self.inner + self.G * self.N], axis=-1)
         v = v.reshape(B, T, self.H, self.P)
         q, k = (a.reshape(B, T, self.G, self.N) for a in (q, k))
-        g, beta = mamba2_gates(dt, self.A_log, self.dt_bias, self._dt_limits)
+        g, beta = decay_gates(dt, self.A_log, self.dt_bias, self._dt_limits)
         o, S = ssd(q, k, v, g, beta, state.get("fast_weights"), mask)
         return o + self.D.reshape(self.H, -1) * v, {"fast_weights": S, "conv": conv}
 

@@ -1,4 +1,4 @@
-"""A new model folder: it stands whole at its place, or not at all."""
+"""A new model folder, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ TOKENIZER_FILES = (
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder beside `path`, which takes its place when the block ends without an error.
 
-    overwrite  replace what stands at `path`, all of it; refused otherwise. There are two renames
-               then: a crash between them leaves the old folder whole beside the new place, under
-               a name ending in `.old`
+    overwrite  replace all of `path`, which is an error otherwise. That takes two renames: a crash
+               between them leaves the old folder whole, under a name that ends in `.old`
 
-    A process that dies in the block leaves a hidden folder behind; the next one that writes to
-    `path` removes it. Raises UserError, with the final path in its message.
+    A process that dies in the block leaves a hidden folder; the next one that writes to `path`
+    removes it. Raises UserError, with the final path in its message.
     """
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} exists already; choose another name")

@@ -1,6 +1,6 @@
 """Jet-Nemotron (arXiv 2508.15884): JetBlocks, and a few layers of softmax attention.
 
-A JetBlock is the gated delta rule behind a dynamic short convolution of v: a small generator reads
+A JetBlock is the gated delta rule after a dynamic short convolution of v: a small generator reads
 the layer's input and gives every token convolution taps of its own. q and k have no convolution.
 Attention has biases on q, k and v; `attn` layers see all of the KV cache and `swa` layers its
 newest `window_size` tokens, whatever the eviction keeps. Parameters are named as in the published
@@ -18,10 +18,12 @@ import mlx.nn as nn
 from ..ops.activations import silu
 from ..ops.conv import dynamic_conv
 from ..ops.gated_delta import gated_delta
+from ..ops.gates import decay_gates
 from ..ops.mixers import l2_norm
 from ..utils.errors import UserError
-from .attention import Attention
-from .base import SleepConfig, SleepModel, from_config
+from .attention import Attention, check_heads
+from .base import Config, SleepConfig
+from .decoder import DecoderModel
 from .layers import GatedMLP, decay_init
 from .sleep_hybrid import ACTIVATIONS
 
@@ -29,8 +31,8 @@ LAYER_TYPES = ("jet", "attn", "swa")
 
 
 @dataclass
-class JetArgs:
-    """Sizes of a JetBlock, by the names of the published config.
+class JetArgs(Config):
+    """Sizes of a JetBlock, by the names of the published efficient_attention_config["jet"].
 
     head_dim is that of q and k, head_dim * expand_v that of v; the hidden size of the kernel
     generator is that of v over all heads, divided by dconv_generator_reduction (None is 1).
@@ -48,17 +50,12 @@ class JetArgs:
         self.head_v_dim = round(self.head_dim * self.expand_v)
         if not math.isclose(self.head_dim * self.expand_v, self.head_v_dim, rel_tol=1e-5):
             raise UserError(
-                f"expand_v {self.expand_v} times head_dim {self.head_dim} is no whole number"
+                f"expand_v {self.expand_v} times head_dim {self.head_dim} is not a whole number"
             )
-
-    @classmethod
-    def from_dict(cls, config: dict) -> JetArgs:
-        """From efficient_attention_config["jet"]; fields that choose a kernel are ignored."""
-        return from_config(cls, config)
 
 
 @dataclass
-class ModelArgs:
+class ModelArgs(Config):
     """The fields of config.json, named as in the published ones."""
 
     vocab_size: int
@@ -68,7 +65,7 @@ class ModelArgs:
     num_attention_heads: int
     num_key_value_heads: int
     model_type: str = "jet_nemotron"
-    head_dim: int | None = None
+    head_dim: int = 0  # hidden_size / num_attention_heads
     efficient_attention_config: dict = field(default_factory=dict)
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -77,7 +74,6 @@ class ModelArgs:
     sleep: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         wrong = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if wrong or not self.layer_types:
             raise UserError(f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {wrong}")
@@ -86,20 +82,12 @@ class ModelArgs:
                 raise UserError(f"efficient_attention_config lacks {kind}, which layer_types names")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        check_heads(self)
         efficient = self.efficient_attention_config
         self.jet = JetArgs.from_dict(efficient.get("jet", {}))
         self.swa_window = efficient.get("swa", {}).get("window_size")
         if "swa" in self.layer_types and not self.swa_window:
             raise UserError("efficient_attention_config.swa lacks a window_size")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> ModelArgs:
-        """From the contents of config.json. UserError names what is missing."""
-        return from_config(cls, config)
 
 
 class KernelGenerator(nn.Module):
@@ -164,8 +152,7 @@ class JetBlock(nn.Module):
         v, conv = self.dynamic_conv1d(self.v_proj(x), x, state.get("conv"), mask)
         v = v.reshape(B, T, self.H, self.Dv)
         beta = mx.sigmoid(self.b_proj(x))
-        a = self.a_proj(x).astype(mx.float32)
-        g = -mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(a + self.dt_bias)
+        g, _ = decay_gates(self.a_proj(x), self.A_log, self.dt_bias)
         o, S = gated_delta(q * self.Dk**-0.5, k, v, g, beta, state.get("fast_weights"), mask)
         z = self.g_proj(x).reshape(B, T, self.H, self.Dv)
         o = self.o_norm(o) * silu(z)
@@ -177,18 +164,12 @@ class Block(nn.Module):
 
     def __init__(self, args: ModelArgs, kind: str, sleep: SleepConfig):
         super().__init__()
+        self.self_attn: nn.Module
         if kind == "jet":
             self.self_attn = JetBlock(args.hidden_size, args.jet)
         else:
-            self.self_attn = Attention(
-                args.hidden_size,
-                args.num_attention_heads,
-                args.num_key_value_heads,
-                args.head_dim,
-                rope_theta=args.rope_theta,
-                sliding=sleep.attention_window(args.swa_window if kind == "swa" else None),
-                qkv_bias=True,
-            )
+            window = sleep.attention_window(args.swa_window if kind == "swa" else None)
+            self.self_attn = Attention.from_args(args, window, qkv_bias=True)
         self.mlp = GatedMLP(args.hidden_size, args.intermediate_size, ACTIVATIONS[args.hidden_act])
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
@@ -209,27 +190,26 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
 
-class Model(SleepModel):
+class Model(DecoderModel):
     """The whole decoder."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__(SleepConfig(**args.sleep), len(args.layer_types))
-        self.args = args
+        super().__init__(args, len(args.layer_types))
         self.model = Decoder(args, self.sleep)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.add_head()
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
 
     @property
     def layers(self) -> list[nn.Module]:
         """The modules of the blocks, in order."""
-        return self.model.layers
-
-    def embed(self, tokens):
-        return self.model.embed_tokens(tokens)
-
-    def block(self, i, h, layer_state, mask=None):
-        return self.layers[i](h, layer_state, mask)
+        return self.block_modules
 
     def head(self, h):
-        h = self.model.norm(h)
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        return self.unembed(self.model.norm(h))

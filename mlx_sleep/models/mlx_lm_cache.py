@@ -104,10 +104,11 @@ class RecurrentPart:
 
     def view(self, layer: LayerState, mask=None) -> ArraysView:
         if not self.slots or "conv" not in layer:
-            convs = iter([None] * self.size)
+            parts: list = [None] * self.size
         else:
             ends = [sum(self.widths[: n + 1]) for n in range(len(self.widths) - 1)]
-            convs = iter(mx.split(layer["conv"], ends, axis=-1) if ends else [layer["conv"]])
+            parts = list(mx.split(layer["conv"], ends, axis=-1)) if ends else [layer["conv"]]
+        convs = iter(parts)
         arrays = [
             next(convs) if slot == "conv" else layer.get(slot)
             for slot in self.slots or ["conv"] * self.size
@@ -129,7 +130,7 @@ class LayerCache:
     """What one layer of an mlx-lm model keeps: KV, recurrent arrays, both side by side, or nothing.
 
     prototype is the layer's own cache as the model makes it, or None. ValueError for a kind that
-    isn't known here.
+    is not known here.
     """
 
     def __init__(self, prototype):

@@ -15,6 +15,7 @@ import copy
 import inspect
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,7 +63,7 @@ class ModelArgs:
         return cls(config=untagged(config), sleep=config.get("sleep") or {})
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int | None:
         """Rows of the head, where the config says it in one of the usual places."""
         text = self.config.get("text_config") or {}
         return self.config.get("vocab_size", text.get("vocab_size"))
@@ -82,7 +83,7 @@ def untagged(value):
     return [untagged(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def _classes(config: dict) -> tuple[type[nn.Module], type]:
+def _classes(config: dict) -> tuple[Any, Any]:
     """mlx-lm's (Model, ModelArgs) for a config. No code of a model folder is ever run."""
     model_type = config.get("model_type")
     if config.get("model_file") is not None:
@@ -137,6 +138,10 @@ class Model(SleepModel):
     def layers(self) -> list[nn.Module]:
         """mlx-lm's layers."""
         return self._inner.layers
+
+    @property
+    def block_modules(self) -> list[nn.Module]:
+        return self.layers
 
     @property
     def has_fast_weights(self) -> bool:
@@ -240,7 +245,8 @@ class Model(SleepModel):
         if self._checked:
             return
         prompt, step = mx.arange(3)[None], mx.array([[3]])
-        cache, state = make_prompt_cache(self.inner), [{} for _ in range(self.num_layers)]
+        cache = make_prompt_cache(self.inner)
+        state: State | None = [{} for _ in range(self.num_layers)]
         try:
             same = True
             for tokens in (prompt, step):
@@ -259,7 +265,7 @@ class Model(SleepModel):
 
 
 class _OnlyNorm:
-    """Stands for a decoder whose layers have run already, with h behind them."""
+    """In place of a decoder whose layers have run already, with h after them."""
 
     def __init__(self, decoder: nn.Module, norm: str, h):
         self._decoder, self._norm, self._h = decoder, norm, h

@@ -1,6 +1,6 @@
 """Ouro, the looped language model of arXiv 2510.25741: all blocks run total_ut_steps times.
 
-A block is attention and a gated MLP, each between two norms; the final norm stands behind every
+A block is attention and a gated MLP, each between two norms; the final norm comes after every
 loop, so that a loop reads what the head would. An early-exit gate gives after each loop the logit
 of stopping there.
 
@@ -13,9 +13,9 @@ value of the checkpoints, it is the last loop's.
 A sleep of N passes runs the blocks N times, whatever total_ut_steps is: a pass of Algorithm 1 is
 a loop (`mlx_sleep.sleep.passes_over`). Ouro has no fast weights of its own; sleep layers that were
 put between its blocks (`mlx_sleep.models.inserted`) bring them. There is one S for each of these
-behind a sleep, but awake one for each loop: if loop 2 read the S that loop 1 has just written, it
+after a sleep, but awake one for each loop: if loop 2 read the S that loop 1 has just written, it
 would meet later tokens of the same chunk, and a chunk would differ from its tokens one by one. So
-a loop without an S begins from that of the first loop, as it stood before the chunk, and from then
+a loop without an S begins from that of the first loop, as it was before the chunk, and from then
 on writes its own. What a boundary keeps besides S under a sliding eviction (KV, the convolution's
 left context) is each loop's own.
 """
@@ -29,16 +29,18 @@ import mlx.nn as nn
 
 from ..ops.activations import silu
 from ..utils.errors import UserError
-from .attention import Attention
-from .base import SleepConfig, SleepModel, from_config
+from .attention import Attention, check_heads
+from .base import Config, SleepConfig
+from .decoder import DecoderModel
 from .layers import GatedMLP
 
 
 @dataclass
-class ModelArgs:
+class ModelArgs(Config):
     """The fields of config.json, under the checkpoints' names.
 
-    layer_types     "full_attention" or "sliding_attention" (sliding_window tokens) for each block
+    layer_types     "full_attention" or "sliding_attention" (sliding_window tokens) for each block;
+                    empty is "full_attention" for all
     total_ut_steps  loops of a wake pass
     """
 
@@ -48,12 +50,12 @@ class ModelArgs:
     num_hidden_layers: int
     num_attention_heads: int
     model_type: str = "ouro"
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0  # num_attention_heads
+    head_dim: int = 0  # hidden_size / num_attention_heads
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    layer_types: list[str] | None = None
+    layer_types: list[str] = field(default_factory=list)
     sliding_window: int | None = None
     total_ut_steps: int = 4
     early_exit_threshold: float | None = 1.0
@@ -61,13 +63,8 @@ class ModelArgs:
     sleep: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.layer_types = self.layer_types or ["full_attention"] * self.num_hidden_layers
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        check_heads(self)
         if self.hidden_act != "silu":
             raise UserError(f"hidden_act must be silu, not {self.hidden_act!r}")
         if self.total_ut_steps < 1:
@@ -79,27 +76,14 @@ class ModelArgs:
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise UserError("layers of sliding_attention need a sliding_window")
 
-    @classmethod
-    def from_dict(cls, config: dict) -> ModelArgs:
-        """From the contents of config.json. UserError names what is missing."""
-        return from_config(cls, config)
-
 
 class Block(nn.Module):
     """h + norm(attention(norm(h))), then h + norm(mlp(norm(h)))."""
 
     def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
         super().__init__()
-        self.self_attn = Attention(
-            args.hidden_size,
-            args.num_attention_heads,
-            args.num_key_value_heads,
-            args.head_dim,
-            rope_theta=args.rope_theta,
-            sliding=sleep.attention_window(
-                args.sliding_window if layer_type == "sliding_attention" else None
-            ),
-        )
+        own = args.sliding_window if layer_type == "sliding_attention" else None
+        self.self_attn = Attention.from_args(args, sleep.attention_window(own))
         self.mlp = GatedMLP(args.hidden_size, args.intermediate_size, silu)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.input_layernorm_2 = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
@@ -124,31 +108,31 @@ class Decoder(nn.Module):
         self.early_exit_gate = nn.Linear(args.hidden_size, 1)
 
 
-class Model(SleepModel):
+class Model(DecoderModel):
     """The whole decoder."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__(SleepConfig(**args.sleep), args.num_hidden_layers)
-        self.args = args
+        super().__init__(args, args.num_hidden_layers)
         self.loops = args.total_ut_steps
         self.model = Decoder(args, self.sleep)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.add_head()
 
-    def embed(self, tokens):
-        return self.model.embed_tokens(tokens)
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model
 
-    def block(self, i, h, layer_state, mask=None):
-        return self.model.layers[i](h, layer_state, mask)
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
 
     def final_norm(self, h):
         return self.model.norm(h)
 
     def head(self, h):
-        return self.model.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
+        return self.unembed(h)
 
     def loop_outputs(self, tokens, state=None, mask=None):
-        """h [B, T, hidden] behind each loop, as a list, and the new state."""
+        """h [B, T, hidden] after each loop, as a list, and the new state."""
         start = state if state is not None else self.init_state(tokens.shape[0])
         state, outputs = list(start), []
         h, blocks = self.embed(tokens), self.num_layers
@@ -174,13 +158,13 @@ class Model(SleepModel):
         return mx.take_along_axis(mx.stack(outputs, axis=2), first, axis=2)[:, :, 0], state
 
     def gate(self, outputs):
-        """The early-exit gate's logits [B, T, loops] for h behind each loop."""
+        """The early-exit gate's logits [B, T, loops] for h after each loop."""
         logits = [self.model.early_exit_gate(h) for h in outputs]
         return mx.concatenate(logits, axis=-1)
 
 
 def exit_distribution(logits):
-    """The probability of stopping behind each loop, from the gate's logits [..., loops].
+    """The probability of stopping after each loop, from the gate's logits [..., loops].
 
     p_u = s_u (1 - s_1) ... (1 - s_{u-1}) with s the sigmoid; the last loop takes what is left.
     """

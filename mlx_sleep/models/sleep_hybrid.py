@@ -16,8 +16,9 @@ import mlx.nn as nn
 from ..ops.activations import silu
 from ..ops.mixers import gated_delta_net, mamba2
 from ..utils.errors import UserError
-from .attention import Attention
-from .base import SleepConfig, SleepModel, from_config
+from .attention import Attention, check_heads
+from .base import Config, SleepConfig
+from .decoder import DecoderModel
 from .layers import GatedMLP, conv_init, decay_init
 
 LAYER_TYPES = ("attention", "gated_deltanet", "mamba2")
@@ -25,7 +26,7 @@ ACTIVATIONS = {"silu": silu, "relu": nn.relu, "gelu": nn.gelu}
 
 
 @dataclass
-class ModelArgs:
+class ModelArgs(Config):
     """The fields of config.json. Sizes are free; names are those of the ecosystem's configs."""
 
     vocab_size: int
@@ -34,8 +35,8 @@ class ModelArgs:
     layer_types: list[str]
     model_type: str = "sleep_hybrid"
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0  # num_attention_heads
+    head_dim: int = 0  # hidden_size / num_attention_heads
     qk_norm: bool = True
     rope_theta: float = 10_000.0
     linear_num_key_heads: int = 4
@@ -53,31 +54,22 @@ class ModelArgs:
     sleep: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         wrong = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if wrong or not self.layer_types:
             raise UserError(f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {wrong}")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
+        check_heads(self)
         for many, few in (
-            ("num_attention_heads", "num_key_value_heads"),
             ("linear_num_value_heads", "linear_num_key_heads"),
             ("mamba_num_heads", "mamba_n_groups"),
         ):
             if getattr(self, many) % getattr(self, few):
                 raise UserError(f"{many} must be a multiple of {few}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> ModelArgs:
-        """From the contents of config.json. UserError names what is missing."""
-        return from_config(cls, config)
 
 
 class GatedDeltaNet(nn.Module):
-    """Gated DeltaNet: the gated delta rule behind a short convolution, with an output gate."""
+    """Gated DeltaNet: the gated delta rule after a short convolution, with an output gate."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -155,16 +147,10 @@ class Block(nn.Module):
 
     def __init__(self, args: ModelArgs, layer_type: str, sleep: SleepConfig):
         super().__init__()
+        self.mixer: nn.Module
         if layer_type == "attention":
-            self.mixer = Attention(
-                args.hidden_size,
-                args.num_attention_heads,
-                args.num_key_value_heads,
-                args.head_dim,
-                rope_theta=args.rope_theta,
-                sliding=sleep.attention_window(),
-                qk_norm_eps=args.rms_norm_eps if args.qk_norm else None,
-            )
+            norm_eps = args.rms_norm_eps if args.qk_norm else None
+            self.mixer = Attention.from_args(args, sleep.attention_window(), qk_norm_eps=norm_eps)
         else:
             self.mixer = {"gated_deltanet": GatedDeltaNet, "mamba2": Mamba2}[layer_type](args)
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
@@ -177,24 +163,19 @@ class Block(nn.Module):
         return h + self.mlp(self.mlp_norm(h)), state
 
 
-class Model(SleepModel):
+class Model(DecoderModel):
     """The whole decoder."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__(SleepConfig(**args.sleep), len(args.layer_types))
-        self.args = args
+        super().__init__(args, len(args.layer_types))
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, kind, self.sleep) for kind in args.layer_types]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.add_head()
 
-    def embed(self, tokens):
-        return self.embed_tokens(tokens)
-
-    def block(self, i, h, layer_state, mask=None):
-        return self.layers[i](h, layer_state, mask)
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.embed_tokens
 
     def head(self, h):
-        h = self.norm(h)
-        return self.embed_tokens.as_linear(h) if "lm_head" not in self else self.lm_head(h)
+        return self.unembed(self.norm(h))

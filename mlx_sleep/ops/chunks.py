@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
+
+custom_function: Any = mx.custom_function  # in MLX's stub a call of one gives `object`
 
 
 def prepare(q, k, v, g, beta, state, mask):
@@ -23,12 +27,17 @@ def masked(k, v, g, beta, mask):
     return mx.where(mask[..., None], k, 0), mx.where(mask[..., None], v, 0), g, beta
 
 
+def heads_of(k, v) -> tuple[int, int, int, int]:
+    """Hk, Hv, Dk, Dv of k [B, T, Hk, Dk] and v [B, T, Hv, Dv]."""
+    return k.shape[2], v.shape[2], k.shape[3], v.shape[3]
+
+
 def zero_state(k, v, dtype=mx.float32):
     """S = 0 [B, Hv, Dv, Dk] for k [B, T, Hk, Dk] and v [B, T, Hv, Dv]."""
     return mx.zeros((v.shape[0], *v.shape[2:], k.shape[3]), dtype)
 
 
-@mx.custom_function
+@custom_function
 def decay_matrix(g):
     """Decay between the tokens of a chunk: D_tj = a_{j+1} ... a_t for j <= t, 0 above.
 
@@ -54,7 +63,7 @@ def _triangles(g):
     return mx.tril(ones), mx.tril(ones, -1).astype(mx.bool_)
 
 
-@mx.custom_function
+@custom_function
 def unstack(x):
     """The rows x[0], x[1], ... as a list, with a gradient that is one stack.
 

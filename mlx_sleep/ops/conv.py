@@ -1,9 +1,9 @@
-"""The short causal convolution that stands before the fast weights in every SSM mixer.
+"""The short causal convolution before the fast weights of every SSM mixer.
 
-Depthwise: each channel has its own K taps, fixed ones (`short_conv`) or others at each token
-(`dynamic_conv`, the Jet layer's). No activation or bias is applied here. The last K - 1 inputs are
-the state. This module does not know whether the caller carries that state over a boundary (the
-paper's hard eviction does not).
+Depthwise: each channel has its own K taps, the same at every token (`short_conv`) or one set for
+each token (`dynamic_conv`, the Jet layer's). No activation or bias is applied here. The last K - 1
+inputs are the state. This module does not know whether the caller carries that state over a
+boundary (the paper's hard eviction does not).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def short_conv(x, weight, state=None, mask=None):
     x       [B, T, C]
     weight  [C, K]
     state   [B, K-1, C]: the inputs before x, oldest first; None is zeros
-    mask    [B, T] bool: False positions are padding and stand after the real ones of their row
+    mask    [B, T] bool: False is padding, after the real tokens of its row
 
     Returns (y [B, T, C], state [B, K-1, C]), both in x's dtype; the state holds the last K - 1
     real inputs of each row, reaching back into the given state where a row is shorter than that.
@@ -30,10 +30,10 @@ def short_conv(x, weight, state=None, mask=None):
 
 
 def dynamic_conv(x, weight, state=None, mask=None):
-    """y_t = sum_j weight[t, :, j] x_{t-K+1+j}: every token has taps of its own (arXiv 2508.15884).
+    """y_t = sum_j weight[t, :, j] x_{t-K+1+j}: every token has its own taps (arXiv 2508.15884).
 
-    weight is [B, T, C, K], and all else as for `short_conv`. ValueError for another shape, which
-    would otherwise be broadcast.
+    weight is [B, T, C, K]; all else is as for `short_conv`. ValueError for a weight of another
+    shape, which would otherwise be broadcast.
     """
     if weight.shape[:-1] != x.shape:
         raise ValueError(f"x {x.shape} needs weights [*x.shape, K], not {weight.shape}")
@@ -54,7 +54,7 @@ def dynamic_conv_naive(x, weight, state=None, mask=None):
 
 
 def _convolve(x, weight, state, mask, on_arrays):
-    """What both have in common: the path, the inputs as one sequence, and the state after it."""
+    """What both share: the path, the inputs as one sequence, and the state after it."""
     T, before = x.shape[1], weight.shape[-1] - 1
     if state is None:
         state = mx.zeros((x.shape[0], before, x.shape[2]), x.dtype)

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from ..kernels import gated_delta as kernels
 from ..kernels.checks import check_rule
-from .chunks import decay_matrix, masked, prepare, unstack, zero_state
+from .chunks import custom_function, decay_matrix, heads_of, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 32  # tokens a chunk; a power of two
@@ -38,7 +38,7 @@ def gated_delta(q, k, v, g, beta, state=None, mask=None):
         "mlx.fast": gated_delta_mlx,
         "step": gated_delta_step,
         "chunk": gated_delta_chunk,
-    }[path("gated_delta", q.shape[1], k.shape[3], v.shape[3])](q, k, v, g, beta, state, mask)
+    }[path("gated_delta", q.shape[1], heads_of(k, v))](q, k, v, g, beta, state, mask)
 
 
 def gated_delta_naive(q, k, v, g, beta, state=None, mask=None):
@@ -76,13 +76,11 @@ def gated_delta_metal(q, k, v, g, beta, state=None, mask=None):
 def gated_delta_mlx(q, k, v, g, beta, state=None, mask=None):
     """The same through `mx.fast.gated_delta_update` (MLX >= 0.32).
 
-    It multiplies in the inputs' dtype, so 16-bit inputs are rounded more than on other paths.
+    MLX rounds the decays to q's dtype, and in bfloat16 one above 0.998 becomes 1: float32 goes in.
     """
-    g, beta = g.astype(mx.float32), beta.astype(mx.float32)
-    k, v, g, beta = masked(k, v, g, beta, mask)
-    state = zero_state(k, v) if state is None else state
+    dtype, (q, k, v, g, beta, state) = v.dtype, prepare(q, k, v, g, beta, state, mask)
     o, state = mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)
-    return o.astype(v.dtype), state
+    return o.astype(dtype), state
 
 
 def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUNK):
@@ -120,11 +118,11 @@ def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUN
         u = u_i - w_i @ state.swapaxes(-1, -2)
         o.append(q_i @ state.swapaxes(-1, -2) + within_i @ u)
         state = through * state + u.swapaxes(-1, -2) @ k_i
-    o = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
-    return o[:, :T].astype(dtype), state
+    joined = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
+    return joined[:, :T].astype(dtype), state
 
 
-@mx.custom_function
+@custom_function
 def unit_lower_inverse(A: mx.array) -> mx.array:
     """(I + A)^-1 for strictly lower triangular A [..., C, C], C a power of two.
 

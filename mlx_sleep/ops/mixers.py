@@ -17,15 +17,15 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..kernels import gated_delta as gated_delta_kernels
 from ..kernels import ssd as ssd_kernels
 from .activations import silu
 from .conv import short_conv
 from .gated_delta import gated_delta
+from .gates import decay_gates
 from .paths import differentiable, fused
-from .ssd import mamba2_gates, ssd
+from .ssd import ssd
 
 
 def gated_delta_net(
@@ -47,7 +47,7 @@ def gated_delta_net(
         q, k, v = mx.split(silu(x), [Hk * Dk, 2 * Hk * Dk], axis=-1)
         q, k = (l2_norm(a.reshape(B, T, Hk, Dk)) for a in (q, k))
         b, a = mx.split(ba, 2, axis=-1)
-        g = -mx.exp(A_log) * nn.softplus(a.astype(mx.float32) + dt_bias)
+        g, _ = decay_gates(a, A_log, dt_bias)
         v = v.reshape(B, T, Hv, Dv)
         o, state = gated_delta(q * Dk**-0.5, k, v, g, mx.sigmoid(b), state, mask)
         return mx.fast.rms_norm(o, norm_weight, norm_eps) * silu(z), conv, state
@@ -59,7 +59,7 @@ def gated_delta_net(
         return o[:, None], conv, state
 
     inputs = qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, state
-    if fused("gated_delta", T, Dk, Dv, K, mask):
+    if fused("gated_delta", T, (Hk, Hv, Dk, Dv), K, mask):
         return _one_launch(launch, arrays, inputs)
     return arrays(*inputs)
 
@@ -96,7 +96,7 @@ def mamba2(
         v, k, q = mx.split(x, [Hv * Dv, Hv * Dv + Hk * Dk], axis=-1)
         v = v.reshape(B, T, Hv, Dv)
         q, k = (a.reshape(B, T, Hk, Dk) for a in (q, k))
-        o, state = ssd(q, k, v, *mamba2_gates(dt, A_log, dt_bias, dt_limits), state, mask, D)
+        o, state = ssd(q, k, v, *decay_gates(dt, A_log, dt_bias, dt_limits), state, mask, D)
         return o, conv, state
 
     def launch(xBC, dt, conv, *rest):
@@ -106,7 +106,7 @@ def mamba2(
         return o[:, None], conv, state
 
     inputs = xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state
-    if fused("ssd", T, Dk, Dv, K, mask):
+    if fused("ssd", T, (Hk, Hv, Dk, Dv), K, mask):
         return _one_launch(launch, arrays, inputs)
     return arrays(*inputs)
 

@@ -1,52 +1,64 @@
-"""On which implementation an op runs: decided here and nowhere else.
+"""Which implementation an op runs on: decided here and nowhere else.
 
     metal      this package's own Metal kernels (kernels/)
     mlx.fast   MLX's Metal kernels
     chunk      matrix products on arrays, on any backend
     step       one token on arrays
 
-The kernels of this package are right in the tests' harness, which runs them on a CPU, but no Apple
-GPU has run them yet. Until one has, they are taken only where MLX_SLEEP_KERNELS=metal asks for
-them.
+This package's kernels are right in the tests' harness, which runs them on a CPU, but no Apple GPU
+has run them yet. Until one has, they run only where MLX_SLEEP_KERNELS=metal asks for them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from ..kernels import source
-from ..kernels.chunks import supported
+from ..kernels.checks import supported
 from ..utils.errors import UserError
 
+Heads = tuple[int, int, int, int]
+"""Hk, Hv, Dk, Dv: how many heads q and k have, how many v has, and their sizes."""
+
 VARIABLE = "MLX_SLEEP_KERNELS"
-"""Environment variable: `metal` forces the Metal kernels of this package, `array` the paths on
-arrays; unset, the machine decides."""
+"""Environment variable: `metal` forces this package's Metal kernels, `array` the paths on arrays;
+unset, the machine decides."""
+
+MLX_HEADS: set[Heads] = {
+    (16, 16, 128, 128),
+    (16, 32, 128, 128),
+    (16, 48, 128, 128),
+    (16, 64, 128, 128),
+    (24, 24, 128, 128),
+    (32, 32, 128, 128),
+}
+"""Heads that `mx.fast.gated_delta_update` has Metal kernels for, in mlx 0.32.4. For others, and
+where it is given a mask, it is a graph of several ops for each token."""
 
 
-def path(op: str, tokens: int, Dk: int, Dv: int) -> str:
-    """The path of op "gated_delta" or "ssd" for a call of so many tokens with heads Dk, Dv.
+def path(op: str, tokens: int, heads: Heads) -> str:
+    """The path of the op "gated_delta" or "ssd" for so many tokens with these heads.
 
-    Heads that the kernels do not support go the way they would go without the variable.
     UserError where the variable has another value, or asks for Metal where there is none.
     """
     wish = _wish()
-    if wish == "metal" and supported(Dk, Dv):
+    if wish == "metal" and supported(*heads[2:]):
         return "metal"
-    metal = mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
-    if op == "gated_delta" and metal and wish != "array":
+    if op == "gated_delta" and wish != "array" and _on_metal() and heads in MLX_HEADS:
         return "mlx.fast"
     return "step" if tokens == 1 else "chunk"
 
 
-def fused(op: str, tokens: int, Dk: int, Dv: int, taps: int, mask) -> bool:
-    """Whether a mixer takes the one launch that is its whole step (`step` in kernels/).
+def fused(op: str, tokens: int, heads: Heads, taps: int, mask) -> bool:
+    """Whether a mixer's whole step is one launch (`step` in kernels/).
 
-    For one token without padding, where the op itself would take its Metal kernels.
+    For one token without padding, where the op itself would run on this package's kernels.
     """
     one = tokens == 1 and mask is None and taps > 1
-    return one and path(op, tokens, Dk, Dv) == "metal"
+    return one and path(op, tokens, heads) == "metal"
 
 
 def conv_path() -> str:
@@ -63,7 +75,11 @@ def _wish() -> str:
     return wish
 
 
-def differentiable(forward, backward, inputs, mask):
+def _on_metal() -> bool:
+    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+
+def differentiable(forward: Callable, backward: Callable, inputs: tuple, mask):
     """forward(*inputs, mask), with backward(*inputs, *cotangents, mask) as its gradient."""
 
     @mx.custom_function

@@ -19,14 +19,11 @@ float32 throughout, or float64 when v is float64.
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..kernels import ssd as kernels
 from ..kernels.checks import check_rule
-from .chunks import decay_matrix, prepare, unstack, zero_state
+from .chunks import decay_matrix, heads_of, prepare, unstack, zero_state
 from .paths import differentiable, path
 
 CHUNK = 64  # tokens a chunk
@@ -39,21 +36,8 @@ def ssd(q, k, v, g, beta, state=None, mask=None, D=None):
     """
     check_rule("ssd", q, k, v, g, beta, state, mask, D=(D, ("Hv",)))
     return {"metal": ssd_metal, "step": ssd_step, "chunk": ssd_chunk}[
-        path("ssd", q.shape[1], k.shape[3], v.shape[3])
+        path("ssd", q.shape[1], heads_of(k, v))
     ](q, k, v, g, beta, state, mask, D)
-
-
-def mamba2_gates(dt, A_log, dt_bias, dt_limits=(0.0, math.inf)):
-    """(g, beta) [B, T, Hv] float32 of Mamba-2 from its raw steps.
-
-    dt [B, T, Hv] is what the projection gives; A_log, dt_bias [Hv]; dt_limits the least and the
-    largest step. beta = clip(softplus(dt + dt_bias)), g = -exp(A_log) beta. Differentiable, with
-    no gradient through a step that a limit holds.
-    """
-    beta = nn.softplus(dt.astype(mx.float32) + dt_bias.astype(mx.float32))
-    if tuple(dt_limits) != (0.0, math.inf):
-        beta = mx.clip(beta, *dt_limits)
-    return -mx.exp(A_log.astype(mx.float32)) * beta, beta
 
 
 def ssd_naive(q, k, v, g, beta, state=None, mask=None, D=None):

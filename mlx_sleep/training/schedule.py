@@ -1,7 +1,7 @@
-"""When a run ends, which stage of its curriculum it is in, and its learning rates' share.
+"""Schedules: the share of its learning rates and the stage of its curriculum that a run is in.
 
-All by the share of the budget that is spent, so a run of an hour and one of a day go through the
-same stages.
+A run of so many steps goes by `rate_at`. One with a budget of tokens or time goes by the share that
+is spent, so that an hour and a day go through the same stages.
 """
 
 from __future__ import annotations
@@ -44,3 +44,13 @@ def cosine(step: int, progress: float, warmup: int, floor: float = 0.05) -> floa
     """Share of the learning rates: linear up over `warmup` steps, then a half cosine to floor."""
     fall = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return min(1.0, (step + 1) / max(1, warmup)) * fall
+
+
+def rate_at(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Share of the learning rates: linear up over `warmup` steps, linear down over the last part.
+
+    step      from 0, of `steps`
+    cooldown  that last part, as a share of all steps
+    """
+    down = max(1, int(steps * cooldown))
+    return min(1.0, (step + 1) / max(1, warmup), max(0.0, (steps - step) / down))

@@ -1,1 +1,1 @@
-"""The Metal kernels without a Mac: a harness that runs them as C++, and what is checked in it."""
+"""The Metal kernels without a Mac: a harness that runs them as C++, and tests that use it."""

@@ -17,7 +17,7 @@ from mlx_sleep.ops.gated_delta import gated_delta_naive
 from mlx_sleep.ops.ssd import ssd_naive
 from tests.ops_reference import arrays, assert_close, draw, gradients, reference, weights
 
-HEADS = {"B": 2, "T": 37, "Hk": 2, "Hv": 4, "Dk": 40, "Dv": 144}  # two or three blocks of Dv
+HEADS = {"B": 2, "T": 37, "Hk": 2, "Hv": 4, "Dk": 40, "Dv": 112}  # two blocks of Dv
 ONE_HEAD = HEADS | {"B": 1, "T": 19, "Hk": 1, "Hv": 1}
 
 
@@ -167,7 +167,7 @@ def _conv(backward, dynamic):
 
 
 D = mx.array([0.5, -1.0, 2.0, 1.5])
-# With Dv = 144 the SIMD groups of a prefill are more than its tiles, with 136 there is one.
+# With Dv = 112 a prefill has 7 SIMD groups, more than it has tiles of A and P; with 136 it has one.
 CHECKS = {
     "gated_delta_prefill": (
         lambda: _prefill("gated_delta", gated_delta, ONE_HEAD),

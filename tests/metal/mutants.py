@@ -5,7 +5,7 @@
 Each changed kernel is compiled and runs its checks of kernel_checks.py in a process of its own, the
 cheapest first and without optimisation, until one fails. One that no longer compiles is no mutant
 and is not counted. Results are kept in the user's cache folder under a hash of all that decides
-them, so that a run that was cut off goes on where it stood. Last line: N caught, M missed.
+them, so that a run that was cut off goes on from there. Last line: N caught, M missed.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ EQUIVALENT = {
     (
         "conv.metal",
         "window[j] = i < K + 1 ? static_cast<float>(state[(b * (K - 1) + i) * C + c])",
-    ): "inputs K - 1 and K stand in no window: the first run ends before them, the second begins "
-    "behind them",
+    ): "inputs K - 1 and K are in no window: the first run ends before them, the second begins "
+    "after them",
 }
 
 

@@ -101,7 +101,7 @@ def _count(kernel: str, dims, tokens: int, run: Callable, inputs: Inputs) -> dic
         results = sum(x.nbytes for x in outputs)
         least = results + sum(x.nbytes for x in arrays if isinstance(x, mx.array))
         buffers = sum(launch.output_bytes for launch in launches)
-        if len(launches) > 1:  # what lies between launches, and what is made of the last one's
+        if len(launches) > 1:  # buffers between launches, and the results made of the last one's
             buffers += results
         more = {"least_bytes": least, "launches": len(launches), "buffer_bytes": buffers}
         return total | more

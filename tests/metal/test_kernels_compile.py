@@ -110,6 +110,6 @@ def test_the_metal_path(monkeypatch, rng, what):
     for _ in range(2):
         got = compiled(*inputs)  # never evaluated: MLX would compile its graph with g++ first
         assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in expected]
-    assert calls == names * 2 and names  # once as it stands and once for the graph
+    assert calls == names * 2 and names  # once uncompiled and once for the graph
     assert any("step" in name for name in names) == ("token" in what)
     assert ("token" in what) or any("backward" in name for name in names)

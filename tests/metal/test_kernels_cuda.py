@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_it_compiles(monkeypatch, name):
-    """With the template arguments of its first check; a launch stands still and gives zeros."""
+    """With the template arguments of its first check; a launch does nothing and gives zeros."""
     compiled = []
 
     def launch(text, kernel, _buffers, results, _grid, _threadgroup):

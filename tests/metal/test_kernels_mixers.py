@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sleep.kernels.source import PREFIX
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.ops.mixers import gated_delta_net, mamba2
 from mlx_sleep.ops.paths import VARIABLE
@@ -47,7 +48,7 @@ CASES = {"gated_delta": gated_delta_case, "ssd": ssd_case}
 
 
 def names(launches):
-    return [launch.name for launch in launches]
+    return [launch.name.removeprefix(PREFIX) for launch in launches]
 
 
 @pytest.mark.parametrize("kernels", ("array", "metal"))

@@ -22,16 +22,16 @@ OPS = {"gated_delta": gated_delta, "ssd": ssd}
 @pytest.mark.parametrize("op", OPS)
 def test_the_variable(monkeypatch, op):
     monkeypatch.setenv(VARIABLE, "array")
-    assert [path(op, T, 128, 128) for T in (1, 9)] == ["step", "chunk"]
+    assert [path(op, T, (2, 4, 128, 128)) for T in (1, 9)] == ["step", "chunk"]
     monkeypatch.delenv(VARIABLE)
-    usual = [path(op, T, 33, 128) for T in (1, 9)]
+    usual = [path(op, T, (2, 4, 33, 128)) for T in (1, 9)]
     assert "metal" not in usual
     monkeypatch.setenv(VARIABLE, "metal")
-    assert [path(op, T, 96, 256) for T in (1, 9)] == ["metal", "metal"]
-    assert [path(op, T, 33, 128) for T in (1, 9)] == usual  # heads that no kernel takes
+    assert [path(op, T, (2, 4, 96, 256)) for T in (1, 9)] == ["metal", "metal"]
+    assert [path(op, T, (2, 4, 33, 128)) for T in (1, 9)] == usual  # heads that no kernel takes
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(UserError, match="metal or array"):
-        path(op, 1, 128, 128)
+        path(op, 1, (2, 4, 128, 128))
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="there is a Metal GPU")
@@ -39,14 +39,64 @@ def test_metal_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setenv(VARIABLE, "metal")
     monkeypatch.setattr(source, "without_metal", None)
     with pytest.raises(UserError, match="MLX_SLEEP_KERNELS=metal needs a Metal GPU"):
-        path("gated_delta", 1, 128, 128)
+        path("gated_delta", 1, (2, 4, 128, 128))
     with pytest.raises(UserError, match="need a Metal GPU"):
         source.build(source.read("conv.metal")["conv_forward"])
 
 
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """What `paths` sees of a Mac with a GPU. Arrays stay where they are."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+
+def test_mlx_takes_only_the_heads_that_it_has_kernels_for(a_gpu, monkeypatch):
+    qwen3_next = (16, 32, 128, 128)
+    assert [path("gated_delta", T, qwen3_next) for T in (1, 9)] == ["mlx.fast"] * 2
+    for heads in ((2, 2, 64, 64), (6, 6, 96, 256), (16, 48, 128, 64), (4, 4, 128, 128)):
+        assert [path("gated_delta", T, heads) for T in (1, 9)] == ["step", "chunk"]
+    assert [path("ssd", T, qwen3_next) for T in (1, 9)] == ["step", "chunk"]
+    monkeypatch.setenv(VARIABLE, "array")
+    assert path("gated_delta", 9, qwen3_next) == "chunk"
+    monkeypatch.setenv(VARIABLE, "metal")
+    assert path("gated_delta", 9, qwen3_next) == path("ssd", 9, (1, 1, 64, 64)) == "metal"
+
+
+def test_only_the_gpu_is_metal(a_gpu, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert path("gated_delta", 9, (16, 16, 128, 128)) == "chunk"
+
+
+@pytest.mark.parametrize("heads, fast", (((16, 16), True), ((1, 2), False)))
+@pytest.mark.parametrize("dtype", (mx.float32, mx.bfloat16))
+def test_the_op_takes_mlx_where_it_has_kernels(a_gpu, monkeypatch, rng, heads, fast, dtype):
+    """Also with a mask, of which MLX hears nothing, and decays that bfloat16 would round to 1."""
+    calls = []
+    update = mx.fast.gated_delta_update
+
+    def spy(q, k, v, decay, *rest):
+        assert {x.dtype for x in (q, k, v, decay)} == {mx.float32} and len(rest) == 2
+        calls.append(decay)
+        return update(q, k, v, decay, *rest)
+
+    monkeypatch.setattr(mx.fast, "gated_delta_update", spy)
+    inputs = draw(rng, B=1, T=9, Hk=heads[0], Hv=heads[1], Dk=128, Dv=128, g=-4e-4, beta=0.5)
+    mask = np.arange(9) < [[7]]
+    low = [*arrays(inputs[:3], dtype), *arrays(inputs[3:])]
+    o, state = gated_delta(*low, mask=mx.array(mask))
+    exact = [np.array(x.astype(mx.float32), np.float64) for x in low]
+    expected, expected_state = reference("gated_delta", *exact, mask)
+    assert bool(calls) == fast and o.dtype == dtype
+    assert_close([state], [expected_state], 2e-6)
+    real = mx.where(mx.array(mask)[..., None, None], o, 0).astype(mx.float32)
+    assert_close([real], [expected], 2e-6 if dtype == mx.float32 else 2**-8)
+
+
 def test_doctor_says_where_heads_go_that_no_kernel_takes(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    usual = path("gated_delta", 256, 20, 20)
+    usual = path("gated_delta", 256, (2, 4, 20, 20))
     assert doctor.examine()["odd_heads"] == ""
     monkeypatch.setenv(VARIABLE, "metal")
     report = doctor.examine()

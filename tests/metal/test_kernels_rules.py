@@ -11,6 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sleep.kernels import gated_delta, ssd
+from mlx_sleep.kernels.checks import supported
+from mlx_sleep.ops.ssd import ssd_naive
 from tests.ops_reference import (
     arrays,
     assert_close,
@@ -21,7 +24,16 @@ from tests.ops_reference import (
     slopes,
     weights,
 )
-from tests.rules import RULES, spoil
+from tests.rules import (
+    GATES,
+    RULES,
+    assert_nan_stays_in_its_row,
+    draw_gates,
+    nan_in_the_middle_row,
+    spoil,
+)
+
+from . import harness
 
 assert mlx_sleep  # imported for its effect
 pytestmark = pytest.mark.kernels
@@ -41,14 +53,10 @@ def test_prefill(rng, order, rule, T):
 
 
 @pytest.mark.parametrize("beta", (0.0, 1e-4, 1.0, 2.0))
-@pytest.mark.parametrize("gate", (0.0, -1e-6, -100.0, "mixed"))
+@pytest.mark.parametrize("gate", GATES)
 def test_extreme_gates(rng, rule, gate, beta):
     T = 2 * C + 3
-    if gate == "mixed":  # a few tokens forget everything, the others little
-        g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -rng.exponential(0.05, (2, T, 4)))
-    else:
-        g = gate
-    inputs = draw(rng, T=T, g=g, beta=beta, **SMALL)
+    inputs = draw(rng, T=T, g=draw_gates(rng, gate, T), beta=beta, **SMALL)
     assert_close(rule.kernels.prefill(*arrays(inputs)), reference(rule.name, *inputs), 3e-6)
 
 
@@ -112,15 +120,9 @@ def test_the_naive_definition_in_float64(rng, rule):
 
 
 def test_a_nan_stays_in_its_row(rng, rule):
-    for i in range(6):
-        inputs = draw(rng, B=3, T=C + 5, **SMALL)
-        inputs[i] = np.array(inputs[i])
-        inputs[i][1].flat[0] = np.nan
-        o, state = rule.kernels.prefill(*arrays(inputs))
-        keep = mx.array([0, 2])
-        expected = reference(rule.name, *(x[[0, 2]] for x in inputs))
-        assert_close((o[keep], state[keep]), expected, 1e-6)
-        assert not np.isfinite(np.array(o[1])).all()
+    for inputs in nan_in_the_middle_row(rng, T=C + 5, **SMALL):
+        got = rule.kernels.prefill(*arrays(inputs))
+        assert_nan_stays_in_its_row(rule, inputs, *got, 1e-6)
 
 
 def test_nothing_to_do(rng, rule):
@@ -146,11 +148,10 @@ def test_backward(rng, order, rule, T):
 
 
 @pytest.mark.parametrize("beta", (0.0, 1.0, 2.0))
-@pytest.mark.parametrize("gate", (0.0, -100.0, "mixed"))
+@pytest.mark.parametrize("gate", ("none", "full", "mixed"))
 def test_backward_of_extreme_gates(rng, rule, gate, beta):
     T = 19
-    g = np.where(rng.random((2, T, 4)) < 0.2, -100.0, -0.05) if gate == "mixed" else gate
-    inputs = draw(rng, T=T, g=g, beta=beta, **SMALL)
+    inputs = draw(rng, T=T, g=draw_gates(rng, gate, T), beta=beta, **SMALL)
     to = weights(rng, inputs)
     got = rule.kernels.backward(*arrays(inputs), *arrays(to))
     expected = gradients(rule.naive, inputs, to)
@@ -189,3 +190,94 @@ def test_nothing_to_differentiate(rng, rule):
     got = rule.kernels.backward(*empty, inputs[5], mx.zeros_like(empty[2]), inputs[5])
     assert [x.shape for x in got] == [x.shape for x in (*empty, inputs[5])]
     assert mx.array_equal(got[5], inputs[5])
+
+
+WIDE = {
+    "gated_delta": {
+        "jet, bfloat16": (96, 256, mx.bfloat16),
+        "wide keys, float16": (256, 64, mx.float16),
+        "odd": (40, 136, mx.float32),
+    },
+    "ssd": {
+        "bfloat16": (128, 64, mx.bfloat16),
+        "wide keys, float16": (256, 64, mx.float16),
+    },
+}
+
+
+@pytest.mark.parametrize("name, what", [(name, what) for name in WIDE for what in WIDE[name]])
+def test_prefill_of_other_heads(rng, name, what):
+    """With the skip where the rule has one."""
+    Dk, Dv, dtype = WIDE[name][what]
+    T = 19
+    inputs = draw(rng, B=2, T=T, Hk=1, Hv=2, Dk=Dk, Dv=Dv)
+    low = [*arrays(inputs[:3], dtype), *arrays(inputs[3:])]
+    exact = [np.array(x.astype(mx.float32), np.float64) for x in low]
+    mask = np.arange(T) < [[T], [11]]
+    expected, expected_state = reference(name, *exact, mask)
+    skip = {}
+    if name == "ssd":
+        D = rng.standard_normal(2)
+        skip = {"D": mx.array(D, mx.float32)}
+        expected += np.where(mask[..., None, None], D[:, None] * exact[2], 0)
+    o, state = RULES[name].kernels.prefill(*low, mask=mx.array(mask), **skip)
+    assert o.dtype == dtype and state.dtype == mx.float32
+    rounding = {mx.bfloat16: 2**-8, mx.float16: 2**-11, mx.float32: 1e-6}[dtype]
+    assert error(o.astype(mx.float32), expected) <= rounding
+    assert error(state, expected_state) <= 1e-6
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="only the harness counts")
+@pytest.mark.parametrize("T, D, groups", ((256, 128, 2), (64, 32, 1)))
+def test_device_bytes_of_prefill(rng, rule, T, D, groups):
+    """Each threadgroup reads q, k, g and beta; all else is read or written once."""
+    inputs = draw(rng, B=1, T=T, Hk=1, Hv=1, Dk=D, Dv=D)
+    with harness.launches() as launches:
+        got = rule.kernels.prefill(*arrays(inputs))
+    assert_close(got, reference(rule.name, *inputs), 1e-6)
+    (launch,) = launches
+    q, k, v, g, beta, state = (4 * x.size for x in inputs)
+    assert launch.counts["device_read"] == groups * (q + k + g + beta) + v + state
+    assert launch.counts["device_written"] == v + state
+    assert launch.counts["threadgroup_memory"] <= 32 << 10
+    assert launch.counts["barriers"] == groups * (1 + 3 * T // C)
+    assert launch.threadgroup == (4 * D // groups, 1, 1)
+
+
+@pytest.mark.parametrize("beta", (0.5, 1.0, 2.0))
+def test_one_key_over_and_over(rng, beta):
+    """The system that the delta rule solves is at its worst then."""
+    inputs = draw(rng, T=3 * C, g=-1e-3, beta=beta, **SMALL)
+    inputs[1][:] = inputs[1][:, :1]
+    # At beta = 2 every step is a reflection: no rounding ever fades.
+    tolerance = 2e-6 if beta <= 1 else 5e-5
+    got = gated_delta.prefill(*arrays(inputs))
+    assert_close(got, reference("gated_delta", *inputs), tolerance)
+
+
+def test_gradient_of_the_skip(rng):
+    """Over blocks of Dv, several rows and heads, in D's dtype; nothing comes from padding."""
+    inputs = draw(rng, T=9, Dk=32, Dv=136)
+    D = rng.standard_normal(4)
+    mask = np.arange(9) < [[9], [4]]
+    d_o, d_state = weights(rng, inputs)
+    got = ssd.backward(*arrays([*inputs, d_o, d_state]), mx.array(mask), mx.array(D, mx.float16))
+    expected = (d_o * inputs[2] * mask[..., None, None]).sum(axis=(0, 1, 3))
+    assert got[6].dtype == mx.float16
+    assert error(got[6].astype(mx.float32), expected) <= 2**-10
+
+
+@pytest.mark.parametrize("gate", (0.0, -100.0))
+def test_large_steps(rng, gate):
+    """beta above 2, which only Mamba-2 may have, where its dt is large."""
+    inputs = draw(rng, T=C + 3, g=gate, beta=5.0, **SMALL)
+    assert_close(ssd.prefill(*arrays(inputs)), reference("ssd", *inputs), 3e-6)
+    to = weights(rng, inputs)
+    got, expected = ssd.backward(*arrays([*inputs, *to])), gradients(ssd_naive, inputs, to)
+    for x, y in zip(got, expected, strict=True):
+        assert np.abs(np.array(x) - y).max() <= 1e-5 * max(np.abs(y).max(), 1e-3)
+
+
+def test_supported():
+    assert supported(32, 256) and supported(96, 40)
+    assert not any(supported(*d) for d in ((24, 32), (33, 32), (32, 264), (32, 36)))

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.base import State, evict
-from ...sleep import passes_over
-from ...training.trainer import Window
+from ...sleep import fast_weights_moved, passes_over
+from ...training.windows import Window
 from ..statistics import accuracy
 from .score import batch_windows, correct_answers, groups, sleep_over
 from .task import Task
@@ -77,7 +77,8 @@ def sleep_until_still(
     used = np.full(len(window.tokens), most)
     before = state
     for n, now in enumerate(after, 1):
-        used = np.where((used == most) & (_moved(before, now) < threshold), n, used)
+        moved = np.array(fast_weights_moved(before, now, axis=(1, 2, 3)))
+        used = np.where((used == most) & (moved < threshold), n, used)
         before = now
     which = mx.array(used - 1)
     chosen = []
@@ -90,15 +91,3 @@ def sleep_until_still(
         chosen.append(layer)
     mx.eval(chosen)
     return chosen, used
-
-
-def _moved(before: State, after: State) -> np.ndarray:
-    """|after - before| / |after| of S for each row [B]."""
-    change = size = mx.zeros(())
-    for old, new in zip(before, after, strict=True):
-        if "fast_weights" in new:
-            S = new["fast_weights"]
-            step = S - old["fast_weights"] if "fast_weights" in old else S
-            change = change + mx.square(step).sum(axis=(1, 2, 3))
-            size = size + mx.square(S).sum(axis=(1, 2, 3))
-    return np.array(mx.sqrt(change / mx.maximum(size, 1e-30)))

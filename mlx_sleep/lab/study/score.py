@@ -14,7 +14,7 @@ import numpy as np
 
 from ...models.base import State
 from ...sleep import passes_over
-from ...training.trainer import Window, labelled
+from ...training.windows import Window, labelled
 from ..statistics import accuracy
 from ..tasks.synthetic import Batch
 from ..windows import windows_of

@@ -63,7 +63,7 @@ def rows(
 
     def ours(trainer, N):
         def step():
-            return trainer._step(windows, N), trainer.model.state, trainer.optimizer.state
+            return trainer.update(windows, N), trainer.model.state, trainer.optimizer.state
 
         return step
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from random import Random
 
 from ...memory.lock import InUse, Lock
-from ...training.trainer import Trainer, Window
+from ...training.trainer import Trainer
+from ...training.windows import Window
 from ...utils.atomic import replace_file
 from ...utils.errors import UserError
 from . import models

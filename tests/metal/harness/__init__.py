@@ -144,7 +144,7 @@ def _launch(text, name, buffers, results, grid, threadgroup):
     recorder = _recorder.get() or _Recorder()
     everything = [*buffers, *results]
     n = len(everything)
-    # runtime.cpp's Kind; what is smaller than 8 elements is in the constant address space
+    # runtime.cpp's Kind; arrays of less than 8 elements are in the constant address space
     kinds = [2 * (x.size < 8) for x in buffers] + [1] * len(results)
     counts = (ctypes.c_uint64 * len(_COUNTS))()
     message, place = ctypes.create_string_buffer(1024), ctypes.c_void_p()

@@ -56,8 +56,8 @@ def cache_folder() -> Path:
     return Path(user_cache_dir("mlx-sleep")) / "kernels"
 
 
-def wrap(source: str, header: str, inputs, outputs, template) -> str:
-    """The C++ text of a kernel and of `harness_thread`, which calls it for one thread.
+def signature(source: str, header: str, inputs, outputs, template) -> tuple[str, list[str]]:
+    """The kernel's text as MLX writes it, and what C++ calls it with.
 
     inputs and outputs are lists of (name, C++ type, shape), template one of (name, C++ value).
     """
@@ -93,10 +93,8 @@ def wrap(source: str, header: str, inputs, outputs, template) -> str:
         ("typename " if v[0].isalpha() and v not in ("true", "false") else "int ") + n
         for n, v in template
     )
-    values = ", ".join(v for _, v in template)
     text = "\n".join(
         [
-            '#include "msl.h"',
             '#line 1 "header"',
             header,
             f"template <{names}>" if template else "",
@@ -107,10 +105,21 @@ def wrap(source: str, header: str, inputs, outputs, template) -> str:
             "}",
         ]
     )
+    return text, arguments
+
+
+def name_of(template) -> str:
+    """The kernel with its template arguments."""
+    return f"custom_kernel<{', '.join(v for _, v in template)}>" if template else "custom_kernel"
+
+
+def wrap(source: str, header: str, inputs, outputs, template) -> str:
+    """The C++ text of a kernel and of `harness_thread`, which calls it for one thread."""
+    text, arguments = signature(source, header, inputs, outputs, template)
     text = ARRAY.sub(r"HARNESS_THREADGROUP(\1, \2, \3);", text)
-    call = f"custom_kernel{f'<{values}>' if template else ''}({', '.join(arguments)});"
+    call = f"{name_of(template)}({', '.join(arguments)});"
     return (
-        f"{text}\nusing harness::three;\n"
+        f'#include "msl.h"\n{text}\nusing harness::three;\n'
         'extern "C" UNWATCHED void harness_thread(void** buffers, const harness::Ids* ids) {\n'
         f"  {call}\n}}\n"
     )

@@ -1,5 +1,5 @@
 // As much of the Metal Shading Language as the kernels use, in CUDA: what msl.h is for a CPU. A
-// kernel's text is compiled behind this file, inside of namespace msl, where float4 is Metal's.
+// kernel's text is compiled after this file, inside of namespace msl, where float4 is Metal's.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -48,7 +48,7 @@ HARNESS_OPERATOR(*)
 
 inline uint3 three(dim3 x) { return {x.x, x.y, x.z}; }
 inline uint3 three(::uint3 x) { return {x.x, x.y, x.z}; }
-// A grid of threads that its threadgroups do not divide is cut at its edge: threads behind it
+// A grid of threads that its threadgroups do not divide is cut at its edge: threads beyond it
 // return at once, and none of those kernels has a barrier.
 inline uint3 in_grid() {
   return {blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y,
@@ -64,6 +64,10 @@ inline float dot(const float4& a, const float4& b) {
   return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 inline float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+namespace precise {
+inline float exp(float x) { return ::expf(x); }
+inline float log(float x) { return ::logf(x); }
+}  // namespace precise
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }

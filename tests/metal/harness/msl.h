@@ -1,5 +1,5 @@
 // As much of the Metal Shading Language as the kernels use, in C++14. A kernel's text is compiled
-// behind this file, as MLX compiles it behind its own. Section numbers are those of Apple's
+// after this file, as MLX compiles it after its own. Section numbers are those of Apple's
 // "Metal Shading Language Specification".
 #pragma once
 #include <cmath>

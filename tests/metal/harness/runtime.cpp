@@ -3,7 +3,7 @@
 // The kernel is compiled with -fsanitize=thread and =bounds and linked without their libraries: the
 // compiler then calls the functions at the end of this file before each access to memory that is
 // not a register, and they check it. This file is compiled without it, and knows nothing of MSL.
-#define _XOPEN_SOURCE 700  // macOS has ucontext behind this only
+#define _XOPEN_SOURCE 700  // macOS has ucontext with this only
 #define _DARWIN_C_SOURCE
 #include "runtime.h"
 

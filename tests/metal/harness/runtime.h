@@ -5,7 +5,7 @@
 
 namespace harness {
 
-// Where the running thread stands, in Metal's names and units.
+// The position of the running thread, in Metal's names and units.
 struct Ids {
   uint32_t grid[3], threadgroups[3];            // threads_per_grid, threadgroups_per_grid
   uint32_t group_size[3];                       // threads_per_threadgroup (cut at the grid's edge)
