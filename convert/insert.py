@@ -21,12 +21,12 @@ _STAY_FLOAT32 = ("A_log", "dt_bias")
 
 
 def insert_into(model: SleepModel, layers: list[dict], seed: int = 0) -> SleepModel:
-    """`model`, which it changes, with new sleep layers; its logits stay what they are, to the bit.
+    """`model` with new sleep layers: the same parameters, and the same logits to the bit.
 
     layers  `sleep_layers` of a config.json (`mlx_sleep.models.inserted`), as `plan` makes them
     """
     h = model.embed(mx.zeros((1, 1), mx.int32))  # of a quantized model it has a floating dtype too
-    model = inserted.wrap(model, {"sleep_layers": layers})
+    model = inserted.Inserted(model, layers)
     model.sleep_layers = new_layers(h.shape[-1], layers, h.dtype, seed)
     return model
 

@@ -131,7 +131,7 @@ def test_into_a_quantized_model(rng):
     model = insert_into(model, plan(model, count=1))
     assert mx.array_equal(model(x)[0], before)
     later = make_mlx_lm("qwen3")
-    insert_into(later, plan(later, count=1))
+    later = insert_into(later, plan(later, count=1))
     full = later(x)[0]
     nn.quantize(later, group_size=32, bits=4, class_predicate=lambda n, m: n == "lm_head")
     assert 0 < mx.abs(later(x)[0] - full).max() < 1
@@ -171,7 +171,7 @@ def test_a_folder(tmp_path, rng):
 )
 def test_wrong_descriptions(layers, message):
     with pytest.raises(UserError, match=message):
-        inserted.wrap(make_hybrid(), {"sleep_layers": layers})
+        inserted.Inserted(make_hybrid(), layers)
 
 
 def test_plan():
@@ -231,9 +231,9 @@ def test_an_architecture_checks_itself_without_them(rng):
     """mlx-lm's untested models are compared with mlx-lm's own pass, which knows no sleep layer."""
     model = make_mlx_lm("llama")
     model._checked = False
-    insert_into(model, plan(model, count=2))
+    model = insert_into(model, plan(model, count=2))
     speak(model)
-    assert len(model.init_state()) == 5 and model._checked
+    assert len(model.init_state()) == 5 and model.host._checked
     assert model.num_layers == 5
 
 

@@ -137,13 +137,30 @@ class SleepModel(nn.Module):
         """h [..., hidden] -> logits [..., vocab]"""
         raise NotImplementedError
 
+    def choose(self, outputs: list):
+        """h [B, T, hidden] that the head reads, of those after each loop: the last."""
+        return outputs[-1]
+
+    def loop_outputs(self, tokens, state: State | None = None, mask=None):
+        """h [B, T, hidden] after each loop, as a list, and the new state."""
+        start = state if state is not None else self.init_state(tokens.shape[0])
+        state, outputs = list(start), []
+        h, blocks = self.embed(tokens), self.num_layers
+        for u in range(self.loops):
+            for i in range(blocks):
+                before = start[u * blocks + i]
+                # A sleep leaves one S, in the slots of the first loop.
+                if "fast_weights" not in before and "fast_weights" in start[i]:
+                    before = {**before, "fast_weights": start[i]["fast_weights"]}
+                h, state[u * blocks + i] = self.block(i, h, before, mask)
+            h = self.final_norm(h)
+            outputs.append(h)
+        return outputs, state
+
     def hidden(self, tokens, state: State | None = None, mask=None):
         """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
-        state = list(state) if state is not None else self.init_state(tokens.shape[0])
-        h = self.embed(tokens)
-        for i in range(self.num_layers):
-            h, state[i] = self.block(i, h, state[i], mask)
-        return self.final_norm(h), state
+        outputs, state = self.loop_outputs(tokens, state, mask)
+        return self.choose(outputs), state
 
     def __call__(self, tokens, state: State | None = None, mask=None):
         """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""

@@ -16,7 +16,6 @@ sleep_layers.0, sleep_layers.1, ... in the order of the blocks; the model's own 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ import mlx.nn as nn
 
 from ..utils.errors import UserError
 from . import sleep_hybrid
-from .base import SleepModel
+from .base import SleepConfig, SleepModel
 from .jet_nemotron import JetArgs, JetBlock
 
 KINDS = ("jet", "gated_deltanet")
@@ -52,15 +51,48 @@ class SleepLayer(nn.Module):
 
 
 class Inserted(SleepModel):
-    """Mixed into a model's class by `wrap`: its blocks are then the model's and sleep layers."""
+    """A model with sleep layers among its blocks.
+
+    host    the model; its parameters keep their names here, beside `sleep_layers`
+    layers  `sleep_layers` of a config.json. Their weights are those of an untrained layer
+
+    Both share their modules: what is trained or quantized here is so in `host`. UserError for a
+    description that does not fit.
+    """
+
+    def __init__(self, host: SleepModel, layers: list[dict]):
+        if isinstance(host, Inserted):
+            raise UserError("the model has sleep layers already")
+        blocks = host.num_layers
+        layers = check(layers, blocks)
+        width = host.embed(mx.zeros((1, 1), mx.int32)).shape[-1]  # lazy: nothing is computed
+        # (whether it is a sleep layer, which one of its sort), in the order of running
+        order = [(False, i) for i in range(blocks)]
+        for j, layer in reversed(list(enumerate(layers))):
+            order.insert(layer["before"], (True, j))
+        object.__setattr__(self, "host", host)  # hidden, so that parameters appear once
+        super().__init__(_with_range(host.sleep, layers, blocks), len(order))
+        self.loops = host.loops
+        self._order = tuple(order)
+        for name, child in host.items():
+            self[name] = child
+        self.sleep_layers = [
+            SleepLayer(width, layer["kind"], JetArgs.from_dict(layer)) for layer in layers
+        ]
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        if name in self.host:  # quantization replaces a layer at the top
+            self.host[name] = value
 
     @property
-    def num_layers(self) -> int:
-        return len(self._order)
+    def args(self):
+        """The host's arguments."""
+        return self.host.args
 
     @property
     def block_modules(self) -> list[nn.Module]:
-        own = super().block_modules
+        own = self.host.block_modules
         return [self.sleep_layers[j] if sleeps else own[j] for sleeps, j in self._order]
 
     @property
@@ -68,51 +100,35 @@ class Inserted(SleepModel):
         return True
 
     def init_state(self, batch_size: int = 1):
-        with self._bare():  # some models compare themselves with another implementation here
-            super().init_state(batch_size)
-        return [{} for _ in range(self.loops * self.num_layers)]
+        self.host.init_state(batch_size)  # some compare themselves with another implementation
+        return super().init_state(batch_size)
+
+    def embed(self, tokens):
+        return self.host.embed(tokens)
 
     def block(self, i, h, layer_state, mask=None):
         sleeps, j = self._order[i]
         if sleeps:
             return self.sleep_layers[j](h, layer_state, mask)
-        return super().block(j, h, layer_state, mask)
+        return self.host.block(j, h, layer_state, mask)
 
-    @contextlib.contextmanager
-    def _bare(self):
-        """The model as it was before the insertion."""
-        order, self._order = self._order, tuple(at for at in self._order if not at[0])
-        try:
-            yield
-        finally:
-            self._order = order
+    def final_norm(self, h):
+        return self.host.final_norm(h)
+
+    def choose(self, outputs):
+        return self.host.choose(outputs)
+
+    def head(self, h):
+        return self.host.head(h)
 
 
-def wrap(model: SleepModel, config: dict) -> SleepModel:
-    """`model`, which it changes, with the new sleep layers that config["sleep_layers"] describes.
-
-    Weights are those of an untrained layer. UserError for a description that doesn't fit.
-    """
-    if isinstance(model, Inserted):
-        raise UserError("the model has sleep layers already")
-    blocks = model.num_layers
-    layers = check(config["sleep_layers"], blocks)
-    width = model.embed(mx.zeros((1, 1), mx.int32)).shape[-1]  # lazy: nothing is computed
-    # (whether it is a sleep layer, which one of its sort), in the order of running
-    order = [(False, i) for i in range(blocks)]
-    for j, layer in reversed(list(enumerate(layers))):
-        order.insert(layer["before"], (True, j))
-    model.__class__ = type(type(model).__name__, (Inserted, type(model)), {})
-    model._order = tuple(order)
-    model.sleep_layers = [
-        SleepLayer(width, layer["kind"], JetArgs.from_dict(layer)) for layer in layers
-    ]
-    if model.sleep.loop_range:
-        lo, hi = model.sleep.loop_range
-        befores = [min(layer["before"], blocks - 1) for layer in layers]
-        grown = tuple(end + sum(before < end for before in befores) for end in (lo, hi))
-        model.sleep = dataclasses.replace(model.sleep, loop_range=grown)
-    return model
+def _with_range(sleep: SleepConfig, layers: list[dict], blocks: int) -> SleepConfig:
+    """`sleep` with its loop_range in blocks and sleep layers."""
+    if sleep.loop_range is None:
+        return sleep
+    befores = [min(layer["before"], blocks - 1) for layer in layers]
+    lo, hi = (end + sum(before < end for before in befores) for end in sleep.loop_range)
+    return dataclasses.replace(sleep, loop_range=(lo, hi))
 
 
 def check(layers, blocks: int) -> list[dict]:

@@ -202,7 +202,7 @@ def build(
         if config.get("sleep_layers"):
             from . import inserted
 
-            model = inserted.wrap(model, config)
+            model = inserted.Inserted(model, config["sleep_layers"])
         if (quantization := config.get("quantization")) is not None:
             nn.quantize(
                 model,
