@@ -15,6 +15,7 @@ from mlx_sleep.convert.insert import insert_into, new_layers, plan, plan_for
 from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.memory import Memory
 from mlx_sleep.models import inserted, mlx_lm_model, ouro, sleep_hybrid
+from mlx_sleep.models.inserted import SleepLayer
 from mlx_sleep.models.load import load_model
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
@@ -76,6 +77,8 @@ def awake(model, x, mask):
 def speak(model, scale=0.3):
     """Gives the sleep layers a voice, as training would."""
     for layer in model.sleep_layers:
+        if "gain" in layer:
+            layer.gain = mx.ones_like(layer.gain)
         out = layer.mixer.o_proj if "o_proj" in layer.mixer else layer.mixer.out_proj
         out.weight = scale * mx.random.normal(out.weight.shape).astype(out.weight.dtype)
 
@@ -150,7 +153,7 @@ def test_a_folder(tmp_path, rng):
     assert mx.array_equal(old(x)[0], model(x)[0])
     assert (dest / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert config["fingerprint"] != before["fingerprint"]
-    for layer, same in zip(model.sleep_layers, new_layers(32, layers, mx.float32), strict=True):
+    for layer, same in zip(model.sleep_layers, new_layers(old, layers), strict=True):
         pairs = zip(tree_flatten(layer.parameters()), tree_flatten(same.parameters()), strict=True)
         assert all(a[0] == b[0] and mx.array_equal(a[1], b[1]) for a, b in pairs)
     with pytest.raises(UserError, match="already"):
@@ -181,8 +184,7 @@ def test_plan():
     for width in (1, 2, 40, 576):
         (layer,) = plan_for(width, 3, count=1)
         assert layer["num_heads"] * layer["head_dim"] * layer["expand_v"] <= width
-        (module,) = new_layers(width, [layer], mx.float32)
-        assert module.mixer.o_proj.weight.shape[0] == width
+        assert SleepLayer(width, layer).mixer.o_proj.weight.shape[0] == width
     assert [x["before"] for x in plan_for(64, 3, before=[3, 0])] == [0, 3]
     for wrong in ({"count": 0}, {"count": 4}, {"before": [4]}, {"kind": "mamba2"}):
         with pytest.raises(UserError):

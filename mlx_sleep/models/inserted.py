@@ -1,13 +1,15 @@
 """Sleep layers: SSM layers without an MLP, put between the blocks of a model that has none.
 
-As the paper did with Ouro (arXiv 2605.26099): h + mixer(norm(h)), the mixer a JetBlock
-or Gated DeltaNet. In config.json they are a list under `sleep_layers`, beside the fields of the
-model that they were put into, one object for each:
+As the paper did with Ouro (arXiv 2605.26099): h + mixer(norm(h)), the mixer a JetBlock, Gated
+DeltaNet, or delta attention, whose output has a gain for each channel. In config.json they are a
+list under `sleep_layers`, beside the fields of the model that they were put into, one object for
+each:
 
     before       the block that the layer stands before, 0 to the number of blocks (behind all)
-    kind         "jet" or "gated_deltanet"
-    num_heads, head_dim, expand_v, conv_size, norm_eps, dconv_generator_reduction
-                 sizes, by JetArgs' names: head_dim is Dk, head_dim * expand_v is Dv
+    kind         "jet", "gated_deltanet" or "delta_attention"
+    num_heads, head_dim, conv_size, norm_eps; expand_v and dconv_generator_reduction
+                 sizes, by the names of JetArgs (head_dim is Dk, head_dim * expand_v is Dv) or
+                 DeltaArgs
 
 `before` counts the model's own blocks, as does `loop_range`: a sleep layer is looped when the
 block that it stands before is, and one behind all blocks when the last one is. Their parameters are
@@ -24,28 +26,44 @@ import mlx.nn as nn
 from ..utils.errors import UserError
 from . import sleep_hybrid
 from .base import SleepConfig, SleepModel
+from .delta_attention import DeltaArgs, DeltaAttention
 from .jet_nemotron import JetArgs, JetBlock
 
-KINDS = ("jet", "gated_deltanet")
+KINDS = ("jet", "gated_deltanet", "delta_attention")
 
 
 class SleepLayer(nn.Module):
-    """h + mixer(norm(h)): (h [B, T, hidden], layer state, mask) -> (h, layer state)."""
+    """h + mixer(norm(h)): (h [B, T, hidden], layer state, mask) -> (h, layer state).
 
-    def __init__(self, hidden_size: int, kind: str, sizes: JetArgs):
+    layer  an entry of `sleep_layers`. delta_attention also takes `write` [B, T] bool, and adds
+           gain * mixer(norm(h)), gain [hidden]
+    """
+
+    def __init__(self, hidden_size: int, layer: dict):
         super().__init__()
+        kind = layer["kind"]
+        sizes = (DeltaArgs if kind == "delta_attention" else JetArgs).from_dict(layer)
         self.norm = nn.RMSNorm(hidden_size, eps=sizes.norm_eps)
-        if kind == "jet":
+        if kind == "delta_attention":
+            self.mixer = DeltaAttention(hidden_size, sizes)
+            self.gain = mx.full((hidden_size,), 0.05)
+        elif kind == "jet":
             self.mixer = JetBlock(hidden_size, sizes)
         else:
             self.mixer = _gated_deltanet(hidden_size, sizes)
 
-    def __call__(self, h, state, mask):
-        out, state = self.mixer(self.norm(h), state, mask)
-        return h + out, state
+    def __call__(self, h, state, mask, write=None):
+        if "gain" not in self:
+            out, state = self.mixer(self.norm(h), state, mask)
+            return h + out, state
+        out, state = self.mixer(self.norm(h), state, mask, write)
+        return h + self.gain.astype(h.dtype) * out, state
 
     def silence(self):
-        """Zeros the output projection: the layer then adds exactly nothing to h."""
+        """Zeros the gain or the output projection: the layer then adds exactly nothing to h."""
+        if "gain" in self:
+            self.gain = mx.zeros_like(self.gain)
+            return
         out = self.mixer.o_proj if "o_proj" in self.mixer else self.mixer.out_proj
         out.weight = mx.zeros_like(out.weight)
 
@@ -76,9 +94,7 @@ class Inserted(SleepModel):
         self._order = tuple(order)
         for name, child in host.items():
             self[name] = child
-        self.sleep_layers = [
-            SleepLayer(width, layer["kind"], JetArgs.from_dict(layer)) for layer in layers
-        ]
+        self.sleep_layers = [SleepLayer(width, layer) for layer in layers]
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
@@ -140,7 +156,8 @@ def check(layers, blocks: int) -> list[dict]:
         if type(before) is not int or not 0 <= before <= blocks:
             raise UserError(f"a sleep layer stands before block 0 to {blocks}, not {before!r}")
         if kind not in KINDS:
-            raise UserError(f"the kind of a sleep layer is {' or '.join(KINDS)}, not {kind!r}")
+            known = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+            raise UserError(f"the kind of a sleep layer is {known}, not {kind!r}")
     if [layer["before"] for layer in layers] != sorted(layer["before"] for layer in layers):
         raise UserError("sleep_layers must be in the order of the blocks that they stand before")
     return layers
