@@ -9,10 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sleep.convert.insert import insert_into, plan
-from mlx_sleep.utils.errors import UserError
-from mlx_sleep.models.delta_attention import HALF_LIVES, dense, from_attention, sizes_of
+from mlx_sleep.models.delta_attention import HALF_LIVES, from_attention, sizes_of
 from mlx_sleep.models.inserted import SleepLayer
+from mlx_sleep.models.layers import dense
 from mlx_sleep.models.load import build
+from mlx_sleep.utils.errors import UserError
 
 H, D, HIDDEN, K, EPS = 3, 4, 10, 4, 1e-5
 LAYER = {"before": 0, "kind": "delta_attention", "num_heads": H, "head_dim": D, "norm_eps": EPS}

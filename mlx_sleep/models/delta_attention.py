@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..utils.errors import UserError
 from ..ops.mixers import delta_attention
+from ..utils.errors import UserError
 from .base import from_config
+from .layers import dense
 
 HALF_LIVES = (700, 40_000)
 """Tokens over which S halves at first: those of the first head and of the last."""
@@ -134,12 +135,3 @@ def from_attention(attention: nn.Module, norm_weight) -> dict[str, mx.array]:
         weights[name] = mx.repeat(groups, H // len(groups), axis=0).reshape(H * D, -1)
     start = {f"mixer.{name}_proj.weight": x for name, x in weights.items()}
     return {**start, "norm.weight": norm_weight.astype(mx.float32)}
-
-
-def dense(linear: nn.Module) -> mx.array:
-    """The weight [out, in] of a linear layer, quantized or not, in float32."""
-    if "scales" not in linear:
-        return linear.weight.astype(mx.float32)
-    parts = linear.weight, linear.scales, linear.get("biases")
-    x = mx.dequantize(*parts, group_size=linear.group_size, bits=linear.bits, mode=linear.mode)
-    return x.astype(mx.float32)
