@@ -58,6 +58,26 @@ class ChatTokenizer:
         before, after = self._first if first else self._later
         return before + self.encode_text(text) + after
 
+    def in_replies(self, ids: list[int]) -> list[bool]:
+        """Which tokens of a conversation the model said, each reply's end mark included.
+
+        ids may begin anywhere; what is before the first user's turn is taken for a reply. What a
+        user types can't look like a turn of the template, so the ids alone tell.
+        """
+        said, talks = [], True
+        (first, _), (start, prompt) = self._first, self._later
+        for i in range(len(ids)):
+            if not i and first and ids[: len(first)] == first:
+                talks = False
+            if start and ids[i : i + len(start)] == start:
+                talks = False
+            said.append(talks)
+            if talks and self.end_ids and ids[i] == self.end_ids[0]:
+                talks = False
+            elif not talks and prompt and ids[i + 1 - len(prompt) : i + 1] == prompt:
+                talks = True
+        return said
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: special tokens spelled out in it are text like any other."""
         if not text:

@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": ("bench", "app"),
     "convert": ("convert", "convert"),
     "export": ("convert", "export"),
+    "fuse": ("models", "fuse"),
     "models": ("models", "app"),
     "doctor": ("doctor", "doctor"),
 }

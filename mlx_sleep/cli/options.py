@@ -50,6 +50,9 @@ def names(text: str | None) -> list[str] | None:
 Model = Annotated[
     str | None, typer.Option(help="The model's folder. (default: the embedded model)")
 ]
+AdapterPath = Annotated[
+    str | None, typer.Option(help="The folder of an adapter: sleep layers trained in the model.")
+]
 MemoryName = Annotated[str, typer.Option("--memory", help="The memory's name.")]
 Home = Annotated[
     Path | None,
@@ -75,6 +78,7 @@ class SessionOptions:
     """What `chat` and `generate` open a session with. A field is an option."""
 
     model: Model = None
+    adapter_path: AdapterPath = None
     home: Home = None
     passes: Passes = None
     window: Window = None
@@ -94,7 +98,8 @@ class SessionOptions:
         from ..session import Session
 
         others = asdict(self)
-        return Session.open(others.pop("model"), memory, **others)
+        model, adapter = others.pop("model"), others.pop("adapter_path")
+        return Session.open(model, memory, adapter=adapter, **others)
 
 
 def with_session_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,8 @@ A folder of adapters.safetensors and adapter_config.json:
     format        "mlx-sleep-adapter"
     base          the model: {"fingerprint": ..., "name": ...}
     sleep_layers  as in config.json (`models.inserted`)
-    sleep         the fields of SleepConfig that it was trained with
+    sleep         the fields of SleepConfig that it was trained with; loop_range is the blocks from
+                  the first sleep layer on where it isn't given
     quantization  of its matrices, by MLX: {"group_size": 64, "bits": 8}; absent when not quantized
     lora_rank     of low-rank changes of the base's attention; 0 is none
     trained       what the trainer says about the run
@@ -56,11 +57,15 @@ class Adapter:
             raise UserError(f"{self.path}: the model has sleep layers already")
         merged = {name: x for name, x in config.items() if name != "fingerprint"}
         merged["sleep"] = {**(config.get("sleep") or {}), **self.config.get("sleep", {})}
-        merged["sleep_layers"] = self.config["sleep_layers"]
+        merged["sleep_layers"] = layers = self.config["sleep_layers"]
+        if (blocks := config.get("num_hidden_layers")) and layers:
+            # Nothing before the first sleep layer depends on S.
+            first = min(layers[0].get("before", 0), blocks - 1)
+            merged["sleep"].setdefault("loop_range", [first, blocks])
         if mine := self.config.get("quantization"):
-            layers = [n.removesuffix(".scales") for n in self.tensors if n.endswith(".scales")]
+            names = [n.removesuffix(".scales") for n in self.tensors if n.endswith(".scales")]
             theirs = config.get("quantization") or dict(mine)
-            merged["quantization"] = {**theirs, **{name: dict(mine) for name in layers}}
+            merged["quantization"] = {**theirs, **{name: dict(mine) for name in names}}
         return merged
 
     def weights(self, dtype: mx.Dtype) -> dict[str, mx.array]:

@@ -40,6 +40,8 @@ class SleepConfig:
     loop_range  the blocks [lo, hi) that are looped; those outside run once. None is all
     carry_conv  whether the short convolution's left context crosses a boundary. None is no for
                 hard eviction, where only S may cross, and yes for sliding
+    fold        "all", or "user": tokens of the model's replies then write nothing into S, awake
+                and asleep. Sleep layers of delta attention alone can do that
     """
 
     passes: int = 1
@@ -47,6 +49,7 @@ class SleepConfig:
     eviction: str = "hard"
     loop_range: tuple[int, int] | None = None
     carry_conv: bool | None = None
+    fold: str = "all"
 
     def __post_init__(self):
         if not isinstance(self.passes, int) or self.passes < 1:
@@ -55,6 +58,8 @@ class SleepConfig:
             raise UserError(f"the sleep window must be a whole number >= 2, not {self.window!r}")
         if self.eviction not in ("hard", "sliding"):
             raise UserError(f'eviction must be "hard" or "sliding", not {self.eviction!r}')
+        if self.fold not in ("all", "user"):
+            raise UserError(f'fold must be "all" or "user", not {self.fold!r}')
         if self.loop_range is not None:
             lo, hi = self.loop_range
             if not 0 <= lo < hi:
@@ -141,8 +146,12 @@ class SleepModel(nn.Module):
         """h [B, T, hidden] that the head reads, of those after each loop: the last."""
         return outputs[-1]
 
-    def loop_outputs(self, tokens, state: State | None = None, mask=None):
-        """h [B, T, hidden] after each loop, as a list, and the new state."""
+    def loop_outputs(self, tokens, state: State | None = None, mask=None, write=None):
+        """h [B, T, hidden] after each loop, as a list, and the new state.
+
+        write [B, T] bool is given on to `block` where there is one: False writes nothing into S.
+        """
+        options = {} if write is None else {"write": write}
         start = state if state is not None else self.init_state(tokens.shape[0])
         state, outputs = list(start), []
         h, blocks = self.embed(tokens), self.num_layers
@@ -152,19 +161,19 @@ class SleepModel(nn.Module):
                 # A sleep leaves one S, in the slots of the first loop.
                 if "fast_weights" not in before and "fast_weights" in start[i]:
                     before = {**before, "fast_weights": start[i]["fast_weights"]}
-                h, state[u * blocks + i] = self.block(i, h, before, mask)
+                h, state[u * blocks + i] = self.block(i, h, before, mask, **options)
             h = self.final_norm(h)
             outputs.append(h)
         return outputs, state
 
-    def hidden(self, tokens, state: State | None = None, mask=None):
+    def hidden(self, tokens, state: State | None = None, mask=None, write=None):
         """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
-        outputs, state = self.loop_outputs(tokens, state, mask)
+        outputs, state = self.loop_outputs(tokens, state, mask, write)
         return self.choose(outputs), state
 
-    def __call__(self, tokens, state: State | None = None, mask=None):
+    def __call__(self, tokens, state: State | None = None, mask=None, write=None):
         """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""
-        h, state = self.hidden(tokens, state, mask)
+        h, state = self.hidden(tokens, state, mask, write)
         return self.head(h), state
 
 

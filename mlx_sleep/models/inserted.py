@@ -54,6 +54,8 @@ class SleepLayer(nn.Module):
 
     def __call__(self, h, state, mask, write=None):
         if "gain" not in self:
+            if write is not None:
+                raise UserError('fold "user" needs sleep layers of kind delta_attention')
             out, state = self.mixer(self.norm(h), state, mask)
             return h + out, state
         out, state = self.mixer(self.norm(h), state, mask, write)
@@ -122,10 +124,10 @@ class Inserted(SleepModel):
     def embed(self, tokens):
         return self.host.embed(tokens)
 
-    def block(self, i, h, layer_state, mask=None):
+    def block(self, i, h, layer_state, mask=None, write=None):
         sleeps, j = self._order[i]
         if sleeps:
-            return self.sleep_layers[j](h, layer_state, mask)
+            return self.sleep_layers[j](h, layer_state, mask, write)
         return self.host.block(j, h, layer_state, mask)
 
     def final_norm(self, h):

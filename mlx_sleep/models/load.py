@@ -108,7 +108,7 @@ def read_model(
     where = path / "config.json" if adapter is None else adapter.path / adapters.CONFIG
     model = build(config, {*tensors, *added}, where=where)
     if adapter is not None and adapter.lora_rank:
-        lora.attach(model.host.block_modules, adapter.lora_rank)
+        lora.attach(model.host.block_modules, adapter.lora_rank, adapter.tensors)
     wanted = dict(tree_flatten(model.parameters()))
     theirs = {} if adapter is None else adapters.names_in_model(wanted)
     check_tensors(path, {n: x for n, x in wanted.items() if n not in theirs.values()}, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,8 +11,9 @@ import mlx.nn as nn
 from ..utils.errors import UserError
 from .layers import dense
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NAME = re.compile(r"(?:.*\.)?(layers\.\d+\.self_attn\.\w+\.lora_[ab])")
+_NAME = re.compile(
+    r"(?:.*\.)?(layers\.(?P<block>\d+)\.self_attn\.(?P<layer>\w+)\.lora_(?P<part>[ab]))"
+)
 
 
 class _LowRank:
@@ -30,17 +32,22 @@ class LoRAQuantizedLinear(_LowRank, nn.QuantizedLinear):
     """A quantized linear layer with a low-rank change, which is not quantized."""
 
 
-def attach(blocks: list[nn.Module], rank: int) -> None:
-    """Give the projections of each block's `self_attn` a change of rank `rank`, zero at first.
+def attach(blocks: list[nn.Module], rank: int, names: Collection[str]) -> None:
+    """Give projections a change of rank `rank`, zero at first.
 
-    UserError where a block has no such attention.
+    names  of the changes, as `canonical` gives them: "layers.0.self_attn.q_proj.lora_a", ...
+
+    UserError where there is no such projection.
     """
-    for block in blocks:
-        attention = block.get("self_attn", {})
-        if any(type(attention.get(n)) not in (nn.Linear, nn.QuantizedLinear) for n in PROJECTIONS):
-            raise UserError(f"LoRA needs blocks whose self_attn has {', '.join(PROJECTIONS)}")
-        for name in PROJECTIONS:
-            attention[name] = _changed(attention[name], rank)
+    for name in sorted(names):
+        match = _NAME.fullmatch(name)
+        if match is None or match["part"] == "b":
+            continue
+        i = int(match["block"])
+        attention = blocks[i].get("self_attn", {}) if i < len(blocks) else {}
+        if type(attention.get(match["layer"])) not in (nn.Linear, nn.QuantizedLinear):
+            raise UserError(f"the model has no layer for the low-rank change {name}")
+        attention[match["layer"]] = _changed(attention[match["layer"]], rank)
 
 
 def _changed(linear: nn.Linear | nn.QuantizedLinear, rank: int) -> nn.Module:
