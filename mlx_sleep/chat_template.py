@@ -62,10 +62,11 @@ class ChatTokenizer:
         """Which tokens of a conversation the model said, each reply's end mark included.
 
         ids may begin anywhere; what is before the first user's turn is taken for a reply. What a
-        user types can't look like a turn of the template, so the ids alone tell.
+        user types can't look like a turn of the template, so the ids alone tell. Without a
+        template nothing is a reply.
         """
-        said, talks = [], True
         (first, _), (start, prompt) = self._first, self._later
+        said, talks = [], bool(prompt)
         for i in range(len(ids)):
             if not i and first and ids[: len(first)] == first:
                 talks = False

@@ -93,9 +93,11 @@ class SleepModel(nn.Module):
     `embed`, `block`, `final_norm` and `head` are apart because a sleep loops over the blocks.
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
+    `can_fold_user` says whether `hidden` and `block` take `write`, which SleepConfig.fold needs.
     """
 
     loops: int = 1
+    can_fold_user: bool = False
 
     def __init__(self, sleep: SleepConfig, blocks: int):
         super().__init__()

@@ -54,8 +54,6 @@ class SleepLayer(nn.Module):
 
     def __call__(self, h, state, mask, write=None):
         if "gain" not in self:
-            if write is not None:
-                raise UserError('fold "user" needs sleep layers of kind delta_attention')
             out, state = self.mixer(self.norm(h), state, mask)
             return h + out, state
         out, state = self.mixer(self.norm(h), state, mask, write)
@@ -94,6 +92,7 @@ class Inserted(SleepModel):
         super().__init__(_with_range(host.sleep, layers, blocks), len(order))
         self.loops = host.loops
         self._order = tuple(order)
+        self.can_fold_user = all(layer["kind"] == "delta_attention" for layer in layers)
         for name, child in host.items():
             self[name] = child
         self.sleep_layers = [SleepLayer(width, layer) for layer in layers]

@@ -40,9 +40,17 @@ def dense(linear: nn.Module) -> mx.array:
     """The weight [out, in] of a linear layer or an embedding, quantized or not, in float32."""
     if "scales" not in linear:
         return linear.weight.astype(mx.float32)
-    parts = linear.weight, linear.scales, linear.get("biases")
-    x = mx.dequantize(*parts, group_size=linear.group_size, bits=linear.bits, mode=linear.mode)
-    return x.astype(mx.float32)
+    scales, biases = (
+        None if x is None else x.astype(mx.float32) for x in (linear.scales, linear.get("biases"))
+    )  # or the weights would be rounded to 16 bits
+    return mx.dequantize(
+        linear.weight,
+        scales,
+        biases,
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
 
 
 def dense_linear(linear: nn.QuantizedLinear) -> nn.Linear:

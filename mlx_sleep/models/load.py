@@ -124,8 +124,8 @@ def read_model(
         )
     if adapter is not None:
         model.load_weights(list(weights.items()), strict=False)
-        dtype = model.embed(mx.zeros((1, 1), mx.int32)).dtype
-        loaded = adapter.weights(dtype)
+        h, _ = model.host.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        loaded = adapter.weights(h.dtype)
         weights.update({mine: loaded[n] for n, mine in theirs.items()})
     return model, config, weights
 
@@ -297,6 +297,8 @@ def build(
             from . import inserted
 
             model = inserted.Inserted(model, config["sleep_layers"])
+        if model.sleep.fold == "user" and not model.can_fold_user:
+            raise UserError('fold "user" needs sleep layers, all of kind delta_attention')
         if (quantization := config.get("quantization")) is not None:
             nn.quantize(
                 model,
