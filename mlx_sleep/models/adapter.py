@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import one_line, read_json
 from ..utils.safetensors import read_header
 from . import lora
 from .folder import new_folder, write_json
@@ -136,8 +136,17 @@ def save_adapter(
     bits     quantize the projections of sleep layers, in groups of 64 (those whose width is a
              multiple of it); None keeps all as they are
     """
+    with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
+        write_adapter(folder, weights, config, bits=bits)
+        open_adapter(folder)
+
+
+def write_adapter(
+    folder: Path, weights: dict[str, mx.array], config: dict, *, bits: int | None = None
+) -> None:
+    """The two files of `save_adapter` in a folder that is there, each replaced whole."""
     if bad := not_finite(weights):
-        raise UserError(f"not saved to {path}: NaN or infinite weights in {abbreviate(bad)}")
+        raise UserError(f"not saved to {folder}: NaN or infinite weights in {abbreviate(bad)}")
     config = {"format": FORMAT, **config}
     stored = dict(weights)
     if bits is not None:
@@ -148,10 +157,16 @@ def save_adapter(
                 stem = name.removesuffix(".weight")
                 for part, value in zip(("weight", "scales", "biases"), parts, strict=True):
                     stored[f"{stem}.{part}"] = value if part == "weight" else value.astype(_SCALES)
-    with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
-        mx.save_safetensors(str(folder / WEIGHTS), stored, {"format": "mlx"})
-        write_json(folder / CONFIG, config)
-        open_adapter(folder)
+    new = folder / f"new-{WEIGHTS}"
+    try:
+        mx.save_safetensors(str(new), stored, {"format": "mlx"})
+        new.replace(folder / WEIGHTS)
+        write_json(folder / f"new-{CONFIG}", config)
+        (folder / f"new-{CONFIG}").replace(folder / CONFIG)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a full disk
+        raise UserError(
+            f"cannot write the adapter to {folder} ({one_line(error)}); free some space there"
+        ) from error
 
 
 _SCALES = mx.float16

@@ -44,9 +44,10 @@ class DeltaArgs:
 
 
 class DeltaAttention(nn.Module):
-    """(x [B, T, hidden], layer state, mask, write) -> (out [B, T, hidden], layer state).
+    """(x [B, T, hidden], layer state, mask, write, windows) -> (out [B, T, hidden], layer state).
 
-    The state's `conv` is the last K - 1 projections of q, k and v, side by side.
+    write and windows are those of `ops.mixers.delta_attention`. The state's `conv` is the last
+    K - 1 projections of q, k and v, side by side.
     """
 
     def __init__(self, hidden_size: int, args: DeltaArgs):
@@ -69,7 +70,7 @@ class DeltaAttention(nn.Module):
         self.o_norm = nn.RMSNorm(self.D, eps=args.norm_eps)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
 
-    def __call__(self, x, state, mask=None, write=None):
+    def __call__(self, x, state, mask=None, write=None, windows=1):
         B, T, _ = x.shape
         o, conv, S = delta_attention(
             mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1),
@@ -84,6 +85,7 @@ class DeltaAttention(nn.Module):
             state.get("fast_weights"),
             mask,
             write,
+            windows,
         )
         return self.o_proj(o.reshape(B, T, -1)), {"fast_weights": S, "conv": conv}
 

@@ -35,8 +35,8 @@ KINDS = ("jet", "gated_deltanet", "delta_attention")
 class SleepLayer(nn.Module):
     """h + mixer(norm(h)): (h [B, T, hidden], layer state, mask) -> (h, layer state).
 
-    layer  an entry of `sleep_layers`. delta_attention also takes `write` [B, T] bool, and adds
-           gain * mixer(norm(h)), gain [hidden]
+    layer  an entry of `sleep_layers`. delta_attention also takes its mixer's `write` and
+           `windows`, and adds gain * mixer(norm(h)), gain [hidden]
     """
 
     def __init__(self, hidden_size: int, layer: dict):
@@ -52,12 +52,11 @@ class SleepLayer(nn.Module):
         else:
             self.mixer = _gated_deltanet(hidden_size, sizes)
 
-    def __call__(self, h, state, mask, write=None):
-        if "gain" not in self:
-            out, state = self.mixer(self.norm(h), state, mask)
-            return h + out, state
-        out, state = self.mixer(self.norm(h), state, mask, write)
-        return h + self.gain.astype(h.dtype) * out, state
+    def __call__(self, h, state, mask, **options):
+        out, state = self.mixer(self.norm(h), state, mask, **options)
+        if "gain" in self:
+            out = (self.gain * out).astype(h.dtype)
+        return h + out, state
 
     def silence(self):
         """Zeros the gain or the output projection: the layer then adds exactly nothing to h."""
@@ -123,10 +122,11 @@ class Inserted(SleepModel):
     def embed(self, tokens):
         return self.host.embed(tokens)
 
-    def block(self, i, h, layer_state, mask=None, write=None):
+    def block(self, i, h, layer_state, mask=None, **options):
+        """Block i; options are those of its sleep layers."""
         sleeps, j = self._order[i]
         if sleeps:
-            return self.sleep_layers[j](h, layer_state, mask, write)
+            return self.sleep_layers[j](h, layer_state, mask, **options)
         return self.host.block(j, h, layer_state, mask)
 
     def final_norm(self, h):

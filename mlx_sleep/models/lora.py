@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,11 @@ _NAME = re.compile(
 class _LowRank:
     """y + B (A x) beside a linear layer's y; lora_a [rank, in], lora_b [out, rank]."""
 
+    active = True
+
     def __call__(self, x):
+        if not self.active:
+            return super().__call__(x)
         change = (x @ self.lora_a.T) @ self.lora_b.T
         return super().__call__(x) + change.astype(x.dtype)
 
@@ -64,6 +69,19 @@ def _changed(linear: nn.Linear | nn.QuantizedLinear, rank: int) -> nn.Module:
     new.lora_a = mx.random.normal((rank, inputs)) * inputs**-0.5
     new.lora_b = mx.zeros((out, rank))
     return new
+
+
+@contextlib.contextmanager
+def left_out(model: nn.Module) -> Iterator[None]:
+    """The model without its low-rank changes, for the time of a block."""
+    changed = [module for module in model.modules() if isinstance(module, _LowRank)]
+    try:
+        for module in changed:
+            module.active = False
+        yield
+    finally:
+        for module in changed:
+            module.active = True
 
 
 def fold(model: nn.Module, weights: dict[str, mx.array]) -> None:

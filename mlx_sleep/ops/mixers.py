@@ -112,7 +112,19 @@ def mamba2(
 
 
 def delta_attention(
-    qkv, z, a, b, conv, conv_weight, dt_bias, norm_weight, norm_eps, state, mask=None, write=None
+    qkv,
+    z,
+    a,
+    b,
+    conv,
+    conv_weight,
+    dt_bias,
+    norm_weight,
+    norm_eps,
+    state,
+    mask=None,
+    write=None,
+    windows=1,
 ):
     """The gated delta rule with q, k, v like those of softmax attention: no activation on them.
 
@@ -121,6 +133,9 @@ def delta_attention(
     a, b         [B, T, Hv]      the decay's input and beta's, before their activations
     conv_weight  [3 Hv D, K]; norm_weight [D]
     write        [B, T] bool     False reads S and leaves it as it is; None is True everywhere
+
+    windows      so many rows on end are one sequence for S, and each a window for the convolution:
+                 state is [B / windows, Hv, D, D]. Padding is then marked by `write`, not `mask`
 
     q and k have length 1. log a_t = -softplus(a + dt_bias), b_t = sigmoid(b). All but the
     convolution is float32 (float64 when qkv is).
@@ -132,7 +147,11 @@ def delta_attention(
     g, beta = -nn.softplus(a.astype(dtype) + dt_bias), mx.sigmoid(b.astype(dtype))
     if write is not None:
         g, beta = (mx.where(write[..., None], y, 0) for y in (g, beta))
-    o, state = gated_delta(l2_norm(q), l2_norm(k), v, g, beta, state, mask)
+    inputs = (l2_norm(q), l2_norm(k), v, g, beta)
+    if windows > 1:
+        inputs = tuple(y.reshape(B // windows, windows * T, *y.shape[2:]) for y in inputs)
+    o, state = gated_delta(*inputs, state, mask)
+    o = o.reshape(B, T, H, D)
     o = mx.fast.rms_norm(o, norm_weight.astype(dtype), norm_eps) * 2 * mx.sigmoid(z.astype(dtype))
     return o.astype(qkv.dtype), conv, state
 
