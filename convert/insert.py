@@ -31,18 +31,20 @@ def insert_into(model: SleepModel, layers: list[dict], seed: int = 0) -> SleepMo
     return model_with
 
 
-def new_layers(host: SleepModel, layers: list[dict], seed: int = 0) -> list[SleepLayer]:
+def new_layers(
+    host: SleepModel, layers: list[dict], seed: int = 0, copy: bool = True
+) -> list[SleepLayer]:
     """The modules that `layers` describe, silent, in the dtype of the host's h.
 
     Their weights are random, but for those of delta attention, which copies the attention of the
-    block after it. Seeds MLX's random numbers. Nothing is evaluated.
+    block after it (unless `copy` is False). Seeds MLX's random numbers. Nothing is evaluated.
     """
     h = host.embed(mx.zeros((1, 1), mx.int32))  # of a quantized model it has a floating dtype too
     mx.random.seed(seed)
     new = []
     for layer in layers:
         module = SleepLayer(h.shape[-1], layer)
-        if layer["kind"] == "delta_attention":
+        if copy and layer["kind"] == "delta_attention":
             module.load_weights(list(from_attention(*_attention(host, layer)).items()), False)
         module.silence()
         parameters = module.parameters()

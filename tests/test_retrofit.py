@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import cache
+from importlib.resources import files
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from mlx_sleep.cli import app
 from mlx_sleep.convert.insert import new_layers, plan
-from mlx_sleep.models.load import build, fingerprint, load_model
+from mlx_sleep.models.load import build, fingerprint, load_model, save
+from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
 from mlx_sleep.training.lives import LifeBatch, base_hidden, life_batch, life_hidden, life_loss
 from mlx_sleep.training.retrofit import Retrofit, prepare
 from mlx_sleep.training.schedule import Budget
 from mlx_sleep.utils.errors import UserError
+from tests.fakes import fake_folder
 from tests.test_adapter import CONFIG, base_folder
 
 B, W, T = 2, 3, 16
@@ -118,7 +126,6 @@ def test_the_loss_by_hand(rng, passes):
 def test_gradients_by_finite_differences(rng):
     model, batch = model_of(), life_batch(lives(rng))
     base = base_hidden(model, batch)
-
 
     _, grads = nn.value_and_grad(model, life_loss)(model, batch, base)
     grads = dict(tree_flatten(grads))
@@ -237,3 +244,102 @@ def test_its_adapter_loads(tmp_path):
 
 def test_a_batch_is_a_tuple_of_arrays(rng):
     assert LifeBatch._fields[-1] == "real" and life_batch(lives(rng)).real > 0
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@cache
+def chatml_tokenizer() -> Tokenizer:
+    """One that knows the words of lives, and the two marks of ChatML."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = files("mlx_sleep.lab.tasks") / "language"
+    texts = [file.read_text()[:20_000] for file in folder.iterdir() if file.name.endswith(".txt")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|im_end|>", "<|im_start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def chat_folder(path, model_type, template=CHATML):
+    """A random model with a tokenizer that knows the words of lives."""
+    source = path.with_name(f"{path.name}-tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=chatml_tokenizer(), eos_token="<|im_end|>", chat_template=template
+    ).save_pretrained(source)
+    config = {**CONFIG, "model_type": model_type, "vocab_size": 1000, "eos_token_id": 0}
+    mx.random.seed(0)
+    save(path, build(config), config, tokenizer_source=source)
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["retrofit", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_from_a_model_to_a_chat(tmp_path, model_type):
+    """Three steps, an adapter that loads and remembers, and a run that goes on."""
+    model, out = chat_folder(tmp_path / "model", model_type), tmp_path / "adapter"
+    options = [model, "--out", out, "--before", "1,2", "--batch", 512, "--ordinary", 2]
+    done = invoke(*options, "--tokens", 1000)
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 1 and {"recall", "zeroed"} <= rows[-1].keys()
+    with Session.open(model, adapter=out, max_tokens=4) as session:
+        session.tell("My dog is called Rex.")
+        assert session.sleep().tokens > 0
+    again = invoke(*options, "--tokens", 1000)
+    assert isinstance(again.exception, UserError) and "--resume" in str(again.exception)
+    more = invoke(*options, "--tokens", 2000, "--resume")
+    assert more.exit_code == 0, more.exception
+    assert len((out / "metrics.jsonl").read_text().splitlines()) > len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--hours or --tokens"),
+        (["--hours", 1, "--tokens", 9], "--hours or --tokens"),
+        (["--hours", 0], "--hours must be above 0"),
+        (["--tokens", 9, "--before", "9"], "before block 0 to 3"),
+        (["--tokens", 9, "--init", "warm"], "host or random"),
+        (["--tokens", 9, "--fold", "some"], "fold must be"),
+        (["--tokens", 9, "--resume", "--ordinary", 0], "holds no run"),
+    ],
+)
+def test_wrong_options(tmp_path, shared_model, arguments, message):
+    result = invoke(shared_model, "--out", tmp_path / "out", "--before", "1", *arguments)
+    assert isinstance(result.exception, UserError) and message in str(result.exception)
+    assert not (tmp_path / "out" / "recipe.json").exists()
+
+
+@pytest.fixture(scope="module")
+def shared_model(tmp_path_factory):
+    return chat_folder(tmp_path_factory.mktemp("shared") / "model", "llama")
+
+
+def test_models_that_cannot_be_trained(tmp_path, shared_model):
+    """Fast weights already, no template, no model: one line."""
+    hybrid = fake_folder(tmp_path / "hybrid")
+    bare = chat_folder(tmp_path / "bare", "llama", template=None)
+    for folder, message in (
+        (hybrid, "fast weights already"),
+        (bare, "template"),
+        (tmp_path / "x", "no model"),
+    ):
+        result = invoke(folder, "--out", tmp_path / "out", "--tokens", 9, "--layers", 1)
+        assert isinstance(result.exception, UserError), (folder, result.exception)
+        assert message in str(result.exception)

@@ -26,6 +26,7 @@ COMMANDS = {
     "sleep": ("memory", "sleep"),
     "memory": ("memory", "app"),
     "train": ("train", "train"),
+    "retrofit": ("retrofit", "retrofit"),
     "eval": ("train", "evaluate"),
     "study": ("study", "study"),
     "bench": ("bench", "app"),
