@@ -27,7 +27,7 @@ COMMANDS = {
     "memory": ("memory", "app"),
     "train": ("train", "train"),
     "retrofit": ("retrofit", "retrofit"),
-    "eval": ("train", "evaluate"),
+    "eval": ("evaluate", "evaluate"),
     "study": ("study", "study"),
     "bench": ("bench", "app"),
     "convert": ("convert", "convert"),

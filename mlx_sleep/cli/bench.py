@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from .model_names import choose
 from .options import AdapterPath, Json, Model, Numbers, PassesToTry, numbers
 from .output import Plot, emit, progress_bar
 
@@ -164,9 +165,13 @@ def convert(
 
 
 def _load(model: str | None, adapter_path: str | None) -> SleepModel:
-    from ..models.load import EMBEDDED, load_model
+    from ..models.load import EMBEDDED, load_model, suit_device
 
-    loaded, _ = load_model(EMBEDDED if model is None else model, adapter_path=adapter_path)
+    path, adapter = (model, adapter_path)
+    if path is not None or adapter is not None:
+        path, adapter, _ = choose(model, adapter_path)
+    loaded, _ = load_model(path or EMBEDDED, adapter_path=adapter)
+    suit_device(loaded)
     return cast("SleepModel", loaded)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options, output
+from .model_names import choose
 from .output import line
 from .sleeping import describe, watch
 
@@ -173,8 +174,9 @@ def sleep(
     from ..sleep import SleepCancelled
 
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
+    path, adapter, _ = choose(model, adapter_path)
     with Session.open(
-        model, memory, adapter=adapter_path, home=home, passes=passes, window=window
+        path, memory, adapter=adapter, home=home, passes=passes, window=window
     ) as session:
         try:
             report = watch(session, session.sleep)

@@ -68,6 +68,7 @@ def retrofit(
         raise UserError(f"--init must be host or random, not {init!r}")
 
     from ..convert.insert import new_layers, plan
+    from ..lab.tasks.chat_source import ChatSource
     from ..lab.tasks.curriculum import SHARES, batches, held_out
     from ..models.base import SleepConfig
     from ..models.load import fingerprint, load
@@ -83,7 +84,7 @@ def retrofit(
     host.sleep = SleepConfig(passes, window, "hard", loop_range, fold=fold)
     pad = config.get("pad_token_id") or 0
     chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed)
-    train, valid = (_Source(tokenizer, split, seed, chat, pad) for split in ("train", "valid"))
+    train, valid = (ChatSource(tokenizer, split, seed, chat, pad) for split in ("train", "valid"))
     run = Retrofit(
         prepare(
             host, configs, new_layers(host, configs, seed, init == "host"), lora_rank=lora_rank
@@ -108,28 +109,6 @@ def retrofit(
         note(f"stopped after step {run.step}; --resume goes on")
         raise typer.Exit(130)
     line(f"wrote {out}; try: mlx-sleep chat --model {model} --adapter-path {out}")
-
-
-class _Source:
-    """Lives in a model's own tokens and chat template, made in this process."""
-
-    def __init__(self, tokenizer, split: str, seed: int, chat, pad: int):
-        from ..lab.tasks.life import Lives
-        from ..lab.tasks.life_tokens import LifeEncoder, Template, fast
-
-        parts = tokenizer.parts
-        before = tuple(parts.before)
-        opening = tuple(parts.first[: len(parts.first) - len(before)])
-        if (*opening, *before) != tuple(parts.first):
-            raise UserError("the model's chat template opens a chat in a way that lives can't")
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise UserError("the model needs a tokenizer.json, which tells where tokens lie")
-        template = Template(opening, before, tuple(parts.between), tuple(parts.end), pad)
-        self._lives = Lives(LifeEncoder(fast(backend), template), split, seed, chat)
-
-    def lives(self):
-        return self._lives
 
 
 def _ordinary(model, tokenizer, file: Path, count: int, seed: int) -> list[list[tuple[str, str]]]:
