@@ -5,8 +5,8 @@
     checkpoint/                 parameters, optimizer, budget spent; replaced whole
     adapters.safetensors, adapter_config.json    what came of it (models/adapter.py)
 
-Muon for the matrices of the sleep layers, AdamW for the rest. Nothing here knows where the lives
-come from, or a terminal.
+Muon for the matrices of the sleep layers, AdamW for the rest, low-rank changes at a rate of their
+own. Nothing here knows where the lives come from, or a terminal.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Retrofit:
         unseen: Iterable[dict[str, np.ndarray]] = (),
         muon_lr: float = 5e-3,
         adamw_lr: float = 2e-3,
+        lora_lr: float = 5e-4,
         warmup: int = 30,
         clip: float = 1.0,
         every: float = 300.0,
@@ -103,14 +104,17 @@ class Retrofit:
         self.model, self.folder, self.batches = model, Path(folder), batches
         self.budget, self.config, self.shares = budget, config, tuple(shares)
         self.unseen, self.every, self.clip, self.warmup = list(unseen), every, clip, warmup
-        self.rates = (muon_lr, adamw_lr)
+        self.rates = (muon_lr, lora_lr, adamw_lr)
         self.recipe = json.loads(
             json.dumps({"rates": self.rates, "adapter": config, "shares": self.shares})
         )
         self.recipe |= json.loads(json.dumps(settings or {}))
         muon = optim.Muon(learning_rate=muon_lr, momentum=0.95, weight_decay=0.0)
-        adamw = optim.AdamW(learning_rate=adamw_lr, betas=[0.9, 0.95], weight_decay=0.0)
-        self.optimizer = optim.MultiOptimizer([muon, adamw], [is_projection])
+        adamws = [
+            optim.AdamW(learning_rate=rate, betas=[0.9, 0.95], weight_decay=0.0)
+            for rate in self.rates[1:]
+        ]
+        self.optimizer = optim.MultiOptimizer([muon, *adamws], [is_projection, is_low_rank])
         self.optimizer.init(model.trainable_parameters())
         self.passes, self.fold = model.sleep.passes, model.sleep.fold
         self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
@@ -329,3 +333,8 @@ def is_projection(name: str, x) -> bool:
     projections = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     parts = name.split(".")
     return parts[0] == "sleep_layers" and parts[-2] in projections
+
+
+def is_low_rank(name: str, x) -> bool:
+    """Whether it is of a low-rank change (models/lora.py)."""
+    return lora.canonical(name) is not None
