@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +36,10 @@ def evaluate(
         str | None, typer.Option(help="Only these cases, with commas. (default: all)")
     ] = None,
     n: Annotated[
-        int | None, typer.Option(help="Conversations for each case. (default: 500, or 200)")
+        int | None,
+        typer.Option(
+            help="Conversations for each case. (default: 500; 200 of lives, all of natural)"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Picks the set of conversations.")] = 0,
     split: Annotated[str, typer.Option(help="Names and values of: train, valid, test.")] = "test",
@@ -69,7 +71,7 @@ def evaluate(
         elif (folder / "tokenizer.model").is_file() and chosen.adapter is None:
             rows = _memory(folder, cases, tried, n or 500, seed, split, counted)
         else:
-            rows = _lives(folder, chosen.adapter, cases, tried, n or 200, seed, split, counted)
+            rows = _lives(folder, chosen.adapter, cases, tried, n, seed, split, counted)
     emit(f"eval {task}", [{"model": chosen.name, **row} for row in rows], json)
 
 
@@ -94,8 +96,8 @@ def _memory(folder: Path, cases, passes, n: int, seed: int, split: str, counted)
 
 
 def _lives(
-    folder: Path, adapter, cases, passes, n: int, seed: int, split: str, counted
-) -> Iterator[dict]:
+    folder: Path, adapter, cases, passes, n: int | None, seed: int, split: str, counted
+) -> list[dict]:
     """Of a model with a chat template."""
     from ..lab.evaluate_chat import evaluate_lives, evaluate_natural
     from ..lab.tasks.life_examples import CASES
@@ -106,10 +108,10 @@ def _lives(
     rows: list[dict] = []
     for name in chosen:
         if name == "natural":
-            rows += evaluate_natural(model, tokenizer, passes=passes, on_done=counted)
+            rows += evaluate_natural(model, tokenizer, passes=passes, limit=n, on_done=counted)
         else:
             rows += evaluate_lives(
-                model, tokenizer, lives, cases=[name], passes=passes, n=n, on_done=counted
+                model, tokenizer, lives, cases=[name], passes=passes, n=n or 200, on_done=counted
             )
     return rows
 

@@ -72,6 +72,7 @@ def retrofit(
     from ..lab.tasks.curriculum import SHARES, batches, held_out
     from ..models.base import SleepConfig
     from ..models.load import fingerprint, load
+    from ..training.refusals import REFUSAL, mark_refusals
     from ..training.retrofit import Retrofit, prepare
     from ..training.schedule import Budget
 
@@ -85,12 +86,18 @@ def retrofit(
     pad = config.get("pad_token_id") or 0
     chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed)
     train, valid = (ChatSource(tokenizer, split, seed, chat, pad) for split in ("train", "valid"))
+    opening = tokenizer.encode_text(REFUSAL)
+
+    def marked(made):
+        for arrays in made:
+            yield {**arrays, "refusal": mark_refusals(arrays, opening)}
+
     run = Retrofit(
         prepare(
             host, configs, new_layers(host, configs, seed, init == "host"), lora_rank=lora_rank
         ),
         out,
-        lambda jobs: batches(train, jobs, batch),
+        lambda jobs: marked(batches(train, jobs, batch)),
         Budget(tokens=tokens, seconds=hours and 3600 * hours),
         {
             "sleep_layers": configs,
@@ -99,7 +106,7 @@ def retrofit(
             "base": {"fingerprint": fingerprint(model), "name": model.name},
         },
         shares=SHARES,
-        unseen=held_out(valid, batch),
+        unseen=marked(held_out(valid, batch)),
         settings={"batch": batch, "seed": seed, "init": init},
     )
     with _progress(run) as on_row:

@@ -26,10 +26,11 @@ VALUE_WEIGHT = 4.0  # of a value's tokens, in the loss
 class LifeBatch(NamedTuple):
     """tokens [B, W, T] int32; write [B, W, T] bool: what is folded into S.
 
-    at [N]: flat positions whose output predicts targets [N] with weights [N] float32; value [N]
-    bool: targets inside a value. kl_windows [n]: flat numbers of windows that are held to the
-    base; kl_at [M]: flat positions of theirs whose outputs are compared, kl_base_at [M] the same
-    within those windows alone. real: how many tokens are no padding.
+    at [N]: flat positions whose output predicts targets [N] with weights [N] float32; value and
+    refusal [N] bool: targets inside a value, and in the opening of a refusal. kl_windows [n]: flat
+    numbers of windows that are held to the base; kl_at [M]: flat positions of theirs whose outputs
+    are compared, kl_base_at [M] the same within those windows alone. real: how many tokens are no
+    padding.
     """
 
     tokens: mx.array
@@ -38,6 +39,7 @@ class LifeBatch(NamedTuple):
     targets: mx.array
     weights: mx.array
     value: mx.array
+    refusal: mx.array
     kl_windows: mx.array
     kl_at: mx.array
     kl_base_at: mx.array
@@ -47,7 +49,8 @@ class LifeBatch(NamedTuple):
 def life_batch(arrays: dict[str, np.ndarray], fold: str = "all") -> LifeBatch:
     """From arrays of lives: tokens [B, W, T] int32 padded on the right, mask bool, weight float32
     (of predicting token t from those before it in its window), value and reply bool, kl [B, W]
-    bool (windows of ordinary chat). fold: "all", or "user" where replies write nothing into S.
+    bool (windows of ordinary chat); and perhaps refusal [B, W, T] bool (`mark_refusals`), whose
+    tokens weigh no more than others. fold: "all", or "user" where replies write nothing into S.
     """
     tokens, mask, weight = arrays["tokens"], arrays["mask"], arrays["weight"]
     if weight[..., 0].any():
@@ -55,7 +58,8 @@ def life_batch(arrays: dict[str, np.ndarray], fold: str = "all") -> LifeBatch:
     T = tokens.shape[2]
     # Windows of ordinary chat are held to the base and to nothing else.
     target = np.flatnonzero((weight > 0) & ~arrays["kl"][..., None])
-    value = arrays["value"].reshape(-1)[target]
+    refusal = arrays.get("refusal", np.zeros_like(mask)).reshape(-1)[target]
+    value = arrays["value"].reshape(-1)[target] & ~refusal
     kl_windows = np.flatnonzero(arrays["kl"])
     replies = arrays["reply"].reshape(-1, T)[kl_windows]
     window, position = np.nonzero(replies[:, 1:])  # the output at t predicts t + 1
@@ -68,6 +72,7 @@ def life_batch(arrays: dict[str, np.ndarray], fold: str = "all") -> LifeBatch:
         targets=mx.array(tokens.reshape(-1)[target]),
         weights=mx.array(weights.astype(np.float32)),
         value=mx.array(value),
+        refusal=mx.array(refusal),
         kl_windows=mx.array(kl_windows),
         kl_at=mx.array(kl_windows[window] * T + position),
         kl_base_at=mx.array(window * T + position),

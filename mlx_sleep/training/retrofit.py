@@ -210,18 +210,23 @@ class Retrofit:
         }
 
     def evaluate(self) -> dict:
-        """Shares of value tokens predicted right in the unseen lives: with S kept from window to
-        window (`recall`), and with S = 0 at the start of each (`zeroed`)."""
-        right, zeroed, count = 0, 0, 0
+        """Shares of tokens predicted right in the unseen lives: of values, with S kept from window
+        to window (`recall`) and with S = 0 at the start of each (`zeroed`), and of `refusals`."""
+        right = dict.fromkeys(("recall", "zeroed", "refusals"), 0.0)
+        values = refusals = 0.0
         for arrays in self.unseen:
-            alone = {n: x.reshape(-1, 1, *x.shape[2:]) for n, x in arrays.items()}
-            for name, given in (("kept", arrays), ("zeroed", alone)):
-                batch = life_batch(given, self.fold)
-                hits = int((predictions(self.model, batch, self.passes) & batch.value).sum().item())
-                right += hits if name == "kept" else 0
-                zeroed += hits if name == "zeroed" else 0
-            count += int(batch.value.sum().item())
-        self.figures = {"recall": right / count, "zeroed": zeroed / count} if count else {}
+            kept = life_batch(arrays, self.fold)
+            hits = predictions(self.model, kept, self.passes)
+            right["recall"] += (hits & kept.value).sum().item()
+            right["refusals"] += (hits & kept.refusal).sum().item()
+            values += kept.value.sum().item()
+            refusals += kept.refusal.sum().item()
+            apart = {n: x.reshape(-1, 1, *x.shape[2:]) for n, x in arrays.items()}
+            alone = life_batch(apart, self.fold)
+            hits = predictions(self.model, alone, self.passes)
+            right["zeroed"] += (hits & alone.value).sum().item()
+        of = {"recall": values, "zeroed": values, "refusals": refusals}
+        self.figures = {name: right[name] / of[name] for name in right if of[name]}
         return {"step": self.step, "tokens": self.tokens, **self.figures}
 
     # --- the folder ---------------------------------------------------------------------------
