@@ -149,10 +149,9 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
 def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) -> SleepModel:
     """Add silent sleep layers to what is written; the model that has them."""
     layers = insertion.plan(model, **options)
-    # In the type of h, or h would leave them in another one: still lazy, only the type is asked.
+    # Still lazy: their type is asked for, and what copies attention is computed when written.
     model.load_weights([(target.name, target.array) for target in planned.targets])
-    h = model.embed(mx.zeros((1, 1), mx.int32))
-    for j, module in enumerate(insertion.new_layers(h.shape[-1], layers, h.dtype)):
+    for j, module in enumerate(insertion.new_layers(model, layers)):
         for name, x in dict(tree_flatten(module.parameters())).items():
             planned.targets.append(Target(f"sleep_layers.{j}.{name}", x, (), "inserted"))
     config["sleep_layers"] = layers

@@ -34,12 +34,12 @@ from torch.nn import functional as F
 from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
 from mlx_sleep.convert.torch.delta_rule import best_rule
 from mlx_sleep.convert.torch.evaluate import evaluate
-from mlx_sleep.convert.torch.loss import mark_refusals
 from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit
 from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid
 from mlx_sleep.convert.torch.trainer import Settings, Trainer
 from mlx_sleep.lab.tasks.curriculum import SHARES, batches, held_out
 from mlx_sleep.lab.tasks.life_batches import Source, read_chat
+from mlx_sleep.training.refusals import REFUSAL, mark_refusals
 from mlx_sleep.training.schedule import Budget
 from mlx_sleep.utils.errors import UserError
 
@@ -47,7 +47,6 @@ NAMES = "amy tom eva max ida leo zoe ben".split()
 COLOURS = "blue red grey green white black pink gold".split()
 WORDS = ["<unk>", "<end>", *NAMES, *COLOURS]
 END, FACTS = 1, 3
-REFUSAL = "You have not told me"  # how the answer begins when nothing was told
 
 CONFIG = {
     "model_type": "sleep_hybrid",

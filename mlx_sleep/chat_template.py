@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
@@ -20,6 +20,16 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # Stand-ins for the texts of a conversation; no template contains or alters such words.
 _USER, _REPLY, _NEXT = "USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2"
+
+
+class Parts(NamedTuple):
+    """Ids around the texts of a chat: first + text + between opens one, before + text + between
+    goes on, and end ends a reply."""
+
+    first: list[int]
+    before: list[int]
+    between: list[int]
+    end: list[int]
 
 
 class ChatTokenizer:
@@ -57,6 +67,35 @@ class ChatTokenizer:
         """
         before, after = self._first if first else self._later
         return before + self.encode_text(text) + after
+
+    @property
+    def parts(self) -> Parts:
+        """The template's ids. UserError where it has no turns alike from the second one on."""
+        (first, after), (before, between) = self._first, self._later
+        if not before or not between or after != between:
+            raise UserError("the model's chat template has no turns that look alike")
+        return Parts(first, before, between, self.end_ids)
+
+    def in_replies(self, ids: list[int]) -> list[bool]:
+        """Which tokens of a conversation the model said, each reply's end mark included.
+
+        ids may begin anywhere; what is before the first user's turn is taken for a reply. What a
+        user types can't look like a turn of the template, so the ids alone tell. Without a
+        template nothing is a reply.
+        """
+        (first, _), (start, prompt) = self._first, self._later
+        said, talks = [], bool(prompt)
+        for i in range(len(ids)):
+            if not i and first and ids[: len(first)] == first:
+                talks = False
+            if start and ids[i : i + len(start)] == start:
+                talks = False
+            said.append(talks)
+            if talks and self.end_ids and ids[i] == self.end_ids[0]:
+                talks = False
+            elif not talks and prompt and ids[i + 1 - len(prompt) : i + 1] == prompt:
+                talks = True
+        return said
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: special tokens spelled out in it are text like any other."""

@@ -146,23 +146,26 @@ class Session:
         model_path: str | Path | None = None,
         memory: str | None = None,
         *,
+        adapter: str | Path | None = None,
         home: str | os.PathLike | None = None,
         **options: Any,
     ) -> Session:
         """Loads a model folder (None is the embedded model) and opens a memory by name.
 
-        home is the folder of the memories; options are those of `Session`. UserError when the
-        folder or the memory cannot be used.
+        adapter is the folder of an adapter for the model; home is the folder of the memories;
+        options are those of `Session`. UserError when a folder or the memory cannot be used.
         """
         from .models.load import EMBEDDED, fingerprint, load
 
         path = EMBEDDED if model_path is None else model_path
-        loaded, tokenizer, _ = load(path)
+        loaded, tokenizer, _ = load(path, adapter=adapter)
         model = cast(SleepModel, loaded)
         if memory is None:
             return cls(model, tokenizer, **options)
         name = "embedded" if model_path is None else str(model_path)
-        opened = Memory.open(memory, fingerprint(path), model=name, home=home)
+        if adapter is not None:
+            name += f" with {adapter}"
+        opened = Memory.open(memory, fingerprint(path, adapter), model=name, home=home)
         try:
             return cls(model, tokenizer, opened, **options)
         except BaseException:
@@ -288,6 +291,7 @@ class Session:
                 self._snapshot,
                 mx.array([window]),
                 self.passes,
+                **self._fold(0, count),
                 on_pass=on_pass,
                 should_stop=should_stop,
             )
@@ -367,7 +371,8 @@ class Session:
             # MLX appends to a KV cache in place only when nothing else holds the old arrays.
             state, self._state = self._state, []
             try:
-                h, state = self.model.hidden(mx.array([tokens]), state)
+                fold = self._fold(self._fed, self._fed + len(tokens))
+                h, state = self.model.hidden(mx.array([tokens]), state, **fold)
                 # Some models have more rows than their tokenizer has tokens.
                 logits = self.model.head(h[:, -1:])[0, -1, : len(self.tokenizer)]
                 logits = logits.astype(mx.float32)
@@ -377,6 +382,12 @@ class Session:
                 raise
             self._state, self._logits = state, logits
             self._fed += len(tokens)
+
+    def _fold(self, start: int, end: int) -> dict[str, mx.array]:
+        """Which of these pending tokens write into S, as `write` [1, n]; nothing when all do."""
+        if self.model.sleep.fold == "all":
+            return {}
+        return {"write": ~mx.array([self.tokenizer.in_replies(self._pending)[start:end]])}
 
     def _record(self, ids: list[int]) -> None:
         """Puts tokens into the journal and the window. Nothing has changed if it raises."""

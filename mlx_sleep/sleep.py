@@ -57,6 +57,7 @@ def passes_over(
     mask: mx.array | None = None,
     after_block: Callable[[int, mx.array, State], None] | None = None,
     block: Callable | None = None,
+    write: mx.array | None = None,
 ) -> State:
     """N passes of the blocks over one window, Algorithm 1: the state that crosses the boundary.
 
@@ -69,10 +70,12 @@ def passes_over(
     what is kept of its own KV goes to that loop, and to later ones that had no pass of their own.
     There is one S, in the slots of the first loop; S of the others is dropped.
 
+    write [B, T] bool, False for tokens that write nothing into S; only for models that take it.
     `after_block(pass, h, state)` is called after every block; `block` replaces `model.block`, which
     is how training checkpoints the passes.
     """
     block = block or model.block
+    options = {} if write is None else {"write": write}
     blocks = model.num_layers
     lo, hi = model.sleep.loop_range or (0, blocks)
     start, state = state, list(state)
@@ -86,7 +89,7 @@ def passes_over(
             before = start[loop * blocks + i]
             if "fast_weights" in state[i]:
                 before = {**before, "fast_weights": state[i]["fast_weights"]}
-            h, after = block(i, h, before, mask)
+            h, after = block(i, h, before, mask, **options)
             # A hard eviction drops the KV of all loops: there the newest serves for each.
             first = loop if model.sleep.eviction == "sliding" and lo <= i < hi else 0
             _place(state, i, after, range(first * blocks + i, len(state), blocks))
@@ -113,6 +116,7 @@ def consolidate(
     passes: int | None = None,
     *,
     mask: mx.array | None = None,
+    write: mx.array | None = None,
     on_pass: Callable[[int, int, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[State, SleepReport]:
@@ -123,6 +127,7 @@ def consolidate(
     tokens  [B, T] int32, the window; T >= 1
     passes  N; None is the model's own
     mask    [B, T] bool, False for padding on the right
+    write   [B, T] bool, False for tokens that write nothing into S; see `passes_over`
     on_pass(done, passes, moved)  after every pass
     should_stop()  asked after every block
 
@@ -155,7 +160,7 @@ def consolidate(
         if should_stop and should_stop():
             raise SleepCancelled(f"stopped in pass {n} of {passes}")
 
-    new = passes_over(model, tokens, state, passes, mask, after_block)
+    new = passes_over(model, tokens, state, passes, mask, after_block, write=write)
     mx.eval(new)
     if not all(mx.isfinite(x).all().item() for layer in new for x in _arrays(layer)):
         raise SleepFailed("the sleep gave fast weights that are not finite; nothing was changed")

@@ -15,6 +15,7 @@ from mlx_sleep.convert.insert import insert_into, new_layers, plan, plan_for
 from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.memory import Memory
 from mlx_sleep.models import inserted, mlx_lm_model, ouro, sleep_hybrid
+from mlx_sleep.models.inserted import SleepLayer
 from mlx_sleep.models.load import load_model
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
@@ -78,6 +79,8 @@ def awake(model, x, mask):
 def speak(model, scale=0.3):
     """Gives the sleep layers a voice, as training would."""
     for layer in model.sleep_layers:
+        if "gain" in layer:
+            layer.gain = mx.ones_like(layer.gain)
         out = layer.mixer.o_proj if "o_proj" in layer.mixer else layer.mixer.out_proj
         out.weight = scale * mx.random.normal(out.weight.shape).astype(out.weight.dtype)
 
@@ -133,7 +136,7 @@ def test_into_a_quantized_model(rng):
     model = insert_into(model, plan(model, count=1))
     assert mx.array_equal(model(x)[0], before)
     later = make_mlx_lm("qwen3")
-    insert_into(later, plan(later, count=1))
+    later = insert_into(later, plan(later, count=1))
     full = later(x)[0]
     nn.quantize(later, group_size=32, bits=4, class_predicate=lambda n, m: n == "lm_head")
     assert 0 < mx.abs(later(x)[0] - full).max() < 1
@@ -152,7 +155,7 @@ def test_a_folder(tmp_path, rng):
     assert mx.array_equal(old(x)[0], model(x)[0])
     assert (dest / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert config["fingerprint"] != before["fingerprint"]
-    for layer, same in zip(model.sleep_layers, new_layers(32, layers, mx.float32), strict=True):
+    for layer, same in zip(model.sleep_layers, new_layers(old, layers), strict=True):
         pairs = zip(tree_flatten(layer.parameters()), tree_flatten(same.parameters()), strict=True)
         assert all(a[0] == b[0] and mx.array_equal(a[1], b[1]) for a, b in pairs)
     with pytest.raises(UserError, match="already"):
@@ -173,7 +176,7 @@ def test_a_folder(tmp_path, rng):
 )
 def test_wrong_descriptions(layers, message):
     with pytest.raises(UserError, match=message):
-        inserted.wrap(make_hybrid(), {"sleep_layers": layers})
+        inserted.Inserted(make_hybrid(), layers)
 
 
 def test_plan():
@@ -183,8 +186,7 @@ def test_plan():
     for width in (1, 2, 40, 576):
         (layer,) = plan_for(width, 3, count=1)
         assert layer["num_heads"] * layer["head_dim"] * layer["expand_v"] <= width
-        (module,) = new_layers(width, [layer], mx.float32)
-        assert module.mixer.o_proj.weight.shape[0] == width
+        assert SleepLayer(width, layer).mixer.o_proj.weight.shape[0] == width
     assert [x["before"] for x in plan_for(64, 3, before=[3, 0])] == [0, 3]
     for wrong in ({"count": 0}, {"count": 4}, {"before": [4]}, {"kind": "mamba2"}):
         with pytest.raises(UserError):
@@ -233,9 +235,9 @@ def test_an_architecture_checks_itself_without_them(rng):
     """mlx-lm's untested models are compared with mlx-lm's own pass, which knows no sleep layer."""
     model = make_mlx_lm("llama")
     model._checked = False
-    insert_into(model, plan(model, count=2))
+    model = insert_into(model, plan(model, count=2))
     speak(model)
-    assert len(model.init_state()) == 5 and model._checked
+    assert len(model.init_state()) == 5 and model.host._checked
     assert model.num_layers == 5
 
 

@@ -123,7 +123,7 @@ def test_published_parameters(size, layers, count):
     assert {name: x.shape for name, x in parameters} == expected
     assert sum(x.size for _, x in parameters) == count
     assert model.loops == 4 and len(model.init_state()) == 4 * layers
-    new = insert.new_layers(2048, insert.plan(model), mx.bfloat16)
+    new = insert.new_layers(model, insert.plan(model))
     sizes = [x.size for layer in new for _, x in tree_flatten(layer.parameters())]
     assert len(new) == 6 and 0.03 * count < sum(sizes) < 0.1 * count  # below 10%, as in the paper
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sleep.training.refusals import mark_refusals
 from mlx_sleep.training.schedule import Budget, cosine, stage_at
 from mlx_sleep.utils.errors import UserError
 
@@ -36,7 +37,6 @@ from mlx_sleep.convert.torch.loss import (  # noqa: E402
     HeadKL,
     LifeBatch,
     life_loss,
-    mark_refusals,
 )
 from mlx_sleep.convert.torch.muon import orthogonal  # noqa: E402
 from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit  # noqa: E402

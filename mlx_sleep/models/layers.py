@@ -34,3 +34,37 @@ def decay_init(heads: int):
     A = mx.random.uniform(1, 16, (heads,))
     dt = mx.exp(mx.random.uniform(math.log(1e-3), math.log(1e-1), (heads,)))
     return mx.log(A), dt + mx.log(-mx.expm1(-dt))  # dt_bias = softplus^-1(dt)
+
+
+def dense(linear: nn.Module) -> mx.array:
+    """The weight [out, in] of a linear layer or an embedding, quantized or not, in float32."""
+    if "scales" not in linear:
+        return linear.weight.astype(mx.float32)
+    scales, biases = (
+        None if x is None else x.astype(mx.float32) for x in (linear.scales, linear.get("biases"))
+    )  # or the weights would be rounded to 16 bits
+    return mx.dequantize(
+        linear.weight,
+        scales,
+        biases,
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+
+
+def dense_linear(linear: nn.QuantizedLinear) -> nn.Linear:
+    """The same layer with its weight in float32."""
+    weight = dense(linear)
+    new = nn.Linear(1, 1, bias="bias" in linear)
+    new.weight = weight
+    if "bias" in linear:
+        new.bias = linear.bias.astype(mx.float32)
+    return new
+
+
+def dense_embedding(embedding: nn.QuantizedEmbedding) -> nn.Embedding:
+    """The same table in float32."""
+    new = nn.Embedding(1, 1)
+    new.weight = dense(embedding)
+    return new

@@ -18,10 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
+from . import adapter as adapters
+from . import layers, lora
 from .base import SleepModel
 from .compat import has_mlx_lm_model
 from .folder import copy_tokenizer, new_folder, write_json
@@ -51,44 +53,132 @@ def get_model_classes(model_type: Any) -> tuple[type[SleepModel], type]:
     )
 
 
-def load(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, Any, dict]:
-    """(model, tokenizer, config) from a model folder; see `load_model`."""
+def load(
+    path: str | Path, *, adapter: str | Path | None = None, lazy: bool = False
+) -> tuple[nn.Module, Any, dict]:
+    """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
+
+    On the CPU quantized layers become dense (`dequantize`).
+    """
     from .. import chat_template  # here, because it imports all of transformers
 
     path = Path(path).expanduser()
-    model, config = load_model(path, lazy=lazy)
+    model, config = load_model(path, adapter_path=adapter, lazy=lazy)
+    if not lazy:
+        suit_device(model)
     generation = path / "generation_config.json"
     defaults = {**config, **(read_json(generation) if generation.is_file() else {})}
     eos = defaults.get("eos_token_id")
     return model, chat_template.load(path, [eos] if isinstance(eos, int) else eos), config
 
 
-def load_model(path: str | Path, *, lazy: bool = False) -> tuple[nn.Module, dict]:
-    """(model, config) from a model folder.
+def load_model(
+    path: str | Path, *, adapter_path: str | Path | None = None, lazy: bool = False
+) -> tuple[nn.Module, dict]:
+    """(model, config) from a model folder, with the adapter of another folder where one is given.
 
     lazy leaves the weights on disk until they are used, and so skips the check for NaN and
-    infinity. Raises UserError, in one line, for anything that is wrong with the folder.
+    infinity. Raises UserError, in one line, for anything that is wrong with a folder, and for an
+    adapter of another model.
     """
-    path = Path(path).expanduser()
-    config = read_config(path)
-    files = weight_files(path)
-    tensors = read_headers(files)
-    model = build(config, tensors, where=path / "config.json")
-    check_tensors(path, model, tensors)
-
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        weights.update(mx.load(str(file)))
-    if not lazy:
-        if bad := not_finite(weights):
-            raise UserError(
-                f"{path} has NaN or infinite weights in {abbreviate(bad)}; download it again"
-            )
+    model, config, weights = read_model(path, adapter_path, lazy=lazy)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
     return model, config
+
+
+def read_model(
+    path: str | Path, adapter_path: str | Path | None = None, *, lazy: bool = False
+) -> tuple[nn.Module, dict, dict[str, mx.array]]:
+    """(model without its weights, config, weights in the files' number types); see `load_model`.
+
+    The adapter's weights are in the dtype of the model's h, but for the decay of S in float32.
+    """
+    path = Path(path).expanduser()
+    config = read_config(path)
+    files = weight_files(path)
+    tensors = read_headers(files)
+    adapter, added = None, {}
+    if adapter_path is not None:
+        adapter = _adapter_of(path, adapter_path)
+        config = adapter.merge(config)
+        added = adapter.tensors
+    where = path / "config.json" if adapter is None else adapter.path / adapters.CONFIG
+    model = build(config, {*tensors, *added}, where=where)
+    if adapter is not None and adapter.lora_rank:
+        lora.attach(model.host.block_modules, adapter.lora_rank, adapter.tensors)
+    wanted = dict(tree_flatten(model.parameters()))
+    theirs = {} if adapter is None else adapters.names_in_model(wanted)
+    check_tensors(path, {n: x for n, x in wanted.items() if n not in theirs.values()}, tensors)
+    if adapter is not None:
+        check_tensors(adapter.path, {n: wanted[mine] for n, mine in theirs.items()}, added)
+
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        weights.update(mx.load(str(file)))
+    if not lazy and (bad := not_finite(weights)):
+        raise UserError(
+            f"{path} has NaN or infinite weights in {abbreviate(bad)}; download it again"
+        )
+    if adapter is not None:
+        model.load_weights(list(weights.items()), strict=False)
+        h, _ = model.host.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        loaded = adapter.weights(h.dtype)
+        weights.update({mine: loaded[n] for n, mine in theirs.items()})
+    return model, config, weights
+
+
+def fuse(path: str | Path, adapter_path: str | Path, dest: str | Path) -> None:
+    """Write the model folder `dest`, of a model and an adapter. UserError as from `load_model`.
+
+    Low-rank changes are added to the projections, which are then no longer quantized.
+    """
+    model, config, weights = read_model(path, adapter_path)
+    model.load_weights(list(weights.items()), strict=False)
+    lora.fold(model, weights)
+    with new_folder(Path(dest).expanduser().resolve()) as folder:
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+        copy_tokenizer(Path(path).expanduser(), folder)
+        seal(folder, config)
+
+
+def suit_device(model: nn.Module) -> None:
+    """Change the layers of a loaded model into what runs fastest here: dense ones on the CPU."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        dequantize(model)
+
+
+def dequantize(model: nn.Module) -> None:
+    """Quantized layers as float32, of a model with less than a billion weights (4 GB then).
+
+    On the CPU MLX multiplies a quantized matrix by one token after the other; a dense one goes
+    to BLAS, and a window of 512 tokens is read some fifty times as fast.
+    """
+    found = [(n, m) for n, m in model.named_modules() if type(m) in _DENSE]
+    if sum(m.weight.size * 32 // m.bits for _, m in found) >= 10**9:
+        return
+    dense = [(name, _DENSE[type(module)](module)) for name, module in found]
+    if dense:
+        model.update_modules(tree_unflatten(dense))
+        rest = [(n, x) for n, x in tree_flatten(model.parameters()) if x.dtype in _HALF]
+        model.load_weights([(n, x.astype(mx.float32)) for n, x in rest], strict=False)
+
+
+_DENSE = {nn.QuantizedLinear: layers.dense_linear, nn.QuantizedEmbedding: layers.dense_embedding}
+_HALF = (mx.float16, mx.bfloat16)
+
+
+def _adapter_of(path: Path, adapter_path: str | Path) -> adapters.Adapter:
+    """The adapter, which is one of this model. UserError for one of another."""
+    adapter = adapters.open_adapter(adapter_path)
+    if adapter.base.get("fingerprint") != fingerprint(path):
+        name = adapter.base.get("name", "another model")
+        raise UserError(
+            f"the adapter {adapter.path} was trained in {name}, and {path} is another model"
+        )
+    return adapter
 
 
 def save(
@@ -129,12 +219,13 @@ def seal(folder: Path, config: dict) -> None:
         kept = {name: config[name] for name in ids if config.get(name) is not None}
         write_json(folder / "generation_config.json", kept)
     tensors = read_headers(weight_files(folder))
-    check_tensors(folder, build(config, tensors, where=folder / "config.json"), tensors)
+    model = build(config, tensors, where=folder / "config.json")
+    check_tensors(folder, dict(tree_flatten(model.parameters())), tensors)
     write_json(folder / "config.json", {**config, "fingerprint": fingerprint(folder)})
 
 
-def fingerprint(path: str | Path) -> str:
-    """The identity of a model: a SHA-256 in hexadecimal.
+def fingerprint(path: str | Path, adapter_path: str | Path | None = None) -> str:
+    """The identity of a model, with its adapter if it has one: a SHA-256 in hexadecimal.
 
     It covers the architecture's fields of config.json, and of each weights file the size, the
     header (names, shapes, types) and the data: all of it up to 4 MiB, beyond that 64 blocks of
@@ -142,9 +233,18 @@ def fingerprint(path: str | Path) -> str:
     apart; it is no proof against someone who changes a weight between two blocks.
     """
     path = Path(path).expanduser()
-    config = _identity(read_config(path))
+    digest = _digest(_identity(read_config(path)), weight_files(path))
+    if adapter_path is None:
+        return digest.hexdigest()
+    adapter = adapters.open_adapter(adapter_path)
+    fields = {name: adapter.config.get(name) for name in ("sleep_layers", "sleep", "quantization")}
+    added = _digest(fields, [adapter.path / adapters.WEIGHTS])
+    return hashlib.sha256(digest.digest() + added.digest()).hexdigest()
+
+
+def _digest(config: dict, files: list[Path]):
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in weight_files(path):
+    for name in files:
         with reading(name), open(name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
@@ -156,7 +256,7 @@ def fingerprint(path: str | Path) -> str:
             for at in range(start, size, _BLOCK) if whole else _spaced(start, last, 64):
                 file.seek(at)
                 digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
+    return digest
 
 
 def _identity(config: dict) -> dict:
@@ -202,7 +302,9 @@ def build(
         if config.get("sleep_layers"):
             from . import inserted
 
-            model = inserted.wrap(model, config)
+            model = inserted.Inserted(model, config["sleep_layers"])
+        if model.sleep.fold == "user" and not model.can_fold_user:
+            raise UserError('fold "user" needs sleep layers, all of kind delta_attention')
         if (quantization := config.get("quantization")) is not None:
             nn.quantize(
                 model,

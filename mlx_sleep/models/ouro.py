@@ -131,31 +131,15 @@ class Model(DecoderModel):
     def head(self, h):
         return self.unembed(h)
 
-    def loop_outputs(self, tokens, state=None, mask=None):
-        """h [B, T, hidden] after each loop, as a list, and the new state."""
-        start = state if state is not None else self.init_state(tokens.shape[0])
-        state, outputs = list(start), []
-        h, blocks = self.embed(tokens), self.num_layers
-        for u in range(self.loops):
-            for i in range(blocks):
-                before = start[u * blocks + i]
-                if "fast_weights" not in before and "fast_weights" in start[i]:
-                    before = {**before, "fast_weights": start[i]["fast_weights"]}
-                h, state[u * blocks + i] = self.block(i, h, before, mask)
-            h = self.final_norm(h)
-            outputs.append(h)
-        return outputs, state
-
-    def hidden(self, tokens, state=None, mask=None):
-        outputs, state = self.loop_outputs(tokens, state, mask)
+    def choose(self, outputs):
         threshold = self.args.early_exit_threshold
         if threshold is None or threshold >= 1:
-            return outputs[-1], state
+            return outputs[-1]
         reached = mx.cumsum(exit_distribution(self.gate(outputs)), axis=-1) >= threshold
         # Rounding may leave even the sum of all below a threshold near 1.
         reached = mx.concatenate([reached[..., :-1], mx.ones_like(reached[..., -1:])], axis=-1)
         first = mx.argmax(reached, axis=-1)[..., None, None]  # [B, T, 1, 1]
-        return mx.take_along_axis(mx.stack(outputs, axis=2), first, axis=2)[:, :, 0], state
+        return mx.take_along_axis(mx.stack(outputs, axis=2), first, axis=2)[:, :, 0]
 
     def gate(self, outputs):
         """The early-exit gate's logits [B, T, loops] for h after each loop."""

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..utils.errors import UserError
 from ..utils.files import read_json
@@ -61,9 +59,8 @@ def read_headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
     return tensors
 
 
-def check_tensors(path: Path, model: nn.Module, tensors) -> None:
-    """UserError unless the tensors are the model's: same names, shapes and kinds."""
-    wanted = dict(tree_flatten(model.parameters()))
+def check_tensors(path: Path, wanted: dict[str, mx.array], tensors) -> None:
+    """UserError unless the tensors of `path` are the wanted ones: same names, shapes and kinds."""
     if missing := [name for name in wanted if name not in tensors]:
         spare = [name for name in tensors if name not in wanted]
         close = nearest(missing[0], spare)

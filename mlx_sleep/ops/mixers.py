@@ -1,15 +1,15 @@
-"""Gated DeltaNet and Mamba-2 between their projections: convolution, gates, fast weights, read-out.
+"""SSM mixers between their projections: convolution, gates, fast weights, read-out.
 
-Each is one function for any number of tokens. A single token (the wake step) is one launch where
-`paths.fused` says so; all else is made of this package's ops. Both are differentiable in every
-array. Shapes shared by both, as in `gated_delta`:
+Each is one function for any number of tokens. A single token (the wake step) of Gated DeltaNet
+and Mamba-2 is one launch where `paths.fused` says so; all else is made of this package's ops. All
+are differentiable in every array. Shapes shared by all, as in `gated_delta`:
 
     state   [B, Hv, Dv, Dk]     float32; None is zero
     conv    [B, K-1, channels]  inputs of the short convolution before these; None is zeros
     mask    [B, T] bool         padding on the right; its o is meaningless
     A_log, dt_bias [Hv]
 
-and both return (o [B, T, Hv, Dv] in the inputs' dtype, conv, state).
+and all return (o [B, T, Hv, Dv] in the inputs' dtype, conv, state).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..kernels import gated_delta as gated_delta_kernels
 from ..kernels import ssd as ssd_kernels
@@ -111,9 +112,54 @@ def mamba2(
     return arrays(*inputs)
 
 
+def delta_attention(
+    qkv,
+    z,
+    a,
+    b,
+    conv,
+    conv_weight,
+    dt_bias,
+    norm_weight,
+    norm_eps,
+    state,
+    mask=None,
+    write=None,
+    windows=1,
+):
+    """The gated delta rule with q, k, v like those of softmax attention: no activation on them.
+
+    qkv          [B, T, 3 Hv D]  before the convolution; Dk = Dv = D
+    z            [B, T, Hv, D]   output gate, before 2 sigmoid
+    a, b         [B, T, Hv]      the decay's input and beta's, before their activations
+    conv_weight  [3 Hv D, K]; norm_weight [D]
+    write        [B, T] bool     False reads S and leaves it as it is; None is True everywhere
+
+    windows      so many rows on end are one sequence for S, and each a window for the convolution:
+                 state is [B / windows, Hv, D, D]. Padding is then marked by `write`, not `mask`
+
+    q and k have length 1. log a_t = -softplus(a + dt_bias), b_t = sigmoid(b). All but the
+    convolution is float32 (float64 when qkv is).
+    """
+    B, T, H, D = z.shape
+    dtype = mx.float64 if qkv.dtype == mx.float64 else mx.float32
+    x, conv = short_conv(qkv, conv_weight, conv, mask)
+    q, k, v = (y.reshape(B, T, H, D) for y in mx.split(x.astype(dtype), 3, axis=-1))
+    g, beta = -nn.softplus(a.astype(dtype) + dt_bias), mx.sigmoid(b.astype(dtype))
+    if write is not None:
+        g, beta = (mx.where(write[..., None], y, 0) for y in (g, beta))
+    inputs = (l2_norm(q), l2_norm(k), v, g, beta)
+    if windows > 1:
+        inputs = tuple(y.reshape(B // windows, windows * T, *y.shape[2:]) for y in inputs)
+    o, state = gated_delta(*inputs, state, mask)
+    o = o.reshape(B, T, H, D)
+    o = mx.fast.rms_norm(o, norm_weight.astype(dtype), norm_eps) * 2 * mx.sigmoid(z.astype(dtype))
+    return o.astype(qkv.dtype), conv, state
+
+
 def l2_norm(x, eps: float = 1e-6):
-    """x / |x| over the last axis, computed in float32."""
-    x32 = x.astype(mx.float32)
+    """x / |x| over the last axis, computed in float32 (float64 when x is)."""
+    x32 = x if x.dtype == mx.float64 else x.astype(mx.float32)
     return (x32 * mx.rsqrt((x32 * x32).sum(-1, keepdims=True) + eps)).astype(x.dtype)
 
 

@@ -1,0 +1,63 @@
+"""Which model a command means: a folder, a name that `models get` knows, or none given."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from ..utils.errors import UserError
+
+DEFAULT = "smollm2"
+"""The model of a chat that names none, if it was fetched and the package has an adapter for it."""
+
+ADAPTERS = Path(__file__).parent.parent / "adapters"
+
+
+class Chosen(NamedTuple):
+    """A model's folder (None is the embedded model), its adapter's, and what to call both."""
+
+    path: Path | None
+    adapter: Path | None
+    name: str
+
+
+def folder_of(name: str) -> Path:
+    """Where `models get` puts a model when it isn't told."""
+    from ..memory import data_dir
+
+    return data_dir() / "models" / name
+
+
+def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
+    """The model of --model and --adapter-path. UserError for a name that wasn't fetched.
+
+    A name comes with the package's adapter, if there is one. Without --model it is DEFAULT with
+    its adapter; the embedded model where one of them is missing, which is then said in one line.
+    """
+    from ..convert.downloads import DOWNLOADS
+
+    adapter = None if adapter_path is None else Path(adapter_path).expanduser()
+    if model is None:
+        if adapter is not None:
+            raise UserError("--adapter-path needs --model, the model that it was trained in")
+        fetched, own = folder_of(DEFAULT), ADAPTERS / DEFAULT
+        if not own.is_dir():
+            return Chosen(None, None, "embedded")
+        if not fetched.is_dir():
+            print(
+                f"{DEFAULT} is not here, so this is the small demonstration; "
+                f"mlx-sleep models get {DEFAULT} fetches it",
+                file=sys.stderr,
+            )
+            return Chosen(None, None, "embedded")
+        return Chosen(fetched, own, DEFAULT)
+    path = Path(model).expanduser()
+    if model not in DOWNLOADS or path.is_dir():
+        return Chosen(path, adapter, model)
+    path = folder_of(model)
+    if not path.is_dir():
+        raise UserError(f"{model} is not here yet; fetch it: mlx-sleep models get {model}")
+    if adapter is None and (ADAPTERS / model).is_dir():
+        adapter = ADAPTERS / model
+    return Chosen(path, adapter, model)

@@ -1,0 +1,139 @@
+"""Delta attention: softmax attention's q, k, v and output over fast weights.
+
+It can start as a copy of an attention layer (`from_attention`), and then reads and writes S with
+what that layer looks for and finds. After arXiv 2412.06464, with no activation on q, k and v; the
+short convolution begins as the identity, and heads forget over hundreds to tens of thousands of
+tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..ops.mixers import delta_attention
+from ..utils.errors import UserError
+from .base import from_config
+from .layers import dense
+
+HALF_LIVES = (700, 40_000)
+"""Tokens over which S halves at first: those of the first head and of the last."""
+
+
+@dataclass
+class DeltaArgs:
+    """Sizes, by the names in config.json: Dk = Dv = head_dim."""
+
+    num_heads: int
+    head_dim: int
+    conv_size: int = 4
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("num_heads", "head_dim", "conv_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise UserError(f"{name} must be a whole number >= 1, not {getattr(self, name)!r}")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> DeltaArgs:
+        """From an entry of `sleep_layers`. UserError names what is missing."""
+        return from_config(cls, config)
+
+
+class DeltaAttention(nn.Module):
+    """(x [B, T, hidden], layer state, mask, write, windows) -> (out [B, T, hidden], layer state).
+
+    write and windows are those of `ops.mixers.delta_attention`. The state's `conv` is the last
+    K - 1 projections of q, k and v, side by side.
+    """
+
+    def __init__(self, hidden_size: int, args: DeltaArgs):
+        super().__init__()
+        self.H, self.D, self.eps = args.num_heads, args.head_dim, args.norm_eps
+        width = self.H * self.D
+        self.q_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.g_proj = nn.Linear(hidden_size, width, bias=False)
+        self.a_proj = nn.Linear(hidden_size, self.H, bias=False)
+        self.b_proj = nn.Linear(hidden_size, self.H)
+        for gate in (self.a_proj, self.b_proj):
+            gate.weight = 0.02 * mx.random.normal(gate.weight.shape)
+        self.b_proj.bias = mx.zeros((self.H,))
+        self.g_proj.weight = mx.zeros_like(self.g_proj.weight)
+        self.dt_bias = slow_decay(self.H)
+        taps = 0.02 * mx.random.normal((3 * width, args.conv_size))
+        self.conv_weight = taps + (mx.arange(args.conv_size) == args.conv_size - 1)
+        self.o_norm = nn.RMSNorm(self.D, eps=args.norm_eps)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def __call__(self, x, state, mask=None, write=None, windows=1):
+        B, T, _ = x.shape
+        o, conv, S = delta_attention(
+            mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1),
+            self.g_proj(x).reshape(B, T, self.H, self.D),
+            self.a_proj(x),
+            self.b_proj(x),
+            state.get("conv"),
+            self.conv_weight,
+            self.dt_bias,
+            self.o_norm.weight,
+            self.eps,
+            state.get("fast_weights"),
+            mask,
+            write,
+            windows,
+        )
+        return self.o_proj(o.reshape(B, T, -1)), {"fast_weights": S, "conv": conv}
+
+
+def slow_decay(heads: int):
+    """dt_bias [heads] such that heads forget over HALF_LIVES, spread evenly in their logarithm."""
+    first, last = (math.log(n) for n in HALF_LIVES)
+    half_lives = mx.exp(mx.linspace(first, last, heads))
+    rate = math.log(2) / half_lives  # softplus(dt_bias)
+    return rate + mx.log(-mx.expm1(-rate))
+
+
+def sizes_of(attention: nn.Module) -> dict:
+    """num_heads and head_dim of an attention layer that `from_attention` can copy.
+
+    UserError for a layer of another build.
+    """
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if not all(isinstance(getattr(attention, n, None), LINEAR) for n in names):
+        raise UserError(
+            "delta_attention copies attention with q_proj, k_proj, v_proj and o_proj, as Llama, "
+            "Qwen2, Qwen3 and Mistral have it; take --insert-kind jet or gated_deltanet"
+        )
+    heads = getattr(attention, "n_heads", None) or attention.num_heads
+    width = attention.q_proj.scales if "scales" in attention.q_proj else attention.q_proj.weight
+    return {"num_heads": heads, "head_dim": width.shape[0] // heads}
+
+
+LINEAR = (nn.Linear, nn.QuantizedLinear)
+
+
+def from_attention(attention: nn.Module, norm_weight) -> dict[str, mx.array]:
+    """The parameters of a sleep layer that start as an attention layer's, by name, float32.
+
+    norm_weight  [hidden] of the RMSNorm before it. k and v are repeated over their group, and a
+    norm of q and k goes into the rows of their projections (its weight; unit length comes anyway).
+    Biases have no place: they are left out.
+    """
+    sizes = sizes_of(attention)
+    H, D = sizes["num_heads"], sizes["head_dim"]
+    weights = {n: dense(getattr(attention, f"{n}_proj")) for n in ("q", "k", "v", "o")}
+    for name in ("q", "k"):
+        if f"{name}_norm" in attention:
+            rows = weights[name].reshape(-1, D, weights[name].shape[1])
+            scale = attention[f"{name}_norm"].weight.astype(mx.float32)
+            weights[name] = (rows * scale[:, None]).reshape(weights[name].shape)
+    for name in ("k", "v"):
+        groups = weights[name].reshape(-1, D, weights[name].shape[1])
+        weights[name] = mx.repeat(groups, H // len(groups), axis=0).reshape(H * D, -1)
+    start = {f"mixer.{name}_proj.weight": x for name, x in weights.items()}
+    return {**start, "norm.weight": norm_weight.astype(mx.float32)}

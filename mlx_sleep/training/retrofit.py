@@ -1,0 +1,345 @@
+"""Trains sleep layers in a model that stays as it is: a run is a folder, and can be gone on with.
+
+    recipe.json                 the settings; a folder goes on with the same ones alone
+    metrics.jsonl               a line for every step, and one for every evaluation
+    checkpoint/                 parameters, optimizer, budget spent; replaced whole
+    adapters.safetensors, adapter_config.json    what came of it (models/adapter.py)
+
+Muon for the matrices of the sleep layers, AdamW for the rest, low-rank changes at a rate of their
+own. Nothing here knows where the lives come from, or a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..models import lora
+from ..models.adapter import names_in_model, write_adapter
+from ..models.inserted import Inserted
+from ..utils.errors import UserError
+from ..utils.files import one_line
+from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
+from .schedule import Budget, cosine, stage_at
+
+BITS = 8  # of an adapter's matrices
+
+Jobs = Iterator[tuple[int, int]]
+"""(step, stage of the curriculum) of one batch after another."""
+Batches = Callable[[Jobs], Iterable[dict[str, np.ndarray]]]
+"""Makes them, in order, and each when it is asked for; `life_batch` takes them."""
+
+
+def prepare(host, layers: list[dict], modules: list, *, gain: float = 0.05, lora_rank: int = 0):
+    """The model to train: sleep layers `modules` in `host`, all else frozen; trained in float32.
+
+    layers     `sleep_layers` of a config.json, delta attention all of them
+    lora_rank  of changes of the attention from the first sleep layer on; 0 is none
+    """
+    model = Inserted(host, layers)
+    model.sleep_layers = modules
+    for layer in modules:
+        layer.gain = mx.full(layer.gain.shape, gain)
+    if lora_rank:
+        blocks = range(layers[0]["before"], host.num_layers)
+        names = [
+            f"layers.{i}.self_attn.{n}_proj.lora_{ab}"
+            for i in blocks
+            for n in "qkvo"
+            for ab in "ab"
+        ]
+        lora.attach(host.block_modules, lora_rank, names)
+    model.freeze()
+    for layer in modules:
+        layer.unfreeze()
+    model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
+    trained = tree_flatten(model.trainable_parameters())
+    model.load_weights([(n, x.astype(mx.float32)) for n, x in trained], strict=False)
+    mx.eval(model.parameters())
+    return model
+
+
+class Retrofit:
+    """One training run in a folder.
+
+    batches   where the lives come from: see `Batches`
+    config    adapter_config.json, without what the run adds
+    shares    of the budget, for each stage of the curriculum
+    unseen    lives to evaluate on
+    every     seconds between two evaluations, each with a checkpoint before it
+    settings  what else must be the same when a run is resumed
+    """
+
+    def __init__(
+        self,
+        model,
+        folder: Path,
+        batches: Batches,
+        budget: Budget,
+        config: dict,
+        *,
+        shares=(1.0,),
+        unseen: Iterable[dict[str, np.ndarray]] = (),
+        muon_lr: float = 5e-3,
+        adamw_lr: float = 2e-3,
+        lora_lr: float = 5e-4,
+        warmup: int = 30,
+        clip: float = 1.0,
+        every: float = 300.0,
+        settings: dict | None = None,
+    ):
+        self.model, self.folder, self.batches = model, Path(folder), batches
+        self.budget, self.config, self.shares = budget, config, tuple(shares)
+        self.unseen, self.every, self.clip, self.warmup = list(unseen), every, clip, warmup
+        self.rates = (muon_lr, lora_lr, adamw_lr)
+        self.recipe = json.loads(
+            json.dumps({"rates": self.rates, "adapter": config, "shares": self.shares})
+        )
+        self.recipe |= json.loads(json.dumps(settings or {}))
+        muon = optim.Muon(learning_rate=muon_lr, momentum=0.95, weight_decay=0.0)
+        adamws = [
+            optim.AdamW(learning_rate=rate, betas=[0.9, 0.95], weight_decay=0.0)
+            for rate in self.rates[1:]
+        ]
+        self.optimizer = optim.MultiOptimizer([muon, *adamws], [is_projection, is_low_rank])
+        self.optimizer.init(model.trainable_parameters())
+        self.passes, self.fold = model.sleep.passes, model.sleep.fold
+        self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
+        self.figures: dict[str, float] = {}
+        self.asked: deque[int] = deque()  # stages of the batches that are under way
+        self.stopped = False
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, in [0, 1]."""
+        return self.budget.progress(self.tokens, self.seconds)
+
+    def run(self, resume: bool = False, on_row: Callable[[dict], None] = lambda row: None) -> None:
+        """Trains until the budget is spent, or SIGINT or SIGTERM comes; `stopped` tells.
+
+        on_row is given every row of metrics.jsonl. Either way a checkpoint and the adapter are
+        written. UserError where the folder holds another run, and at a loss or a gradient that
+        isn't finite: the checkpoint before it stays.
+        """
+        self._open(resume)
+        before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._train(on_row)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self, *_) -> None:
+        self.stopped = True
+
+    def _train(self, on_row: Callable[[dict], None]) -> None:
+        made = iter(self.batches(self._jobs()))
+        evaluated = time.perf_counter()
+        with open(self.folder / "metrics.jsonl", "a") as metrics:
+
+            def note(row):
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+                on_row(row)
+
+            while self.progress < 1 and not self.stopped:
+                started = time.perf_counter()
+                note(self._update(life_batch(next(made), self.fold), started))
+                if time.perf_counter() - evaluated > self.every:
+                    self.save()
+                    note(self.evaluate())
+                    evaluated = time.perf_counter()
+            self.save()
+            if not self.stopped:
+                note(self.evaluate())
+        self._write_adapter()
+
+    def _jobs(self) -> Jobs:
+        """What is to be made, without end: after a resumption first what was under way."""
+        resumed, self.asked = self.asked, deque()
+        while True:
+            stage = resumed.popleft() if resumed else stage_at(self.shares, self.progress)
+            self.asked.append(stage)
+            yield self.step + len(self.asked) - 1, stage
+
+    def _update(self, batch: LifeBatch, started: float) -> dict:
+        """One step: its row of the metrics. UserError where it is not finite."""
+        self.stage = self.asked.popleft()
+        rate = cosine(self.step, self.progress, self.warmup)
+        for optimizer, base in zip(self.optimizer.optimizers, self.rates, strict=True):
+            optimizer.learning_rate = base * rate
+        base = base_hidden(self.model, batch)
+        grad = nn.value_and_grad(self.model, life_loss)
+        (loss, hits, kl), grads = grad(self.model, batch, base, self.passes)
+        grads, norm = optim.clip_grad_norm(grads, self.clip)
+        for what, x in (("loss", loss), ("gradient", norm)):
+            if not math.isfinite(x.item()):
+                raise UserError(
+                    f"the {what} is not finite at step {self.step + 1}; lower the learning rates "
+                    "and start again with another --out (the checkpoint before it is kept)"
+                )
+        self.optimizer.update(self.model, grads)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        seconds = time.perf_counter() - started
+        self.step, self.tokens = self.step + 1, self.tokens + batch.real
+        self.seconds += seconds
+        values = int(batch.value.sum().item())
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "stage": self.stage,
+            "loss": loss.item(),
+            "kl": kl.item(),
+            "accuracy": hits.item() / values if values else None,
+            "grad_norm": norm.item(),
+            "tokens_per_second": batch.real / seconds,
+        }
+
+    def evaluate(self) -> dict:
+        """Shares of tokens predicted right in the unseen lives: of values, with S kept from window
+        to window (`recall`) and with S = 0 at the start of each (`zeroed`), and of `refusals`."""
+        right = dict.fromkeys(("recall", "zeroed", "refusals"), 0.0)
+        values = refusals = 0.0
+        for arrays in self.unseen:
+            kept = life_batch(arrays, self.fold)
+            hits = predictions(self.model, kept, self.passes)
+            right["recall"] += (hits & kept.value).sum().item()
+            right["refusals"] += (hits & kept.refusal).sum().item()
+            values += kept.value.sum().item()
+            refusals += kept.refusal.sum().item()
+            apart = {n: x.reshape(-1, 1, *x.shape[2:]) for n, x in arrays.items()}
+            alone = life_batch(apart, self.fold)
+            hits = predictions(self.model, alone, self.passes)
+            right["zeroed"] += (hits & alone.value).sum().item()
+        of = {"recall": values, "zeroed": values, "refusals": refusals}
+        self.figures = {name: right[name] / of[name] for name in right if of[name]}
+        return {"step": self.step, "tokens": self.tokens, **self.figures}
+
+    # --- the folder ---------------------------------------------------------------------------
+
+    def _open(self, resume: bool) -> None:
+        recipe = self.folder / "recipe.json"
+        if resume and not recipe.exists():
+            raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
+        if not resume and recipe.exists():
+            raise UserError(
+                f"{self.folder} holds a run already; add --resume to go on with it, or choose "
+                "another --out"
+            )
+        if resume:
+            try:
+                same = json.loads(recipe.read_text()) == self.recipe
+            except ValueError:
+                same = False
+            if not same:
+                raise UserError(
+                    f"{self.folder} holds a run with other settings; give the same ones, or "
+                    "another --out"
+                )
+            self._load()
+        else:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                recipe.write_text(json.dumps(self.recipe, indent=2))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.folder}: {one_line(error)}; choose another --out"
+                ) from error
+        self._cut_metrics()
+
+    def _cut_metrics(self) -> None:
+        """Drops the rows after the checkpoint, and a last row that a crash cut short."""
+        path, rows = self.folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except ValueError:
+                break
+            rows.append(line + "\n")
+        path.write_text("".join(rows))
+
+    def save(self) -> None:
+        """Writes folder/checkpoint, whole or not at all."""
+        new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
+        progress = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "asked": list(self.asked),
+        }
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            for name, tree in (
+                ("model", self.model.trainable_parameters()),
+                ("optimizer", self.optimizer.state),
+            ):
+                mx.save_safetensors(str(new / f"{name}.safetensors"), dict(tree_flatten(tree)))
+            (new / "progress.json").write_text(json.dumps(progress))
+            for file in new.iterdir():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+            aside = self.folder / "checkpoint.old"
+            if old.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                old.rename(aside)
+            new.rename(old)
+            shutil.rmtree(aside, ignore_errors=True)
+        except (OSError, RuntimeError) as error:  # MLX raises the second for a full disk
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder} ({one_line(error)}); free some space "
+                "there, and --resume goes on from the one before"
+            ) from error
+
+    def _load(self) -> None:
+        at = self.folder / "checkpoint"
+        if not at.exists():
+            at = self.folder / "checkpoint.old"  # killed between the two renames
+        if not at.exists():
+            return  # stopped before the first one
+        try:
+            self.model.load_weights(str(at / "model.safetensors"), strict=False)
+            state = mx.load(str(at / "optimizer.safetensors"))
+            self.optimizer.state = tree_unflatten(list(state.items()))
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+            progress = json.loads((at / "progress.json").read_text())
+            self.step, self.tokens = progress["step"], progress["tokens"]
+            self.seconds, self.asked = progress["seconds"], deque(progress["asked"])
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint in {self.folder} cannot be read ({one_line(error)}); remove the "
+                "folder and start again"
+            ) from error
+
+    def _write_adapter(self) -> None:
+        parameters = dict(tree_flatten(self.model.trainable_parameters()))
+        weights = {stored: parameters[n] for stored, n in names_in_model(parameters).items()}
+        trained = {"tokens": self.tokens, "steps": self.step, "figures": self.figures}
+        write_adapter(self.folder, weights, {**self.config, "trained": trained}, bits=BITS)
+
+
+def is_projection(name: str, x) -> bool:
+    """Whether Muon trains it: the square projections of a sleep layer, and not its gates' rows."""
+    projections = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
+    parts = name.split(".")
+    return parts[0] == "sleep_layers" and parts[-2] in projections
+
+
+def is_low_rank(name: str, x) -> bool:
+    """Whether it is of a low-rank change (models/lora.py)."""
+    return lora.canonical(name) is not None
