@@ -291,7 +291,7 @@ class Session:
                 self._snapshot,
                 mx.array([window]),
                 self.passes,
-                **self._fold(0, count),
+                write=self._fold(0, count).get("write"),
                 on_pass=on_pass,
                 should_stop=should_stop,
             )

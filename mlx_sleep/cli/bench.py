@@ -167,8 +167,8 @@ def convert(
 def _load(model: str | None, adapter_path: str | None) -> SleepModel:
     from ..models.load import EMBEDDED, load_model, suit_device
 
-    path, adapter = (model, adapter_path)
-    if path is not None or adapter is not None:
+    path, adapter = None, None
+    if model is not None or adapter_path is not None:
         path, adapter, _ = choose(model, adapter_path)
     loaded, _ = load_model(path or EMBEDDED, adapter_path=adapter)
     suit_device(loaded)

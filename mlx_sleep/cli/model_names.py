@@ -29,6 +29,11 @@ def folder_of(name: str) -> Path:
     return data_dir() / "models" / name
 
 
+def folder_named(model: str) -> Path:
+    """The folder of a model that was given, by its path or its name, without an adapter."""
+    return choose(model).path or Path(model)
+
+
 def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
     """The model of --model and --adapter-path. UserError for a name that wasn't fetched.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .model_names import folder_of
+from .model_names import folder_named, folder_of
 from .options import Json
 from .output import emit, line, progress_bar, stderr
 
@@ -83,7 +83,7 @@ def get(
 
 
 def fuse(
-    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    model: Annotated[str, typer.Option(help="The model's folder, or smollm2.")],
     adapter_path: Annotated[Path, typer.Option(help="The folder of an adapter for it.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
 ):
@@ -93,5 +93,5 @@ def fuse(
     """
     from ..models.load import fuse as run
 
-    run(model, adapter_path, out)
+    run(folder_named(model), adapter_path, out)
     line(f"wrote {out}; try: mlx-sleep chat --model {out}")

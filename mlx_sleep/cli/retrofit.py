@@ -7,17 +7,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from ..utils.errors import UserError
+from .model_names import folder_named
 from .options import Numbers, numbers
 from .output import line, note, progress_bar
 
+if TYPE_CHECKING:  # it imports MLX
+    from ..lab.tasks.life_batches import Source
+    from ..models.base import SleepModel
+
 
 def retrofit(
-    model: Annotated[Path, typer.Argument(help="The model's folder: Llama, Qwen or Mistral.")],
+    model: Annotated[
+        str, typer.Argument(help="The model's folder, or smollm2: Llama, Qwen or Mistral.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder of the run, which becomes the adapter.")],
     hours: Annotated[float | None, typer.Option(help="Hours of training.")] = None,
     tokens: Annotated[
@@ -77,7 +84,9 @@ def retrofit(
     from ..training.schedule import Budget
 
     places = None if before is None else list(before)
-    host, tokenizer, config = load(model)
+    folder = folder_named(model)
+    loaded, tokenizer, config = load(folder)
+    host = cast("SleepModel", loaded)
     if host.has_fast_weights:
         raise UserError(f"{model} has fast weights already; retrofit takes models without")
     configs = plan(host, kind="delta_attention", count=layers, before=places)
@@ -85,7 +94,10 @@ def retrofit(
     host.sleep = SleepConfig(passes, window, "hard", loop_range, fold=fold)
     pad = config.get("pad_token_id") or 0
     chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed)
-    train, valid = (ChatSource(tokenizer, split, seed, chat, pad) for split in ("train", "valid"))
+    train, valid = (
+        cast("Source", ChatSource(tokenizer, split, seed, chat, pad))
+        for split in ("train", "valid")
+    )
     opening = tokenizer.encode_text(REFUSAL)
 
     def marked(made):
@@ -103,7 +115,7 @@ def retrofit(
             "sleep_layers": configs,
             "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
             "lora_rank": lora_rank,
-            "base": {"fingerprint": fingerprint(model), "name": model.name},
+            "base": {"fingerprint": fingerprint(folder), "name": folder.name},
         },
         shares=SHARES,
         unseen=marked(held_out(valid, batch)),

@@ -153,8 +153,8 @@ def evaluate_base(
             logits = model.head(h.reshape(-1, h.shape[-1])[at]).astype(mx.float32)
             log_p = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
             log_p = log_p - mx.logsumexp(logits, axis=1)
-            same[name] += (mx.argmax(logits, axis=1) == targets).sum().item()
-            loss[name] -= log_p.sum().item()
+            same[name] += np.array(mx.argmax(logits, axis=1) == targets).sum()
+            loss[name] -= np.array(log_p).sum()
         tokens += targets.size
         on_done(min(start + batch, len(prompts)), len(prompts))
     return [
@@ -179,8 +179,8 @@ class _Chat:
         tokens, mask = pad(windows)
         said = [self.tokenizer.in_replies(ids) for ids in windows]
         said = [row + [True] * (tokens.shape[1] - len(row)) for row in said]
-        fold = self._fold(mx.array(said))
-        return consolidate(self.model, state, tokens, passes, mask=mask, **fold)[0]
+        write = self._fold(mx.array(said)).get("write")
+        return consolidate(self.model, state, tokens, passes, mask=mask, write=write)[0]
 
     def answers(self, state: State, prompts: list[list[int]]) -> list[str]:
         """The greedy reply to each prompt, each from its row of the state."""
@@ -221,11 +221,12 @@ class _Chat:
 
     def _reply(self, h, state: State, active: list[bool], limit: int):
         """(greedy ids of each active row without its stop, state after them)."""
-        going, replies = np.array(active), [[] for _ in active]
+        going = np.array(active)
+        replies: list[list[int]] = [[] for _ in active]
         for _ in range(limit):
             logits = self.model.head(h)[:, 0, : len(self.tokenizer)]
             token = mx.argmax(logits, axis=-1)
-            for row, chosen in enumerate(token.tolist()):
+            for row, chosen in enumerate(np.array(token).tolist()):
                 going[row] &= chosen not in self.tokenizer.stop_ids
                 if going[row]:
                     replies[row].append(chosen)

@@ -29,7 +29,7 @@ from ..utils.files import one_line, read_json
 from ..utils.safetensors import read_header
 from . import lora
 from .folder import new_folder, write_json
-from .weights import abbreviate, not_finite
+from .weights import abbreviate, load_arrays, not_finite
 
 FORMAT = "mlx-sleep-adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -73,7 +73,7 @@ class Adapter:
 
         UserError for a NaN or an infinity.
         """
-        arrays = mx.load(str(self.path / WEIGHTS))
+        arrays = load_arrays(self.path / WEIGHTS)
         if bad := not_finite(arrays):
             raise UserError(
                 f"{self.path} has NaN or infinite weights in {abbreviate(bad)}; download it again"

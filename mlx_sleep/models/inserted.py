@@ -41,13 +41,16 @@ class SleepLayer(nn.Module):
 
     def __init__(self, hidden_size: int, layer: dict):
         super().__init__()
-        kind = layer["kind"]
-        sizes = (DeltaArgs if kind == "delta_attention" else JetArgs).from_dict(layer)
-        self.norm = nn.RMSNorm(hidden_size, eps=sizes.norm_eps)
-        if kind == "delta_attention":
-            self.mixer = DeltaAttention(hidden_size, sizes)
+        self.mixer: nn.Module
+        if layer["kind"] == "delta_attention":
+            args = DeltaArgs.from_dict(layer)
+            self.norm = nn.RMSNorm(hidden_size, eps=args.norm_eps)
+            self.mixer = DeltaAttention(hidden_size, args)
             self.gain = mx.full((hidden_size,), 0.05)
-        elif kind == "jet":
+            return
+        sizes = JetArgs.from_dict(layer)
+        self.norm = nn.RMSNorm(hidden_size, eps=sizes.norm_eps)
+        if layer["kind"] == "jet":
             self.mixer = JetBlock(hidden_size, sizes)
         else:
             self.mixer = _gated_deltanet(hidden_size, sizes)

@@ -40,12 +40,12 @@ def dense(linear: nn.Module) -> mx.array:
     """The weight [out, in] of a linear layer or an embedding, quantized or not, in float32."""
     if "scales" not in linear:
         return linear.weight.astype(mx.float32)
-    scales, biases = (
-        None if x is None else x.astype(mx.float32) for x in (linear.scales, linear.get("biases"))
-    )  # or the weights would be rounded to 16 bits
+    # In 16 bits the weights would be rounded.
+    biases = linear.get("biases")
+    biases = None if biases is None else biases.astype(mx.float32)
     return mx.dequantize(
         linear.weight,
-        scales,
+        linear.scales.astype(mx.float32),
         biases,
         group_size=linear.group_size,
         bits=linear.bits,

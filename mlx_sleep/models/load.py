@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from . import layers, lora
 from .base import SleepModel
 from .compat import has_mlx_lm_model
 from .folder import copy_tokenizer, new_folder, write_json
-from .weights import abbreviate, check_tensors, not_finite, read_headers, weight_files
+from .weights import abbreviate, check_tensors, load_arrays, not_finite, read_headers, weight_files
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """The folder of the model that comes with the package."""
@@ -117,7 +117,7 @@ def read_model(
 
     weights: dict[str, mx.array] = {}
     for file in files:
-        weights.update(mx.load(str(file)))
+        weights.update(load_arrays(file))
     if not lazy and (bad := not_finite(weights)):
         raise UserError(
             f"{path} has NaN or infinite weights in {abbreviate(bad)}; download it again"
@@ -162,11 +162,15 @@ def dequantize(model: nn.Module) -> None:
     dense = [(name, _DENSE[type(module)](module)) for name, module in found]
     if dense:
         model.update_modules(tree_unflatten(dense))
-        rest = [(n, x) for n, x in tree_flatten(model.parameters()) if x.dtype in _HALF]
-        model.load_weights([(n, x.astype(mx.float32)) for n, x in rest], strict=False)
+        rest = dict(tree_flatten(model.parameters()))
+        half = [(n, x.astype(mx.float32)) for n, x in rest.items() if x.dtype in _HALF]
+        model.load_weights(half, strict=False)
 
 
-_DENSE = {nn.QuantizedLinear: layers.dense_linear, nn.QuantizedEmbedding: layers.dense_embedding}
+_DENSE: dict[type, Callable[..., nn.Module]] = {
+    nn.QuantizedLinear: layers.dense_linear,
+    nn.QuantizedEmbedding: layers.dense_embedding,
+}
 _HALF = (mx.float16, mx.bfloat16)
 
 

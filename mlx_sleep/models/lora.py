@@ -17,7 +17,7 @@ _NAME = re.compile(
 )
 
 
-class _LowRank:
+class _LowRank(nn.Module):
     """y + B (A x) beside a linear layer's y; lora_a [rank, in], lora_b [out, rank]."""
 
     active = True

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..models.base import SleepModel
+from ..models.inserted import Inserted
 from ..models.lora import left_out
 from ..sleep import passes_over
 
@@ -80,7 +80,7 @@ def life_batch(arrays: dict[str, np.ndarray], fold: str = "all") -> LifeBatch:
     )
 
 
-def life_hidden(model: SleepModel, tokens, write, passes: int = 1):
+def life_hidden(model: Inserted, tokens, write, passes: int = 1):
     """h [B, W, T, hidden] of the wake pass over each window, with a sleep after each.
 
     tokens [B, W, T] int32, write [B, W, T] bool (False at padding too); S is zero at first. The

@@ -30,6 +30,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..models import lora
 from ..models.adapter import names_in_model, write_adapter
 from ..models.inserted import Inserted
+from ..models.weights import load_arrays
 from ..utils.errors import UserError
 from ..utils.files import one_line
 from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
@@ -66,8 +67,8 @@ def prepare(host, layers: list[dict], modules: list, *, gain: float = 0.05, lora
     for layer in modules:
         layer.unfreeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
-    trained = tree_flatten(model.trainable_parameters())
-    model.load_weights([(n, x.astype(mx.float32)) for n, x in trained], strict=False)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    model.load_weights([(n, x.astype(mx.float32)) for n, x in trained.items()], strict=False)
     mx.eval(model.parameters())
     return model
 
@@ -196,7 +197,7 @@ class Retrofit:
         seconds = time.perf_counter() - started
         self.step, self.tokens = self.step + 1, self.tokens + batch.real
         self.seconds += seconds
-        values = int(batch.value.sum().item())
+        values = int(np.array(batch.value).sum())
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -217,16 +218,16 @@ class Retrofit:
         for arrays in self.unseen:
             kept = life_batch(arrays, self.fold)
             hits = predictions(self.model, kept, self.passes)
-            right["recall"] += (hits & kept.value).sum().item()
-            right["refusals"] += (hits & kept.refusal).sum().item()
-            values += kept.value.sum().item()
-            refusals += kept.refusal.sum().item()
+            right["recall"] += np.array(hits & kept.value).sum()
+            right["refusals"] += np.array(hits & kept.refusal).sum()
+            values += np.array(kept.value).sum()
+            refusals += np.array(kept.refusal).sum()
             apart = {n: x.reshape(-1, 1, *x.shape[2:]) for n, x in arrays.items()}
             alone = life_batch(apart, self.fold)
             hits = predictions(self.model, alone, self.passes)
-            right["zeroed"] += (hits & alone.value).sum().item()
+            right["zeroed"] += np.array(hits & alone.value).sum()
         of = {"recall": values, "zeroed": values, "refusals": refusals}
-        self.figures = {name: right[name] / of[name] for name in right if of[name]}
+        self.figures = {name: float(right[name] / of[name]) for name in right if of[name]}
         return {"step": self.step, "tokens": self.tokens, **self.figures}
 
     # --- the folder ---------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class Retrofit:
             return  # stopped before the first one
         try:
             self.model.load_weights(str(at / "model.safetensors"), strict=False)
-            state = mx.load(str(at / "optimizer.safetensors"))
+            state = load_arrays(at / "optimizer.safetensors")
             self.optimizer.state = tree_unflatten(list(state.items()))
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
             progress = json.loads((at / "progress.json").read_text())
