@@ -38,7 +38,7 @@ MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron
 _BLOCK = 64 * 1024
 
 
-def get_model_classes(model_type: Any) -> tuple[type[SleepModel], type]:
+def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any]:
     """The (Model, ModelArgs) of an architecture: ours, or mlx-lm's wrapped. UserError for none."""
     if model_type in MODEL_TYPES:
         module = importlib.import_module(f"{__package__}.{model_type}")
