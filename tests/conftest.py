@@ -5,8 +5,11 @@ from __future__ import annotations
 import mlx_sleep  # before MLX, for its BLAS  # isort: skip
 
 import io
+import os
 import secrets
+import shutil
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +36,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Nobody's memories and models are found, in this process or in those that tests start.
+    os.environ["MLX_SLEEP_HOME"] = tempfile.mkdtemp(prefix="mlx-sleep-tests-")
     config.addinivalue_line("markers", "kernels: runs Metal kernels, on a GPU or in the harness")
     config.addinivalue_line("markers", "slow: takes seconds, or is in a file that does")
     _check_tree()
@@ -50,6 +55,10 @@ def _check_tree():
         file = Path(find_spec("mlx_sleep" + name).origin).resolve()
         if file.parent != ROOT / place:
             pytest.exit(f"mlx_sleep{name} comes from {file.parent}; run pip install -e {ROOT}", 4)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["MLX_SLEEP_HOME"], ignore_errors=True)
 
 
 def pytest_report_header(config):

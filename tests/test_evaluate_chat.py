@@ -138,6 +138,10 @@ def test_which_model_is_meant(tmp_path, folders, monkeypatch, capsys):
     folder_of("smollm2").mkdir(parents=True)
     assert choose(None) == choose("smollm2") == (folder_of("smollm2"), own, "smollm2")
     assert choose("smollm2", str(loud)).adapter == loud
+    assert choose("embedded") == (None, None, "embedded")
+    # A memory belongs to one model: what the demonstration remembers stays its own.
+    assert choose(None).memory == "smollm2"
+    assert choose("embedded").memory == choose(str(base)).memory == "default"
 
 
 def test_a_named_model_is_fetched_once(tmp_path, monkeypatch):

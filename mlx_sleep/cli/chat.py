@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it imports MLX
 @with_session_options
 def chat(
     options: SessionOptions,
-    memory: MemoryName = "default",
+    memory: MemoryName = None,
     idle: Annotated[
         float, typer.Option(help="Seconds without a key press before it sleeps; 0 is never.")
     ] = 10.0,
@@ -34,6 +34,7 @@ def chat(
     """
     if not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
+    memory = memory or options.chosen.memory
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _run_in_pipe(options.open(memory))
         return

@@ -158,7 +158,7 @@ def rm(
 
 
 def sleep(
-    memory: options.MemoryName = "default",
+    memory: options.MemoryName = None,
     model: options.Model = None,
     adapter_path: options.AdapterPath = None,
     home: options.Home = None,
@@ -173,8 +173,10 @@ def sleep(
     from ..session import Session
     from ..sleep import SleepCancelled
 
+    chosen = choose(model, adapter_path)
+    path, adapter, _ = chosen
+    memory = memory or chosen.memory
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
-    path, adapter, _ = choose(model, adapter_path)
     with Session.open(
         path, memory, adapter=adapter, home=home, passes=passes, window=window
     ) as session:

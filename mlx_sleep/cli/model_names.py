@@ -21,6 +21,14 @@ class Chosen(NamedTuple):
     adapter: Path | None
     name: str
 
+    @property
+    def memory(self) -> str:
+        """The memory of a chat that names none. A memory belongs to one model, so a model that
+        `models get` knows has a memory of its own name."""
+        from ..convert.downloads import DOWNLOADS
+
+        return self.name if self.name in DOWNLOADS else "default"
+
 
 def folder_of(name: str) -> Path:
     """Where `models get` puts a model when it isn't told."""
@@ -37,8 +45,9 @@ def folder_named(model: str) -> Path:
 def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
     """The model of --model and --adapter-path. UserError for a name that wasn't fetched.
 
-    A name comes with the package's adapter, if there is one. Without --model it is DEFAULT with
-    its adapter; the embedded model where one of them is missing, which is then said in one line.
+    "embedded" is the small demonstration; another name comes with the package's adapter, if there
+    is one. Without --model it is DEFAULT with its adapter; the embedded model where one of them is
+    missing, which is then said in one line.
     """
     from ..convert.downloads import DOWNLOADS
 
@@ -58,6 +67,8 @@ def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
             return Chosen(None, None, "embedded")
         return Chosen(fetched, own, DEFAULT)
     path = Path(model).expanduser()
+    if model == "embedded" and adapter is None and not path.is_dir():
+        return Chosen(None, None, model)
     if model not in DOWNLOADS or path.is_dir():
         return Chosen(path, adapter, model)
     path = folder_of(model)

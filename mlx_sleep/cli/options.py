@@ -52,13 +52,16 @@ def names(text: str | None) -> list[str] | None:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The model's folder, or smollm2. (default: smollm2 where it is, else the embedded one)"
+        help="The model's folder, smollm2 or embedded. (default: smollm2 if fetched, else embedded)"
     ),
 ]
 AdapterPath = Annotated[
     str | None, typer.Option(help="The folder of an adapter: sleep layers trained in the model.")
 ]
-MemoryName = Annotated[str, typer.Option("--memory", help="The memory's name.")]
+MemoryName = Annotated[
+    str | None,
+    typer.Option("--memory", help="The memory's name. (default: default, or smollm2 for smollm2)"),
+]
 Home = Annotated[
     Path | None,
     typer.Option(
