@@ -1,6 +1,6 @@
 """`mlx-sleep doctor`: what this installation computes with, and what would make it faster.
 
-It only looks and measures.
+It only looks and measures, and keeps nothing unless --calibrate asks for it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import platform as python_platform
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict
 from importlib import metadata, resources
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,7 +21,11 @@ from ..utils import platform
 from ..utils.errors import UserError
 from ..utils.files import one_line
 from . import output
-from .options import Json
+from .model_names import choose
+from .options import Json, Model
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..models.base import SleepModel
 
 _USUAL_HEADS = (16, 32, 128, 128)  # Hk, Hv, Dk, Dv of Qwen3-Next
 _LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones stay below 1e-5
@@ -28,6 +33,10 @@ _LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones st
 
 def doctor(
     as_json: Json = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure now what the ops of --model run on best.")
+    ] = False,
+    model: Model = None,
 ):
     """Say which backend, BLAS and kernels are in use, and what would make them faster.
 
@@ -35,7 +44,10 @@ def doctor(
 
     Example: mlx-sleep doctor
     """
-    report = examine()
+    if model is not None and not calibrate:
+        raise UserError("--model is for --calibrate; add it")
+    calibrated = _calibrate(model) if calibrate else ""
+    report = examine() | {"calibrated": calibrated}
     if as_json:
         output.print_json(report)
     else:
@@ -54,6 +66,8 @@ def examine() -> dict:
         "ops": {},
         "odd_heads": "",
         "kernels": _kernels(),
+        "calibrated": "",
+        "verdicts": {},
         "model": None,
         "data": _data_folder(),
         "problems": [],
@@ -75,6 +89,7 @@ def examine() -> dict:
                 )
         report["ops"] = _ops()
         report["odd_heads"] = _odd_heads()
+        report["verdicts"] = _verdicts()
         report["model"] = _embedded_model()
         if report["model"]["problem"]:
             problems.append(report["model"]["problem"])
@@ -83,6 +98,31 @@ def examine() -> dict:
     report["advice"] = _advice(report)
     report["usable"] = not problems
     return report
+
+
+def _calibrate(model: str | None) -> str:
+    """Judges what a model asks of the ops, again if it has been; says what was done."""
+    from ..models import calibrate, load
+    from ..ops.paths import VARIABLE, by_verdict
+
+    if os.environ.get(VARIABLE):
+        return f"nothing, because {VARIABLE} decides; unset it"
+    if not by_verdict():
+        return "nothing: this machine has no Metal GPU"
+    path, adapter, name = choose(model)
+    loaded, _ = load.load_model(load.EMBEDDED if path is None else path, adapter_path=adapter)
+    calibrate.calibrate(cast("SleepModel", loaded), gradients=True, again=True)
+    return f"for {name}"
+
+
+def _verdicts() -> dict[str, dict]:
+    """What was measured on this machine, by op, use, sizes and dtypes; nothing without Metal."""
+    from ..ops.paths import by_verdict
+    from ..ops.verdicts import verdicts
+
+    if not by_verdict():
+        return {}
+    return {name: asdict(verdict) for name, verdict in sorted(verdicts().all().items())}
 
 
 def _versions() -> dict[str, str]:
@@ -104,21 +144,26 @@ def _backend(mx) -> str:
 
 def _ops() -> dict[str, dict[str, str]]:
     """The path of each op for a prompt and for a single token, with heads like Qwen3-Next's."""
-    from ..ops.paths import conv_path, path
-
-    ops = {
-        op: {"prompt": path(op, 256, _USUAL_HEADS), "token": path(op, 1, _USUAL_HEADS)}
-        for op in ("gated_delta", "ssd")
+    sizes = {"gated_delta": _USUAL_HEADS, "ssd": _USUAL_HEADS, "short_conv": (8192, 4)}
+    return {
+        op.removeprefix("short_"): {use: _path(op, use, these) for use in ("prompt", "token")}
+        for op, these in sizes.items()
     }
-    return ops | {"conv": {"prompt": conv_path(), "token": conv_path()}}
 
 
 def _odd_heads() -> str:
     """The path of a prompt whose heads the kernels in use do not support; "" for the usual one."""
-    from ..ops.paths import path
+    odd = _path("gated_delta", "prompt", (16, 32, 20, 20))
+    return "" if odd == _path("gated_delta", "prompt", _USUAL_HEADS) else odd
 
-    odd = path("gated_delta", 256, (16, 32, 20, 20))
-    return "" if odd == path("gated_delta", 256, _USUAL_HEADS) else odd
+
+def _path(op: str, use: str, sizes: tuple[int, ...]) -> str:
+    """The path of an op, without a verdict where verdicts decide."""
+    from ..ops.paths import path, recording
+    from ..ops.verdicts import Shape
+
+    with recording():  # nobody computes with it: it is not to be judged
+        return path(Shape(op, use, sizes, ()))
 
 
 def _kernels() -> list[str]:
@@ -199,6 +244,13 @@ def _lines(report: dict) -> list[str]:
     for op, paths in report["ops"].items():
         rows.append((op, ", ".join(f"{path} for a {what}" for what, path in paths.items())))
     rows.append(("kernels", _kernels_line(report)))
+    if report["calibrated"]:
+        rows.append(("calibrated", report["calibrated"]))
+    for name, verdict in report["verdicts"].items():
+        rows.append(("measured", f"{_shorter(name)}: {verdict['taken']}"))
+        rows += [("", f"  {path}: {_result(r)}") for path, r in verdict["results"].items()]
+        if not verdict["results"]:
+            rows.append(("", "  measuring it never ended; mlx-sleep doctor --calibrate repeats it"))
     if report["odd_heads"]:
         ours = report["ops"]["gated_delta"]["prompt"] == "metal"
         takes = (
@@ -238,8 +290,22 @@ def _kernels_line(report: dict) -> str:
     if any("metal" in paths.values() for paths in report["ops"].values()):
         return names
     if report["backend"] == "Metal":
-        return names + ", not in use: MLX_SLEEP_KERNELS=metal takes them"
+        return names + ", in use where they were measured to be right and fastest"
     return names + ", not in use (no Metal)"
+
+
+def _shorter(name: str) -> str:
+    """The name of a shape with each of its dtypes once."""
+    *rest, dtypes = name.split(" ")
+    return " ".join([*rest, "/".join(dict.fromkeys(dtypes.split(",")))])
+
+
+def _result(result: dict) -> str:
+    """ "0.412 ms, error 2e-07", "wrong (error 0.3)" or why else it is barred."""
+    error = "" if result["error"] is None else f"error {result['error']:.0e}"
+    if result["barred"]:
+        return result["barred"] + _in_brackets(error)
+    return f"{1e3 * result['seconds']:.3g} ms, {error}"
 
 
 def _model_line(model: dict) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..kernels import conv as kernels
-from .paths import conv_path, differentiable
+from .paths import differentiable, run, shape_of
 
 
 def short_conv(x, weight, state=None, mask=None):
@@ -26,7 +26,9 @@ def short_conv(x, weight, state=None, mask=None):
     real inputs of each row, reaching back into the given state where a row is shorter than that.
     y is meaningless at padding. Differentiable in x, weight and state.
     """
-    return _convolve(x, weight, state, mask, lambda inputs, w: _correlate(inputs, w.T))
+    return _convolve(
+        "short_conv", x, weight, state, mask, lambda inputs, w: _correlate(inputs, w.T)
+    )
 
 
 def dynamic_conv(x, weight, state=None, mask=None):
@@ -37,7 +39,7 @@ def dynamic_conv(x, weight, state=None, mask=None):
     """
     if weight.shape[:-1] != x.shape:
         raise ValueError(f"x {x.shape} needs weights [*x.shape, K], not {weight.shape}")
-    return _convolve(x, weight, state, mask, _weigh)
+    return _convolve("dynamic_conv", x, weight, state, mask, _weigh)
 
 
 def dynamic_conv_naive(x, weight, state=None, mask=None):
@@ -53,21 +55,29 @@ def dynamic_conv_naive(x, weight, state=None, mask=None):
     return mx.stack(y, axis=1), last
 
 
-def _convolve(x, weight, state, mask, on_arrays):
+def _convolve(op, x, weight, state, mask, on_arrays):
     """What both share: the path, the inputs as one sequence, and the state after it."""
-    T, before = x.shape[1], weight.shape[-1] - 1
+    T, C, before = x.shape[1], x.shape[2], weight.shape[-1] - 1
     if state is None:
-        state = mx.zeros((x.shape[0], before, x.shape[2]), x.dtype)
-    if before and conv_path() == "metal":
-        return differentiable(kernels.forward, kernels.backward, (x, weight, state), mask)
-    inputs = mx.concatenate([state.astype(x.dtype), x], axis=1)
-    y = on_arrays(inputs, weight.astype(x.dtype))
-    if mask is None:
-        # A copy: a slice would keep the whole chunk's inputs alive for as long as the state.
-        return y, mx.contiguous(inputs[:, T:])
-    # Indices have no gradient, which mx.checkpoint must be told.
-    newest = mx.stop_gradient(mask.sum(axis=1)[:, None] + mx.arange(before))
-    return y, mx.take_along_axis(inputs, newest[..., None], axis=1)
+        state = mx.zeros((x.shape[0], before, C), x.dtype)
+
+    def metal(*args):
+        *inputs, mask = args
+        return differentiable(kernels.forward, kernels.backward, tuple(inputs), mask)
+
+    def array(x, weight, state, mask):
+        inputs = mx.concatenate([state.astype(x.dtype), x], axis=1)
+        y = on_arrays(inputs, weight.astype(x.dtype))
+        if mask is None:
+            # A copy: a slice would keep the whole chunk's inputs alive for as long as the state.
+            return y, mx.contiguous(inputs[:, T:])
+        # Indices have no gradient, which mx.checkpoint must be told.
+        newest = mx.stop_gradient(mask.sum(axis=1)[:, None] + mx.arange(before))
+        return y, mx.take_along_axis(inputs, newest[..., None], axis=1)
+
+    inputs = x, weight, state
+    shape = shape_of(op, T, (C, before + 1), inputs)
+    return run(shape, {"metal": metal, "array": array}, inputs, mask)
 
 
 @mx.custom_function

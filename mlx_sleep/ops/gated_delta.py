@@ -22,7 +22,7 @@ import mlx.core as mx
 from ..kernels import gated_delta as kernels
 from ..kernels.checks import check_rule
 from .chunks import custom_function, decay_matrix, heads_of, prepare, unstack, zero_state
-from .paths import differentiable, path
+from .paths import differentiable, run, shape_of
 
 CHUNK = 32  # tokens a chunk; a power of two
 
@@ -33,12 +33,14 @@ def gated_delta(q, k, v, g, beta, state=None, mask=None):
     ValueError where shapes do not fit.
     """
     check_rule("gated_delta", q, k, v, g, beta, state, mask)
-    return {
+    inputs = q, k, v, g, beta, zero_state(k, v) if state is None else state
+    forms = {
         "metal": gated_delta_metal,
         "mlx.fast": gated_delta_mlx,
         "step": gated_delta_step,
         "chunk": gated_delta_chunk,
-    }[path("gated_delta", q.shape[1], heads_of(k, v))](q, k, v, g, beta, state, mask)
+    }
+    return run(shape_of("gated_delta", q.shape[1], heads_of(k, v), inputs), forms, inputs, mask)
 
 
 def gated_delta_naive(q, k, v, g, beta, state=None, mask=None):

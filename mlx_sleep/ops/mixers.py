@@ -1,7 +1,7 @@
 """SSM mixers between their projections: convolution, gates, fast weights, read-out.
 
 Each is one function for any number of tokens. A single token (the wake step) of Gated DeltaNet
-and Mamba-2 is one launch where `paths.fused` says so; all else is made of this package's ops. All
+and Mamba-2 is one launch where its path is "metal"; all else is made of this package's ops. All
 are differentiable in every array. Shapes shared by all, as in `gated_delta`:
 
     state   [B, Hv, Dv, Dk]     float32; None is zero
@@ -25,7 +25,7 @@ from .activations import silu
 from .conv import short_conv
 from .gated_delta import gated_delta
 from .gates import decay_gates
-from .paths import differentiable, fused
+from .paths import differentiable, path, shape_of
 from .ssd import ssd
 
 
@@ -60,7 +60,7 @@ def gated_delta_net(
         return o[:, None], conv, state
 
     inputs = qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, state
-    if fused("gated_delta", T, (Hk, Hv, Dk, Dv), K, mask):
+    if T == 1 and mask is None and _fused("gated_delta_net", (Hk, Hv, Dk, Dv, K), inputs):
         return _one_launch(launch, arrays, inputs)
     return arrays(*inputs)
 
@@ -107,7 +107,7 @@ def mamba2(
         return o[:, None], conv, state
 
     inputs = xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state
-    if fused("ssd", T, (Hk, Hv, Dk, Dv), K, mask):
+    if T == 1 and mask is None and _fused("mamba2", (Hk, Hv, Dk, Dv, K), inputs):
         return _one_launch(launch, arrays, inputs)
     return arrays(*inputs)
 
@@ -168,6 +168,11 @@ def _carried(conv, state, inputs, K, shape):
     if conv is None:
         conv = mx.zeros((inputs.shape[0], K - 1, inputs.shape[2]), inputs.dtype)
     return conv, mx.zeros(shape, mx.float32) if state is None else state
+
+
+def _fused(op, sizes, inputs) -> bool:
+    """Whether a token's whole mixer is one launch (`step` in kernels/)."""
+    return path(shape_of(op, 1, sizes, inputs)) == "metal"
 
 
 def _one_launch(launch, arrays, inputs):

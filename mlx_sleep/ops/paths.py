@@ -4,30 +4,31 @@
     mlx.fast   MLX's Metal kernels
     chunk      matrix products on arrays, on any backend
     step       one token on arrays
+    array      a convolution on arrays; a mixer made of ops
 
-This package's kernels are right in the tests' harness, which runs them on a CPU, but no Apple GPU
-has run them yet. Until one has, they run only where MLX_SLEEP_KERNELS=metal asks for them.
+On a Metal GPU a verdict decides (`verdicts`): the fastest of those that were right there. A shape
+that has none yet takes MLX's kernels or arrays, and is remembered for `calibration`. Elsewhere it
+is arrays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
 from ..kernels import source
 from ..kernels.checks import supported
 from ..utils.errors import UserError
-
-Heads = tuple[int, int, int, int]
-"""Hk, Hv, Dk, Dv: how many heads q and k have, how many v has, and their sizes."""
+from .verdicts import Shape, verdicts
 
 VARIABLE = "MLX_SLEEP_KERNELS"
 """Environment variable: `metal` forces this package's Metal kernels, `array` the paths on arrays;
-unset, the machine decides."""
+unset, verdicts decide."""
 
-MLX_HEADS: set[Heads] = {
+MLX_HEADS: set[tuple[int, ...]] = {
     (16, 16, 128, 128),
     (16, 32, 128, 128),
     (16, 48, 128, 128),
@@ -39,44 +40,71 @@ MLX_HEADS: set[Heads] = {
 where it is given a mask, it is a graph of several ops for each token."""
 
 
-def path(op: str, tokens: int, heads: Heads) -> str:
-    """The path of the op "gated_delta" or "ssd" for so many tokens with these heads.
+def shape_of(op: str, tokens: int, sizes: tuple[int, ...], arrays) -> Shape:
+    """The Shape of a call of an op with these arrays."""
+    use = "token" if tokens == 1 else "prompt"
+    return Shape(op, use, sizes, tuple(x.dtype for x in arrays))
+
+
+def candidates(shape: Shape) -> tuple[str, ...]:
+    """The paths that there are, the one on arrays last."""
+    op, use, sizes, _ = shape
+    if op in ("short_conv", "dynamic_conv"):
+        return ("metal", "array") if sizes[-1] > 1 else ("array",)
+    metal = ("metal",) if supported(*sizes[2:4]) else ()
+    if op in ("gated_delta_net", "mamba2"):
+        return (*metal, "array") if use == "token" and sizes[-1] > 1 else ("array",)
+    mlx = ("mlx.fast",) if op == "gated_delta" and sizes in MLX_HEADS else ()
+    return (*metal, *mlx, "step" if use == "token" else "chunk")
+
+
+def path(shape: Shape) -> str:
+    """The path that a call takes.
 
     UserError where the variable has another value, or asks for Metal where there is none.
     """
+    if _forced and (name := _forced(shape)):
+        return name
+    possible = candidates(shape)
     wish = _wish()
-    if wish == "metal" and supported(*heads[2:]):
+    if wish == "metal" and "metal" in possible:
         return "metal"
-    if op == "gated_delta" and wish != "array" and _on_metal() and heads in MLX_HEADS:
-        return "mlx.fast"
-    return "step" if tokens == 1 else "chunk"
+    if wish or not _on_metal():
+        return possible[-1]
+    _asked.add(shape)
+    return _judged(shape) or ("mlx.fast" if "mlx.fast" in possible else possible[-1])
 
 
-def fused(op: str, tokens: int, heads: Heads, taps: int, mask) -> bool:
-    """Whether a mixer's whole step is one launch (`step` in kernels/).
+def gradient_path(shape: Shape, forward: str) -> str:
+    """The path of the gradient where the call itself takes `forward`.
 
-    For one token without padding, where the op itself would run on this package's kernels.
+    Our kernels' gradient is taken only with a verdict of its own: training asks for one.
     """
-    one = tokens == 1 and mask is None and taps > 1
-    return one and path(op, tokens, heads) == "metal"
+    gradient = shape._replace(use="gradient")
+    if _forced and (name := _forced(gradient)):
+        return name
+    if not by_verdict():
+        return forward
+    return _judged(gradient) or (candidates(gradient)[-1] if forward == "metal" else forward)
 
 
-def conv_path() -> str:
-    """ "metal" or "array", for any shape."""
-    return "metal" if _wish() == "metal" else "array"
+def by_verdict() -> bool:
+    """Whether verdicts decide: there is a Metal GPU, and the variable is unset."""
+    return _on_metal() and not _wish()
 
 
-def _wish() -> str:
-    wish = os.environ.get(VARIABLE, "")
-    if wish not in ("", "metal", "array"):
-        raise UserError(f"{VARIABLE} must be metal or array, or unset; it is {wish!r}")
-    if wish == "metal" and not source.runs():
-        raise UserError(f"{VARIABLE}=metal needs a Metal GPU, and this machine has none; unset it")
-    return wish
+def run(shape: Shape, forms: dict[str, Callable], inputs: tuple, mask):
+    """forms[path](*inputs, mask) for the call's path, with the gradient of another's."""
+    forward = path(shape)
+    backward = gradient_path(shape, forward)
+    if forward == backward:
+        return forms[forward](*inputs, mask)
 
+    def gradient(*args):
+        inputs, cotangents, mask = args[:-3], args[-3:-1], args[-1]
+        return mx.vjp(lambda *x: forms[backward](*x, mask), inputs, cotangents)[1]
 
-def _on_metal() -> bool:
-    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    return differentiable(forms[forward], gradient, inputs, mask)
 
 
 def differentiable(forward: Callable, backward: Callable, inputs: tuple, mask):
@@ -91,3 +119,54 @@ def differentiable(forward: Callable, backward: Callable, inputs: tuple, mask):
         return tuple(backward(*inputs, *cotangents, mask))
 
     return op(*inputs)
+
+
+# --- for calibration -----------------------------------------------------------------------
+
+_asked: set[Shape] = set()
+_forced: Callable[[Shape], str | None] | None = None
+
+
+def unjudged() -> set[Shape]:
+    """Shapes that were asked for and have no verdict."""
+    return {shape for shape in _asked if _judged(shape) is None}
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[set[Shape]]:
+    """A set that gets the shapes asked for within the block."""
+    global _asked
+    before, _asked = _asked, set()
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+@contextlib.contextmanager
+def forcing(choose: Callable[[Shape], str | None]) -> Iterator[None]:
+    """Within the block a shape takes the path that choose gives; None leaves it as it is."""
+    global _forced
+    before, _forced = _forced, choose
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _judged(shape: Shape) -> str | None:
+    verdict = verdicts().get(shape)
+    return verdict.taken if verdict and verdict.taken in candidates(shape) else None
+
+
+def _wish() -> str:
+    wish = os.environ.get(VARIABLE, "")
+    if wish not in ("", "metal", "array"):
+        raise UserError(f"{VARIABLE} must be metal or array, or unset; it is {wish!r}")
+    if wish == "metal" and not source.runs():
+        raise UserError(f"{VARIABLE}=metal needs a Metal GPU, and this machine has none; unset it")
+    return wish
+
+
+def _on_metal() -> bool:
+    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)

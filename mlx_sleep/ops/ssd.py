@@ -24,7 +24,7 @@ import mlx.core as mx
 from ..kernels import ssd as kernels
 from ..kernels.checks import check_rule
 from .chunks import decay_matrix, heads_of, prepare, unstack, zero_state
-from .paths import differentiable, path
+from .paths import differentiable, run, shape_of
 
 CHUNK = 64  # tokens a chunk
 
@@ -35,9 +35,15 @@ def ssd(q, k, v, g, beta, state=None, mask=None, D=None):
     ValueError where shapes do not fit.
     """
     check_rule("ssd", q, k, v, g, beta, state, mask, D=(D, ("Hv",)))
-    return {"metal": ssd_metal, "step": ssd_step, "chunk": ssd_chunk}[
-        path("ssd", q.shape[1], heads_of(k, v))
-    ](q, k, v, g, beta, state, mask, D)
+    inputs = q, k, v, g, beta, zero_state(k, v) if state is None else state
+    if D is not None:
+        inputs = (*inputs, D)
+
+    def form(rule):
+        return lambda *args: rule(*args[:6], args[-1], *args[6:-1])  # D comes after the mask
+
+    forms = {"metal": form(ssd_metal), "step": form(ssd_step), "chunk": form(ssd_chunk)}
+    return run(shape_of("ssd", q.shape[1], heads_of(k, v), inputs), forms, inputs, mask)
 
 
 def ssd_naive(q, k, v, g, beta, state=None, mask=None, D=None):

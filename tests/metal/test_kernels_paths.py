@@ -9,14 +9,20 @@ import pytest
 
 from mlx_sleep.cli import doctor
 from mlx_sleep.kernels import source
+from mlx_sleep.ops import paths, verdicts
 from mlx_sleep.ops.gated_delta import gated_delta
-from mlx_sleep.ops.paths import VARIABLE, path
+from mlx_sleep.ops.paths import VARIABLE
+from mlx_sleep.ops.paths import path as path_of
 from mlx_sleep.ops.ssd import ssd
 from mlx_sleep.utils.errors import UserError
 from tests.ops_reference import arrays, assert_close, assert_gradients, draw, reference
 
 assert mlx_sleep  # imported for its effect
 OPS = {"gated_delta": gated_delta, "ssd": ssd}
+
+
+def path(op, tokens, heads):
+    return path_of(verdicts.Shape(op, "token" if tokens == 1 else "prompt", heads, ()))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -45,9 +51,11 @@ def test_metal_is_refused_where_there_is_none(monkeypatch):
 
 
 @pytest.fixture
-def a_gpu(monkeypatch):
-    """What `paths` sees of a Mac with a GPU. Arrays stay where they are."""
+def a_gpu(monkeypatch, tmp_path):
+    """What `paths` sees of a Mac with a GPU and no verdicts. Arrays stay where they are."""
     monkeypatch.delenv(VARIABLE, raising=False)
+    store = verdicts.Verdicts(tmp_path / "verdicts.json", "here")
+    monkeypatch.setattr(paths, "verdicts", lambda: store)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
 
