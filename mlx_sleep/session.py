@@ -31,6 +31,7 @@ from .models.base import (
     kv_bytes,
     unflatten_state,
 )
+from .models.calibrate import calibrate
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate
 from .utils.errors import UserError
 
@@ -122,6 +123,7 @@ class Session:
             mx.random.seed(seed)
         # Loaded weights are lazy, and a lazy array can only be evaluated by its own thread.
         mx.eval(model.parameters())
+        calibrate(model)
 
         self._tokens = self._sleeps = 0
         self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
@@ -207,7 +209,7 @@ class Session:
             )
         room = len(ids) + self.window // 8
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
-            self.sleep(on_pass, should_stop)
+            self._sleep(on_pass, should_stop)
         self._record(ids)
         self._open_reply = reply = object()
         self._sync()
@@ -265,6 +267,13 @@ class Session:
         a disk that can't be written) the states and the memory are as they were. When the window
         overflows, each full window is a transaction of its own.
         """
+        report = self._sleep(on_pass, should_stop)
+        # Nobody waits for a reply: the time to judge what it met (on a GPU).
+        calibrate(self.model, should_stop)
+        return report
+
+    def _sleep(self, on_pass: OnPass | None, should_stop: ShouldStop | None) -> SleepReport | None:
+        """`sleep`, and nothing after it."""
         self._end_reply()
         reports = []
         while self._pending:  # more than one window only if a reply has just filled the first

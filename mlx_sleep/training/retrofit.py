@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models import lora
 from ..models.adapter import names_in_model, write_adapter
+from ..models.calibrate import calibrate
 from ..models.inserted import Inserted
 from ..models.weights import load_arrays
 from ..utils.errors import UserError
@@ -147,6 +148,7 @@ class Retrofit:
         self.stopped = True
 
     def _train(self, on_row: Callable[[dict], None]) -> None:
+        calibrate(self.model, gradients=True)
         made = iter(self.batches(self._jobs()))
         evaluated = time.perf_counter()
         with open(self.folder / "metrics.jsonl", "a") as metrics:

@@ -16,6 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from ..models.base import SleepModel
+from ..models.calibrate import calibrate
 from ..utils.errors import UserError
 from . import checkpoints
 from .checkpoints import Checkpoint
@@ -80,6 +81,7 @@ class Trainer:
         gradient that is not finite.
         """
         self.open()
+        calibrate(self.model, gradients=True)
         row: dict = {}
         metrics = Metrics(self.folder)
         ready = self.batches(self.step) if self.step < self.steps else None
