@@ -31,6 +31,7 @@ from safetensors.torch import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
+from mlx_sleep.convert.torch.adapter import read_adapter
 from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
 from mlx_sleep.convert.torch.delta_rule import best_rule
 from mlx_sleep.convert.torch.evaluate import evaluate
@@ -138,7 +139,14 @@ def retrofit(options):
         dtype=torch.bfloat16,
         rule=best_rule(device),
     )
-    if device == "cuda" or options.compile:
+    if options.start:
+        started, weights, _ = read_adapter(options.start)
+        if started != adapter:
+            raise UserError(f"{options.start} is an adapter of another shape; give its options")
+        model.load_state_dict(weights)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if options.compile:
         model.compile()
     chat = read_chat(options.chat) if options.chat else ()
     opening = read_tokenizer(options.model).encode(REFUSAL, add_special_tokens=False).ids
@@ -155,6 +163,7 @@ def retrofit(options):
         "batch": options.batch,
         "seed": options.seed,
         "gain": options.gain,
+        "start": options.start and str(options.start),
         "adapter": asdict(adapter),
     }
     trainer = Trainer(
@@ -184,6 +193,7 @@ def main():
     budget.add_argument("--hours", type=float)
     budget.add_argument("--tokens", type=int)
     large.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    large.add_argument("--start", type=Path, help="an adapter to begin with (new optimizers)")
     large.add_argument("--batch", type=int, default=4096, help="tokens a step, with padding")
     large.add_argument("--before", type=int, nargs="+", default=[6, 10, 14, 18, 22, 26])
     large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
@@ -197,7 +207,7 @@ def main():
     )
     large.add_argument("--workers", type=int, default=0, help="processes that make batches")
     large.add_argument("--evaluate-every", type=float, default=600, help="seconds")
-    large.add_argument("--compile", action="store_true", help="also on the CPU")
+    large.add_argument("--compile", action="store_true", help="torch.compile")
     large.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_sleep.training.refusals import mark_refusals
-from mlx_sleep.training.schedule import Budget, cosine, stage_at
+from mlx_sleep.training.schedule import Budget, stage_at, trapezoid
 from mlx_sleep.utils.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -402,8 +402,9 @@ def test_the_schedule():
     assert [stage_at((1, 3), x) for x in (0.0, 0.24, 0.26, 1.0)] == [0, 0, 1, 1]
     assert Budget(tokens=10).progress(5, 99.0) == 0.5
     assert Budget(seconds=2.0).progress(5, 3.0) == 1.0
-    assert cosine(0, 0.0, 10) == pytest.approx(0.1)
-    assert cosine(99, 1.0, 10) == pytest.approx(0.05)
+    assert trapezoid(0, 0.0, 10) == pytest.approx(0.1)
+    assert trapezoid(99, 0.5, 10) == 1.0
+    assert trapezoid(99, 1.0, 10) == pytest.approx(0.05)
 
 
 def test_muon_steps_are_nearly_orthogonal():

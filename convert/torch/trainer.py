@@ -26,7 +26,7 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from ...training.schedule import Budget, cosine, stage_at
+from ...training.schedule import Budget, stage_at, trapezoid
 from ...utils.errors import UserError
 from .adapter import save_adapter
 from .loss import LifeBatch, life_loss
@@ -125,13 +125,13 @@ class Trainer:
     def _train(self) -> dict:
         figures: dict = {}
         made = iter(self.batches(self._jobs()))
-        started, spent = time.perf_counter(), self.seconds
-        saved = evaluated = time.perf_counter()
         rows: list[dict] = []
-        batch = self._take(made)
+        batch = self._take(made)  # before the clock: worker processes take their time to start
+        started, spent = time.perf_counter(), self.seconds
+        saved = evaluated = started
         with open(self.folder / "metrics.jsonl", "a") as metrics:
             while self.progress < 1 and not self.stop:
-                rate = cosine(self.step, self.progress, self.settings.warmup)
+                rate = trapezoid(self.step, self.progress, self.settings.warmup)
                 loss, norm, sums = self._update(batch, rate)
                 self.step += 1
                 self.tokens += batch.real

@@ -35,7 +35,7 @@ from ..models.weights import load_arrays
 from ..utils.errors import UserError
 from ..utils.files import one_line
 from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
-from .schedule import Budget, cosine, stage_at
+from .schedule import Budget, stage_at, trapezoid
 
 BITS = 8  # of an adapter's matrices
 
@@ -181,7 +181,7 @@ class Retrofit:
     def _update(self, batch: LifeBatch, started: float) -> dict:
         """One step: its row of the metrics. UserError where it is not finite."""
         self.stage = self.asked.popleft()
-        rate = cosine(self.step, self.progress, self.warmup)
+        rate = trapezoid(self.step, self.progress, self.warmup)
         for optimizer, base in zip(self.optimizer.optimizers, self.rates, strict=True):
             optimizer.learning_rate = base * rate
         base = base_hidden(self.model, batch)

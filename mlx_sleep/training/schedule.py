@@ -6,7 +6,6 @@ is spent, so that an hour and a day go through the same stages.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,10 +39,11 @@ def stage_at(shares: Sequence[float], progress: float) -> int:
     return len(shares) - 1
 
 
-def cosine(step: int, progress: float, warmup: int, floor: float = 0.05) -> float:
-    """Share of the learning rates: linear up over `warmup` steps, then a half cosine to floor."""
-    fall = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    return min(1.0, (step + 1) / max(1, warmup)) * fall
+def trapezoid(step: int, progress: float, warmup: int, floor: float = 0.05) -> float:
+    """Share of the learning rates: linear up over `warmup` steps, and linear down to `floor` over
+    the last 45% of the budget."""
+    down = min(1.0, floor + (1 - floor) * (1 - progress) / 0.45)
+    return min(1.0, (step + 1) / max(1, warmup)) * down
 
 
 def rate_at(step: int, steps: int, warmup: int, cooldown: float) -> float:

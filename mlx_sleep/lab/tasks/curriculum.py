@@ -21,7 +21,7 @@ STRIDE = 1 << 16  # indices of lives that a step may use
 @dataclass(frozen=True)
 class Stage:
     """share: of the budget. windows, window_tokens: each step draws one of them. facts: told in a
-    window, at most. untold, wrong, ordinary: rates (see Level)."""
+    window, at most. untold, wrong, asking, ordinary: rates (see Level)."""
 
     share: float
     windows: Sequence[int]
@@ -29,16 +29,15 @@ class Stage:
     facts: int = 6
     untold: float = 0.17
     wrong: float = 0.1
+    asking: float = 0.3
     ordinary: float = 0.07
 
 
 # Two windows at least: what was told in the same window needs no fast weights.
 STAGES = (
-    Stage(0.08, (2,), (96, 128), facts=3, untold=0.1, wrong=0.0, ordinary=0.03),
-    Stage(0.1, (2, 3), (128, 160), facts=4, untold=0.14, wrong=0.03, ordinary=0.05),
-    Stage(0.2, (2, 3, 4), (128, 192)),
-    Stage(0.27, (4, 6, 8), (128, 192, 256)),
-    Stage(0.35, (2, 8, 12, 16), (128, 192, 256, 320)),
+    Stage(0.25, (2, 3), (128, 160), facts=4, wrong=0.04, ordinary=0.05),
+    Stage(0.35, (2, 3, 4, 6), (128, 192, 256), facts=5, wrong=0.07, ordinary=0.06),
+    Stage(0.4, (2, 4, 8, 12, 16), (128, 192, 256, 320)),
 )
 SHARES = tuple(stage.share for stage in STAGES)
 
@@ -52,6 +51,7 @@ def level_of(step: int, stage: int) -> Level:
         facts=(1, s.facts),
         untold=s.untold,
         wrong=s.wrong,
+        asking=s.asking,
         ordinary=s.ordinary,
     )
 
