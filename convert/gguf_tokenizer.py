@@ -11,6 +11,7 @@ from typing import Any
 
 from ..models.folder import write_json
 from ..utils.errors import UserError
+from ..utils.files import one_line
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
@@ -18,13 +19,13 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 # tokenizer.ggml.pre -> how text is split before BPE: a regular expression, or as by GPT-2, with
 # each digit alone (True) or not (False).
 _SPLITS: dict[str, str | bool] = {
     "gpt-2": False,
     "gpt2": False,
-    "llama-bpe": _WORDS % "{1,3}",
-    "llama3": _WORDS % "{1,3}",
+    **dict.fromkeys(_LLAMA_3, _WORDS % "{1,3}"),
     "qwen2": _WORDS % "",
     "refact": True,
     "smollm": True,
@@ -32,8 +33,11 @@ _SPLITS: dict[str, str | bool] = {
 }
 
 
-def write(metadata: dict, folder: Path, file: Path) -> None:
-    """Write the tokenizer's files of a GGUF's metadata (plain Python values) into `folder`."""
+def write(metadata: dict, folder: Path, file: Path) -> list[str]:
+    """Write the tokenizer's files of a GGUF's metadata (plain Python values) into `folder`.
+
+    Returns notes on what was missing. UserError for a tokenizer that is damaged or not known.
+    """
     values = {
         name.removeprefix("tokenizer.ggml."): value
         for name, value in metadata.items()
@@ -41,12 +45,19 @@ def write(metadata: dict, folder: Path, file: Path) -> None:
     }
     if "tokens" not in values:
         raise UserError(f"{file} holds no tokenizer; download it again")
+    _check(values, file)
     kind = values.get("model")
+    notes = []
     if kind == "gpt2":
+        if "pre" not in values:
+            notes.append(
+                f"{file.name} does not say how text is split into words (tokenizer.ggml.pre): "
+                "split as by GPT-2, which is wrong for most models"
+            )
         _write_bpe(values, folder / "tokenizer.json", file)
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     elif kind == "llama":
-        _write_sentencepiece(values, folder / "tokenizer.model")
+        _write_sentencepiece(values, folder / "tokenizer.model", file)
         config = {
             "tokenizer_class": "LlamaTokenizer",
             "add_prefix_space": values.get("add_space_prefix", True),
@@ -58,12 +69,50 @@ def write(metadata: dict, folder: Path, file: Path) -> None:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         if (token := values.get(f"{key}_token_id")) is not None:
             config[f"{name}_token"] = tokens[token]
-    config["add_bos_token"] = values.get("add_bos_token", kind == "llama")
+    config["add_bos_token"] = _adds_bos(values)
     config["add_eos_token"] = values.get("add_eos_token", False)
     config["clean_up_tokenization_spaces"] = False
-    if template := metadata.get("tokenizer.chat_template"):
+    template = metadata.get("tokenizer.chat_template")
+    if template and isinstance(template, str):
         config["chat_template"] = template
     write_json(folder / "tokenizer_config.json", config)
+    return notes
+
+
+def _check(values: dict, file: Path) -> None:
+    """UserError unless each value is of its kind, lists are of one length, and ids are tokens."""
+    tokens = values["tokens"]
+    lists = {"tokens": (str, len(tokens)), "scores": (float, len(tokens))}
+    lists |= {"token_type": (int, len(tokens)), "merges": (str, None)}
+    wrong = [
+        name
+        for name, (kind, length) in lists.items()
+        if name in values
+        and not (
+            isinstance(values[name], list)
+            and all(type(x) is kind for x in values[name])
+            and len(values[name]) == (length or len(values[name]))
+        )
+    ]
+    wrong += [
+        name
+        for name, x in values.items()
+        if name.endswith("_token_id") and not (type(x) is int and 0 <= x < len(tokens))
+    ]
+    wrong += [
+        name
+        for name in ("add_bos_token", "add_eos_token", "add_space_prefix")
+        if type(values.get(name, True)) is not bool
+    ]
+    if wrong or not tokens:
+        name = wrong[0] if wrong else "tokens"
+        raise UserError(f"{file} has a damaged tokenizer.ggml.{name}; download it again")
+
+
+def _adds_bos(values: dict) -> bool:
+    # As llama.cpp, which adds it to Llama 3's text where the file doesn't say.
+    default = values["model"] == "llama" or values.get("pre") in _LLAMA_3
+    return values.get("add_bos_token", default) and "bos_token_id" in values
 
 
 def _write_bpe(values: dict, out: Path, file: Path) -> None:
@@ -78,19 +127,19 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
     )
 
     name = values.get("pre", "gpt-2")
-    if name not in _SPLITS:
+    if not isinstance(name, str) or name not in _SPLITS:
         known = ", ".join(_SPLITS)
         raise UserError(f"{file} cuts text into words by {name!r}; known ways: {known}")
     tokens, types = values["tokens"], values.get("token_type") or [_NORMAL] * len(values["tokens"])
-    if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
+    if len(set(tokens)) < len(tokens):
         raise UserError(f"{file} has a damaged tokenizer; download it again")
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in values.get("merges", [])]
-    ignore = name in ("llama-bpe", "llama3")  # whole words of the vocabulary need no merges
+    ignore = name in _LLAMA_3  # whole words of the vocabulary need no merges
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore))
     except Exception as error:  # the library raises plain Exceptions
-        raise UserError(f"{file} has a damaged tokenizer: {error}") from error
+        raise UserError(f"{file} has a damaged tokenizer: {one_line(error)}") from error
     split = _SPLITS[name]
     words: list[pre_tokenizers.PreTokenizer]
     if isinstance(split, str):
@@ -107,7 +156,7 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    if values.get("add_bos_token", False):
+    if _adds_bos(values):
         bos = values["bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]}:0 $A:0",
@@ -117,15 +166,18 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
     tokenizer.save(str(out))
 
 
-def _write_sentencepiece(values: dict, out: Path) -> None:
+def _write_sentencepiece(values: dict, out: Path, file: Path) -> None:
     """GGUF keeps sentencepiece's pieces, scores and types as they were."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     model = proto.ModelProto()
     types = values.get("token_type") or [_NORMAL] * len(values["tokens"])
     scores = values.get("scores") or [0.0] * len(values["tokens"])
-    for token, score, kind in zip(values["tokens"], scores, types, strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
+    try:
+        for token, score, kind in zip(values["tokens"], scores, types, strict=True):
+            model.pieces.add(piece=token, score=score, type=kind)
+    except ValueError as error:
+        raise UserError(f"{file} has a damaged tokenizer: {one_line(error)}") from error
     spec = model.trainer_spec
     spec.model_type, spec.vocab_size = proto.TrainerSpec.BPE, len(values["tokens"])
     spec.byte_fallback = 6 in types

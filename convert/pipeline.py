@@ -83,7 +83,7 @@ def convert(
     with new_folder(Path(dest).expanduser().resolve()) as folder:
         scratch = folder / "reading"  # removed with the folder, whatever happens
         scratch.mkdir()
-        opened = open_source(source, scratch)
+        opened = open_source(source, scratch, keep_blocks=not types.quantizes)
         architecture, config, model = _understand(opened, sleep)
         wanted = dict(tree_flatten(model.parameters()))
         mapping = map_tensors(architecture, config, opened.tensors, wanted)
@@ -128,7 +128,7 @@ def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None
 def _our_config(architecture: Architecture, source: Source) -> dict:
     theirs = {name: x for name, x in source.config.items() if name not in _NOT_KEPT}
     heads = any(name.endswith("lm_head.weight") for name in source.tensors)
-    if not heads and "tie_word_embeddings" not in {**theirs, **theirs.get("text_config", {})}:
+    if not heads and "tie_word_embeddings" not in {**theirs, **_text_config(theirs)}:
         theirs["tie_word_embeddings"] = True
         source.notes.append("no lm_head: taken as tied to the embedding")
     try:
@@ -144,6 +144,12 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
     if any(config.get(name) != x for name, x in theirs.items() if name != "sleep"):
         config["source_config"] = theirs  # for the way back
     return config
+
+
+def _text_config(config: dict) -> dict:
+    """Of a model with a vision tower; empty where there is none."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
 
 
 def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) -> SleepModel:
@@ -168,7 +174,7 @@ def _write(
     on_bytes: Callable[[int, int], None],
     shard_bytes: int,
 ) -> None:
-    if types.quantizes and "quantization" in config:
+    if types.quantizes and config.get("quantization") is not None:
         raise UserError("the source is quantized already; start from its full-precision weights")
     choice = choose(model, types)
     report.skipped = choice.skipped

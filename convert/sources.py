@@ -1,6 +1,6 @@
 """What can be converted, opened: a folder, a weights file, a GGUF, a wheel, a Hugging Face id.
 
-Its tensors are then lazy MLX arrays in safetensors or GGUF files whose headers have been checked.
+Its tensors are then lazy MLX arrays in safetensors files whose headers have been checked.
 Which architecture it is, and what its tensors mean, is not known here.
 """
 
@@ -20,7 +20,7 @@ from ..models.weights import read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
 from ..utils.safetensors import load
-from . import gguf, torch_files
+from . import gguf, gguf_file, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -51,38 +51,54 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def open_source(source: str | Path, scratch: Path) -> Source:
+def open_source(source: str | Path, scratch: Path, *, keep_blocks: bool = True) -> Source:
     """Open a checkpoint. Files that MLX cannot read are rewritten in the folder `scratch`.
+
+    keep_blocks  of a GGUF: leave weights quantized where MLX has the same layout
 
     UserError, in one line, for anything wrong with it.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(path, scratch)
+        return _open_folder(path, scratch, keep_blocks)
     if path.is_file():
-        return _open_file(path, scratch)
+        return _open_file(path, scratch, keep_blocks)
     if _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
-        return _open_folder(_download(str(source)), scratch)
+        return _open_folder(_download(str(source)), scratch, keep_blocks)
     raise UserError(
         f"no model folder or file at {path}; give a folder with a config.json, a .gguf, or the id "
         "of a model on Hugging Face, such as org/name"
     )
 
 
-def _open_folder(path: Path, scratch: Path) -> Source:
+def _open_folder(path: Path, scratch: Path, keep_blocks: bool) -> Source:
     ggufs = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").is_file() and len(ggufs) == 1:
-        return _open_file(ggufs[0], scratch)
-    return _open_files(path, _find_weights(path), scratch)
+    if not (path / "config.json").is_file() and ggufs:
+        if not all(gguf_file.is_part_of(file, ggufs[0]) for file in ggufs[1:]):
+            names = ", ".join(file.name for file in ggufs[:4])
+            raise UserError(f"{path} has several GGUF files: {names}; name one of them")
+        return _open_file(ggufs[0], scratch, keep_blocks)
+    files = _find_weights(path)
+    return _open_files(path, files, scratch)
 
 
-def _open_file(path: Path, scratch: Path) -> Source:
+def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        config, tensors, origins = gguf.read(path, scratch)
-        return Source(config, tensors, [path], scratch, ours=True, origins=origins)
-    if suffix in (".whl", ".zip") and zipfile.is_zipfile(path):
-        return _open_file(_unpack(path, scratch), scratch)
+        read = gguf.read(path, scratch, keep_blocks=keep_blocks)
+        return Source(
+            read.config,
+            read.tensors,
+            read.files,
+            scratch,
+            ours=True,
+            origins=read.origins,
+            notes=read.notes,
+        )
+    if suffix in (".whl", ".zip"):
+        if zipfile.is_zipfile(path):
+            return _open_file(_unpack(path, scratch), scratch, keep_blocks)
+        raise UserError(f"{path} is truncated or damaged; download it again")
     if suffix in (".safetensors", *_TORCH):
         return _open_files(path.parent, [path], scratch)
     raise UserError(
