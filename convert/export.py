@@ -43,7 +43,7 @@ def export(
             f"{source} cannot be exported: for model_type {model_type!r} no exact way back to "
             "PyTorch is known"
         )
-    if "quantization" in config:
+    if config.get("quantization") is not None:
         raise UserError(f"{source} is quantized; export the folder that it was quantized from")
     files = weight_files(source)
     order = read_headers(files)

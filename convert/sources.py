@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..models.folder import TOKENIZER_FILES
 from ..models.load import read_config
-from ..models.weights import read_headers, weight_files
+from ..models.weights import INDEX, read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
 from ..utils.safetensors import load
@@ -25,6 +27,12 @@ from . import gguf, gguf_file, torch_files
 _TORCH = (".bin", ".pt", ".pth")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_READ_TOO = ("config.json", "generation_config.json", INDEX, _TORCH_INDEX, *TOKENIZER_FILES)
+_LFS = b"version https://git-lfs.github.com/spec/"
+# Of PEFT, and of mlx-lm.
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+_LORA = re.compile(r"\.lora_(embedding_)?[abAB]\b")
+_MERGE = "merge it into its base model (PEFT's merge_and_unload, or mlx_lm.fuse)"
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "*.txt")
 
 
@@ -77,14 +85,21 @@ def _open_folder(path: Path, scratch: Path, keep_blocks: bool) -> Source:
         if not all(gguf_file.is_part_of(file, ggufs[0]) for file in ggufs[1:]):
             names = ", ".join(file.name for file in ggufs[:4])
             raise UserError(f"{path} has several GGUF files: {names}; name one of them")
+        for file in ggufs:
+            _check_inside(file, path)
         return _open_file(ggufs[0], scratch, keep_blocks)
+    _check_no_adapter(path)
+    _check_beside(path)
     files = _find_weights(path)
+    for file in files:
+        _check_inside(file, path)
     return _open_files(path, files, scratch)
 
 
 def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
+        _check_not_lfs(path)
         read = gguf.read(path, scratch, keep_blocks=keep_blocks)
         return Source(
             read.config,
@@ -96,10 +111,12 @@ def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
             notes=read.notes,
         )
     if suffix in (".whl", ".zip"):
+        _check_not_lfs(path)
         if zipfile.is_zipfile(path):
             return _open_file(_unpack(path, scratch), scratch, keep_blocks)
         raise UserError(f"{path} is truncated or damaged; download it again")
     if suffix in (".safetensors", *_TORCH):
+        _check_beside(path.parent)
         return _open_files(path.parent, [path], scratch)
     raise UserError(
         f"{path} is none of the files that can be converted: "
@@ -108,8 +125,17 @@ def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
 
 
 def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
+    for file in files:
+        _check_not_lfs(file)
     config, notes = read_config(folder), []
-    if "quantization_config" in config and "quantization" not in config:
+    for name in ("quantization", "quantization_config"):
+        if config.get(name, 0) is None:  # null: not quantized
+            del config[name]
+    text = config.get("text_config")
+    theirs = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, dict) else None
+    )
+    if theirs is not None and "quantization" not in config:
         raise UserError(
             f"{folder} is quantized for PyTorch (quantization_config); start from the model in "
             "full precision"
@@ -121,6 +147,8 @@ def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
             notes += more
         staged.append(file)
     headers = read_headers(staged)
+    if lora := next((name for name in headers if _LORA.search(name)), None):
+        raise UserError(f"{folder} has the LoRA weights {lora}; {_MERGE}")
     tensors: dict[str, mx.array] = {}
     formats = set()
     for file in staged:
@@ -146,6 +174,48 @@ def _find_weights(path: Path) -> list[Path]:
     raise UserError(f"{path} has no weights: no safetensors, {', '.join(_TORCH)} or .gguf file")
 
 
+def _check_no_adapter(path: Path) -> None:
+    found = next((name for name in _ADAPTERS if (path / name).is_file()), None)
+    if found is None:
+        return
+    if (path / "config.json").is_file():
+        raise UserError(
+            f"{path} has a LoRA adapter ({found}) beside the model; {_MERGE}, or move {found} "
+            "elsewhere to convert the model without it"
+        )
+    raise UserError(f"{path} holds a LoRA adapter ({found}) and no model; {_MERGE}")
+
+
+def _check_beside(folder: Path) -> None:
+    """UserError unless the files that are read beside the weights are whole and of the folder."""
+    for file in (folder / name for name in _READ_TOO):
+        if file.is_file():
+            _check_inside(file, folder)
+            _check_not_lfs(file)
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """UserError for a link that leaves the folder: it could copy a private file into the result.
+
+    A snapshot in Hugging Face's cache links to the blobs beside it.
+    """
+    target, home = file.resolve(), folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(f"{file} is a link out of its folder, to {target}; put the file there")
+
+
+def _check_not_lfs(file: Path) -> None:
+    with reading(file), open(file, "rb") as opened:
+        start = opened.read(len(_LFS))
+    if start == _LFS:
+        raise UserError(
+            f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
+
+
 def _lone(path: Path, pattern: str) -> list[Path]:
     files = sorted(file for file in path.glob(pattern) if file.name != "training_args.bin")
     if len(files) > 1:
@@ -164,8 +234,10 @@ def _unpack(archive: Path, scratch: Path) -> Path:
             file = scratch / Path(names[0]).name  # never a path that the archive chose
             with opened.open(names[0]) as inside, open(file, "wb") as out:
                 shutil.copyfileobj(inside, out, 1 << 20)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive} is damaged: {one_line(error)}; download it again") from error
+    except (NotImplementedError, RuntimeError) as error:  # a compression it lacks; a password
+        raise UserError(f"{archive} cannot be unpacked: {one_line(error)}") from error
     return file
 
 
