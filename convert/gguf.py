@@ -59,6 +59,7 @@ class Read:
     config   config.json of mlx-lm's llama
     tensors  name -> lazy array, with mlx-lm's names and shapes
     origins  name -> name in the file
+    how      name -> what was done to its values, where something was
     files    all parts of a split model
     notes    what was found and ignored
     """
@@ -66,6 +67,7 @@ class Read:
     config: dict
     tensors: dict[str, mx.array]
     origins: dict[str, str]
+    how: dict[str, str]
     files: list[Path]
     notes: list[str] = field(default_factory=list)
 
@@ -89,6 +91,7 @@ def read(file: Path, folder: Path, *, keep_blocks: bool = True) -> Read:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     entries: list[Entry] = []
     origins: dict[str, str] = {}
+    how: dict[str, str] = {}
     quantized = {}
     for name, tensor in tensors.items():
         if name == _ROPE_FREQS:
@@ -104,6 +107,8 @@ def read(file: Path, folder: Path, *, keep_blocks: bool = True) -> Read:
         origins.update({entry.name: name for entry in made})
         if len(made) > 1:
             quantized[layer] = gguf_blocks.AFFINE[tensor.kind]
+        elif tensor.kind not in gguf_blocks.AS_THEY_ARE:
+            how[made[0].name] = "dequantized"
         entries += made
     if len(origins) < len(entries):
         raise UserError(f"{file} has one tensor under two names; download it again")
@@ -114,7 +119,7 @@ def read(file: Path, folder: Path, *, keep_blocks: bool = True) -> Read:
     write_file(staged, entries, "mlx")
     arrays, _ = load(staged)
     ordered = {name: arrays.pop(name) for name in origins}  # as they lie on disk
-    return Read(config, ordered, origins, files, notes)
+    return Read(config, ordered, origins, how, files, notes)
 
 
 class _Config:

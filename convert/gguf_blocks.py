@@ -22,7 +22,8 @@ GROUP_SIZE = 32
 AFFINE = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q8_0: 8}
 """Block types that MLX's affine quantization holds -> bits."""
 
-_AS_THEY_ARE = {Kind.F16: "F16", Kind.BF16: "BF16", Kind.F32: "F32"}
+AS_THEY_ARE = {Kind.F16: "F16", Kind.BF16: "BF16", Kind.F32: "F32"}
+"""Types that safetensors has too -> their names there."""
 _WEIGHTS_AT_ONCE = 1 << 22
 
 
@@ -42,8 +43,8 @@ def entries(
         x = tensor.raw
         return x if order is None else x.reshape(shape[0], -1)[order].reshape(x.shape)
 
-    if kind in _AS_THEY_ARE:
-        return [_entry(name, _AS_THEY_ARE[kind], shape, GGML_QUANT_SIZES[kind][1], raw)]
+    if kind in AS_THEY_ARE:
+        return [_entry(name, AS_THEY_ARE[kind], shape, GGML_QUANT_SIZES[kind][1], raw)]
     if kind == Kind.F64:
         return [_entry(name, "F32", shape, 4, lambda: _float32(raw()))]
     if keep and kind in AFFINE and part == "weight" and len(shape) == 2:

@@ -89,6 +89,7 @@ def convert(
         mapping = map_tensors(architecture, config, opened.tensors, wanted)
         opened.tensors.clear()
         for target in mapping.targets:
+            target.how = opened.how.get(target.name, target.how)
             target.sources = tuple(opened.origins.get(name, name) for name in target.sources)
         report = Report(str(source), config["model_type"], notes=opened.notes)
         report.dropped = mapping.dropped

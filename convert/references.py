@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.compat import causal_lm_class
+from ..models.mlx_lm_model import untagged
+from ..utils.files import one_line
 from .mapping import without_wrappers
 from .sources import Source
 
@@ -25,7 +27,7 @@ def reference_model(source: Source) -> tuple[str, Run]:
     """
     kind = source.config.get("model_type")
     if source.origins:
-        return _from_transformers(source.config, _dequantized(source), "dequantized weights")
+        return _from_gguf(source)
     if source.ours and kind != "sleep_hybrid":
         raise LookupError("the source is a folder for MLX; no PyTorch code reads it")
     names = without_wrappers(source.tensors)
@@ -78,31 +80,60 @@ _OWN: dict[Any, Callable[[dict], tuple[Any, Run]]] = {
 
 
 def _from_transformers(config: dict, state: dict[str, mx.array], what: str) -> tuple[str, Run]:
-    import torch
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    config = untagged(config)
     kind = config.get("model_type")
     try:
         theirs = AutoConfig.for_model(
             kind, **{n: x for n, x in config.items() if n != "model_type"}
         )
-        model_class = causal_lm_class(theirs)
+        name, model = _load(theirs, dict(_to_torch(state)))
     except (KeyError, ValueError) as error:
         raise LookupError(f"transformers has no model for {kind!r}") from error
+    except LookupError:
+        raise
+    except Exception as error:  # transformers raises all kinds for configs that it doesn't take
+        raise LookupError(f"transformers cannot build it: {one_line(error)}") from error
+    return f"transformers {name}, {what}", lambda tokens: model(tokens).logits
+
+
+def _from_gguf(source: Source) -> tuple[str, Run]:
+    """transformers' reading of the metadata, and the weights as the package gguf decodes them."""
+    import torch
+    from transformers import AutoConfig
+
+    from .gguf_reference import Reference
+
+    file = source.files[0]
+    theirs = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    reference = Reference(source.files)
+    names = [name for name in source.origins if name.endswith((".weight", ".bias"))]
+    state = {name: torch.from_numpy(reference.values(name)) for name in names}
+    theirs.vocab_size = len(state["model.embed_tokens.weight"])
+    theirs.tie_word_embeddings = not reference.has("lm_head.weight")
+    theirs.attention_bias = any(name.endswith("q_proj.bias") for name in names)
+    name, model = _load(theirs, state)
+    rotary = model.model.rotary_emb  # transformers ignores what GGUF says of its scaling
+    rotary.inv_freq.copy_(torch.from_numpy(reference.inv_freq(2 * len(rotary.inv_freq))))
+    what = f"transformers {name}, weights decoded by the package gguf"
+    return what, lambda tokens: model(tokens).logits
+
+
+def _load(config: Any, state: dict[str, Any]) -> tuple[str, Any]:
+    """(name of the class, model) of transformers, in float32."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model_class = causal_lm_class(config)
     model, info = model_class.from_pretrained(
-        None,
-        config=theirs,
-        state_dict=dict(_to_torch(state)),
-        dtype=torch.float32,
-        output_loading_info=True,
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
         raise LookupError(f"transformers misses tensors of it: {sorted(missing)[:3]}")
-    model.eval()
-    return f"transformers {model_class.__name__}, {what}", lambda tokens: model(tokens).logits
+    return model_class.__name__, model.eval()
 
 
 def _to_torch(state: dict[str, mx.array]) -> Iterator[tuple[str, Any]]:
@@ -113,20 +144,3 @@ def _to_torch(state: dict[str, mx.array]) -> Iterator[tuple[str, Any]]:
         if mx.issubdtype(x.dtype, mx.floating):
             x = x.astype(mx.float32)
         yield name, torch.from_numpy(np.array(x))
-
-
-def _dequantized(source: Source) -> dict[str, mx.array]:
-    """The tensors of a GGUF, its quantized blocks written out."""
-    common, tensors = source.config.get("quantization", {}), source.tensors
-    out = {}
-    for name, x in tensors.items():
-        layer = name.removesuffix(".weight")
-        if f"{layer}.scales" in tensors and layer != name:
-            kind = common.get(layer, common)
-            scales, biases = (
-                tensors[f"{layer}.{part}"].astype(mx.float32) for part in ("scales", "biases")
-            )
-            x = mx.dequantize(x, scales, biases, group_size=kind["group_size"], bits=kind["bits"])
-        if not name.endswith((".scales", ".biases")):
-            out[name] = x
-    return out

@@ -46,7 +46,8 @@ class Source:
     tokenizer  the folder of its tokenizer's files
     ours       its names and shapes are already those of the result: a folder of mlx-sleep or of
                mlx-lm, or a GGUF
-    origins    name -> name in the file, where they differ
+    origins    of a GGUF: name -> name in the file
+    how        name -> what was done to its values, where something was
     notes      what was found and ignored
     """
 
@@ -56,6 +57,7 @@ class Source:
     tokenizer: Path
     ours: bool = False
     origins: dict[str, str] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -108,6 +110,7 @@ def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
             scratch,
             ours=True,
             origins=read.origins,
+            how=read.how,
             notes=read.notes,
         )
     if suffix in (".whl", ".zip"):

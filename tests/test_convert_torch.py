@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from mlx_sleep.convert.quantize import NumberTypes  # noqa: E402
 from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid  # noqa: E402
 from mlx_sleep.convert.verify import verify  # noqa: E402
 from mlx_sleep.utils.errors import UserError  # noqa: E402
-from tests import parity  # noqa: E402
+from tests import checkpoints, parity  # noqa: E402
 from tests.checkpoints import random_weights, write  # noqa: E402
 from tests.parity import CASES, fla, jet_nemotron, ouro, sleep_hybrid  # noqa: E402
 
@@ -185,6 +186,73 @@ def test_verify_with_transformers(tmp_path):
     found = verify(tmp_path / "llama", tmp_path / "ours")
     assert found.reference == "transformers LlamaForCausalLM, the checkpoint"
     assert found.max_logit_error < 1e-4 and found.greedy_agreement == 1.0
+
+
+TINY = {"vocab_size": 37, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY |= {"intermediate_size": 20}
+MAMBA = {"num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8}
+MAMBA |= {"mamba_n_groups": 1, "mamba_chunk_size": 8}
+SSM = {"mamba_num_heads": 4, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2}
+GRANITE = {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("granitemoehybrid", {**GRANITE, "shared_intermediate_size": 20, "pad_token_id": None}),
+        ("falcon_h1", {**MAMBA, "head_dim": 12, "mamba_d_ssm": 48}),
+        (
+            "nemotron_h",
+            {**SSM, "layers_block_type": ["mamba", "mlp", "attention"], "chunk_size": 8},
+        ),
+    ],
+)
+def test_verify_with_infinity_in_the_config(tmp_path, kind, fields):
+    """transformers writes a time_step_limit of [0.0, {"__float__": "Infinity"}]."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **TINY, **fields)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert {"__float__": "Infinity"} in written["time_step_limit"]
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    found = verify(tmp_path / "theirs", tmp_path / "ours")
+    assert found.reference.startswith("transformers") and found.greedy_agreement == 1.0
+
+
+def test_verify_fails_where_the_model_is_another(tmp_path, source, state):
+    pytest.importorskip("transformers")
+    torch.save(state, source / "model.pt")
+    convert(source, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
+    with pytest.raises(UserError, match="is not what .* computes: .*bound.* no tensor differs"):
+        verify(source, tmp_path / "ours")
+
+
+def test_verify_names_the_tensor_that_differs_most(tmp_path, source, state):
+    pytest.importorskip("transformers")
+    torch.save(state, source / "model.pt")
+    convert(source, tmp_path / "ours", NumberTypes(dtype="bfloat16"))
+    file = tmp_path / "ours" / "model.safetensors"
+    weights = mx.load(str(file))
+    name = "layers.0.mlp.down_proj.weight"
+    x = weights[name] = 100 * weights[name]
+    mx.save_safetensors(str(file), weights, {"format": "mlx"})
+    report = json.loads((tmp_path / "ours" / "convert.json").read_text())
+    row = next(row for row in report["tensors"] if row["name"] == name)
+    row["sha256"] = hashlib.sha256(memoryview(mx.view(x, mx.uint8))).hexdigest()
+    (tmp_path / "ours" / "convert.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=f"the tensor that differs most is {name}, by 9.9e"):
+        verify(source, tmp_path / "ours")
+
+
+def test_verify_of_a_quantized_result_has_no_bound(tmp_path):
+    pytest.importorskip("transformers")
+    theirs = write(tmp_path / "theirs", checkpoints.CONFIG, random_weights(checkpoints.CONFIG))
+    convert(theirs, tmp_path / "ours", NumberTypes(bits=2, group_size=32))
+    found = verify(theirs, tmp_path / "ours")
+    assert found.bound is None and found.max_logit_error > 0.1
 
 
 @pytest.mark.parametrize(

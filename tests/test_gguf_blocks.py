@@ -10,6 +10,8 @@ from gguf import GGMLQuantizationType as Kind
 
 from mlx_sleep.convert import gguf
 from mlx_sleep.convert.gguf_blocks import AFFINE
+from mlx_sleep.convert.pipeline import convert
+from mlx_sleep.convert.verify import verify
 from mlx_sleep.utils.errors import UserError
 from tests import ggufs
 
@@ -47,6 +49,8 @@ DEQUANTIZED = [
 
 def blocks(rng, kind: Kind, rows: int) -> np.ndarray:
     """Random bytes with sensible scales, uint8 [rows, bytes]."""
+    if kind == Kind.BF16:
+        return quants.quantize(rng.standard_normal((rows, WIDTH)).astype(np.float32), kind)
     size, nbytes = GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows * WIDTH // size, nbytes), dtype=np.uint8)
     for at in SCALES.get(kind, (0,)):
@@ -154,3 +158,18 @@ def test_types_that_the_package_does_not_know(tmp_path, rng, number, name):
     (tmp_path / "m.gguf").write_bytes(whole)
     with pytest.raises(UserError, match=f"blk.0.ffn_up.weight has blocks of type {name}, which"):
         gguf.read(tmp_path / "m.gguf", tmp_path)
+
+
+# --- verify ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.Q4_K, Kind.Q6_K, Kind.BF16])
+def test_verify_compares_with_the_package_gguf_and_transformers(tmp_path, rng, kind):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model_of(rng, kind, tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "ours")
+    found = verify(tmp_path / "m.gguf", tmp_path / "ours")
+    assert found.reference == "transformers LlamaForCausalLM, weights decoded by the package gguf"
+    assert found.max_logit_error < found.bound and found.greedy_agreement == 1.0
+    assert (found.rewritten == 0) is (kind not in (Kind.Q4_K, Kind.Q6_K))

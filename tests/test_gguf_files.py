@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import struct
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from mlx.utils import tree_flatten
 
 from mlx_sleep.convert import gguf
 from mlx_sleep.convert.pipeline import convert
@@ -185,7 +187,11 @@ WIDE = {
 
 def read_rope(folder, change: dict, freqs: np.ndarray | None = None) -> dict | None:
     mx.random.seed(0)
-    tensors = ggufs.tensors(build(WIDE), WIDE["head_dim"])
+    model = build(WIDE)
+    model.load_weights(
+        [(n, 0.3 * mx.random.normal(x.shape)) for n, x in tree_flatten(model.parameters())]
+    )
+    tensors = ggufs.tensors(model, WIDE["head_dim"])
     if freqs is not None:
         tensors["rope_freqs.weight"] = freqs.astype(np.float32), Kind.F32
     metadata = {**ggufs.metadata(WIDE), **ggufs.bpe_metadata(), **change}
@@ -193,11 +199,8 @@ def read_rope(folder, change: dict, freqs: np.ndarray | None = None) -> dict | N
     return gguf.read(folder / "m.gguf", folder).config.get("rope_scaling")
 
 
-@pytest.mark.parametrize(
-    ("factor", "high", "original"), [(8.0, 4.0, 8192), (32.0, 4.0, 8192), (16.0, 8.0, 4096)]
-)
-def test_frequencies_of_llama_3_1(tmp_path, factor, high, original):
-    """The divisors are those that llama.cpp's converter computes, a loop over frequencies."""
+def llama3_divisors(factor: float, high: float, original: int) -> np.ndarray:
+    """As llama.cpp's converter computes them, a loop over the frequencies."""
     divisors = []
     for i in range(0, WIDE["head_dim"], 2):
         wave = 2 * np.pi * WIDE["rope_theta"] ** (i / WIDE["head_dim"])
@@ -208,7 +211,14 @@ def test_frequencies_of_llama_3_1(tmp_path, factor, high, original):
         else:
             smooth = (original / wave - 1.0) / (high - 1.0)
             divisors.append(1 / ((1 - smooth) / factor + smooth))
-    assert read_rope(tmp_path, {}, np.array(divisors)) == {
+    return np.array(divisors)
+
+
+@pytest.mark.parametrize(
+    ("factor", "high", "original"), [(8.0, 4.0, 8192), (32.0, 4.0, 8192), (16.0, 8.0, 4096)]
+)
+def test_frequencies_of_llama_3_1(tmp_path, factor, high, original):
+    assert read_rope(tmp_path, {}, llama3_divisors(factor, high, original)) == {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": 1.0,
@@ -265,3 +275,25 @@ def test_llama_3_adds_bos_unless_told_otherwise(tmp_path, tensors, told, added):
     convert(tmp_path / "m.gguf", tmp_path / "ours")
     tokenizer = load(tmp_path / "ours")[1]
     assert (tokenizer.encode("hello")[0] == 0) is added
+
+
+@pytest.mark.parametrize("scaled", ["llama3", "linear"])
+def test_scaled_rope_is_that_of_transformers(tmp_path, scaled):
+    """The reference takes its frequencies from the file, not from our rope_scaling."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from mlx_sleep.convert.verify import verify
+
+    if scaled == "linear":
+        read_rope(tmp_path, {"llama.rope.scale_linear": 4.0})
+    else:
+        read_rope(tmp_path, {}, llama3_divisors(8.0, 4.0, 64))
+    convert(tmp_path / "m.gguf", tmp_path / "ours")
+    found = verify(tmp_path / "m.gguf", tmp_path / "ours")
+    assert found.max_logit_error < found.bound and found.greedy_agreement == 1.0
+    file = tmp_path / "ours" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("rope_scaling")["rope_type"] == scaled
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is not what transformers LlamaForCausalLM, weights"):
+        verify(tmp_path / "m.gguf", tmp_path / "ours")
