@@ -65,6 +65,22 @@ def test_verify_finds_a_changed_byte(checkpoint, tmp_path):
         verify(checkpoint, tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--q-bits", "8"], "--q-bits needs -q"),
+        (["--q-group-size", "32"], "--q-group-size needs -q"),
+        (["--insert-kind", "jet"], "--insert-kind needs --insert or --insert-before"),
+        (["--insert", "3", "--insert-before", "1"], "--insert has no place beside"),
+        (["-q", "--q-bits", "8", "--quant-predicate", "mixed_2_6"], "--q-bits has no place beside"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_that_would_do_nothing(folder, tmp_path, refused, options, message):
+    assert message in refused("convert", folder, tmp_path / "ours", *options)
+    assert not (tmp_path / "ours").exists()
+
+
 # --- models --------------------------------------------------------------------------------
 
 

@@ -25,10 +25,13 @@ def convert(
     ],
     dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="Quantize weights.")] = False,
-    q_bits: Annotated[int, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8.")] = 4,
+    q_bits: Annotated[
+        int | None, typer.Option(help="Bits a weight: 2, 3, 4 (if not given), 5, 6 or 8.")
+    ] = None,
     q_group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
-    ] = 64,
+        int | None,
+        typer.Option(help="Weights that share a scale: 32, 64 (if not given) or 128."),
+    ] = None,
     quant_predicate: Annotated[
         str | None,
         typer.Option(help="A mixture of bits: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6."),
@@ -62,11 +65,12 @@ def convert(
         int | None, typer.Option(min=1, help="Add so many silent sleep layers, evenly spaced.")
     ] = None,
     insert_kind: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Their kind: jet, gated_deltanet, or delta_attention (a copy of the host's)."
+            help="Their kind: jet (if not given), gated_deltanet, or delta_attention (a copy of "
+            "the host's)."
         ),
-    ] = "jet",
+    ] = None,
     insert_before: Annotated[
         Numbers | None,
         typer.Option(
@@ -93,9 +97,18 @@ def convert(
     from ..convert.pipeline import convert as run
     from ..convert.quantize import NumberTypes
 
+    if not quantize and quant_predicate is None:
+        _refuse({"--q-bits": q_bits, "--q-group-size": q_group_size}, "needs -q")
+    if quant_predicate is not None:
+        _refuse({"--q-bits": q_bits}, "has no place beside --quant-predicate, which says the bits")
+    if insert is None and insert_before is None:
+        _refuse({"--insert-kind": insert_kind}, "needs --insert or --insert-before")
+    if insert is not None and insert_before is not None:
+        _refuse({"--insert": insert}, "has no place beside --insert-before, which says where")
+    group_size = q_group_size or 64
     types = NumberTypes(
-        bits=q_bits if quantize and quant_predicate is None else None,
-        group_size=q_group_size,
+        bits=(q_bits or 4) if quantize and quant_predicate is None else None,
+        group_size=group_size,
         recipe=quant_predicate,
         layers=tuple(map(_layer_choice, q_layer or ())),
         dtype=dtype,
@@ -105,7 +118,7 @@ def convert(
         sleep["loop_range"] = list(loop_range)
     inserted: dict[str, Any] | None = None
     if insert is not None or insert_before is not None:
-        inserted = {"kind": insert_kind, "count": insert}
+        inserted = {"kind": insert_kind or "jet", "count": insert}
         if insert_before is not None:
             inserted["before"] = list(insert_before)
     try:
@@ -122,7 +135,7 @@ def convert(
         for detail in error.details:
             note(detail)
         raise
-    _describe(report, dest, q_group_size, verbose)
+    _describe(report, dest, group_size, verbose)
     if verify:
         _verify(source, dest)
 
@@ -171,10 +184,19 @@ def _verify(source: str, dest: Path) -> None:
     if found.reference is None:
         line(f"no logits were compared: {found.why}")
     else:
+        bound = "none: quantized" if found.bound is None else f"{found.bound:.1e}"
         line(
             f"against {found.reference}, {TOKENS} tokens: largest logit difference "
-            f"{found.max_logit_error:.1e}, greedy tokens agree at {found.greedy_agreement:.1%}"
+            f"{found.max_logit_error:.1e} (bound {bound}), greedy tokens agree at "
+            f"{found.greedy_agreement:.1%}"
         )
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """UserError for options that were given and would do nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name} {why}")
 
 
 def _layer_choice(text: str) -> tuple[str, int | None]:
