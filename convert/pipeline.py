@@ -89,7 +89,10 @@ def convert(
         mapping = map_tensors(architecture, config, opened.tensors, wanted)
         opened.tensors.clear()
         for target in mapping.targets:
-            target.how = opened.how.get(target.name, target.how)
+            done = sorted({opened.how[name] for name in target.sources if name in opened.how})
+            if target.how != "as it is":
+                done.append(target.how)
+            target.how = ", ".join(done) or "as it is"
             target.sources = tuple(opened.origins.get(name, name) for name in target.sources)
         report = Report(str(source), config["model_type"], notes=opened.notes)
         report.dropped = mapping.dropped

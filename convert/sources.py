@@ -22,7 +22,7 @@ from ..models.weights import INDEX, read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
 from ..utils.safetensors import load
-from . import gguf, gguf_file, torch_files
+from . import foreign_types, gguf, gguf_file, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -138,17 +138,26 @@ def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
     theirs = config.get("quantization_config") or (
         text.get("quantization_config") if isinstance(text, dict) else None
     )
+    block = None
     if theirs is not None and "quantization" not in config:
-        raise UserError(
-            f"{folder} is quantized for PyTorch (quantization_config); start from the model in "
-            "full precision"
-        )
+        if not isinstance(theirs, dict) or not foreign_types.is_fp8(theirs):
+            raise UserError(
+                f"{folder} is quantized for PyTorch (quantization_config); start from the model "
+                "in full precision"
+            )
+        block = theirs.get("weight_block_size")
+        if block is not None and not _is_pair(block):
+            raise UserError(f"{folder}: weight_block_size must be two numbers, not {block!r}")
+        for holder in (config, text):
+            if isinstance(holder, dict):
+                holder.pop("quantization_config", None)
     staged = []
     for file in files:
         if file.suffix in _TORCH:
             file, more = torch_files.stage(file, scratch)
             notes += more
         staged.append(file)
+    staged, scales, how = foreign_types.stage(staged, scratch, block)
     headers = read_headers(staged)
     if lora := next((name for name in headers if _LORA.search(name)), None):
         raise UserError(f"{folder} has the LoRA weights {lora}; {_MERGE}")
@@ -158,8 +167,14 @@ def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
         arrays, metadata = load(file)
         tensors.update(arrays)
         formats.add(metadata.get("format"))
-    ordered = {name: tensors.pop(name) for name in headers}  # as they lie on disk
-    return Source(config, ordered, files, folder, formats == {"mlx"}, notes=notes)
+    ordered = {n: tensors.pop(n) for n in headers if n not in scales}  # as they lie on disk
+    return Source(config, ordered, files, folder, formats == {"mlx"}, how=how, notes=notes)
+
+
+def _is_pair(value: object) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(type(x) is int and x > 0 for x in value)
+    )
 
 
 def _find_weights(path: Path) -> list[Path]:

@@ -17,6 +17,9 @@ from ..utils.safetensors import Entry, dtype_name, write_file
 # Where trainers put the state dict in a checkpoint that holds more.
 _KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "weights")
 
+# Types that MLX doesn't have; foreign_types.py reads them.
+_FOREIGN = {"float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+
 
 def stage(file: Path, folder: Path) -> tuple[Path, list[str]]:
     """Rewrite a file of PyTorch as safetensors in `folder`: its path, and what was left out.
@@ -82,9 +85,9 @@ def _read(file: Path) -> Any:
 def _entry(name: str, x: Any, file: Path) -> Entry:
     import torch
 
-    dtype = dtype_name(x.dtype)
+    kind = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x.dtype) or _FOREIGN.get(kind)
     if dtype is None or x.layout != torch.strided:
-        kind = str(x.dtype).removeprefix("torch.")
         raise UserError(f"{file}: {name} is {kind}; convert it to float32 before saving")
 
     def data() -> memoryview:

@@ -122,7 +122,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, source, state, old):
     [
         ([1, 2], "holds a list, not a state dict"),
         ({"lr": 1e-3}, "holds no tensors; its entries are: lr"),
-        ({"w": torch.zeros(2, dtype=torch.float64)}, "w is float64"),
+        ({"w": torch.zeros(2, dtype=torch.complex64)}, "w is complex64"),
     ],
 )
 def test_files_without_weights(tmp_path, source, value, message):

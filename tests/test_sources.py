@@ -63,7 +63,7 @@ def test_a_key_that_is_null_counts_as_absent(tmp_path, source):
 
 
 def test_a_quantized_text_model_is_refused(tmp_path, source):
-    config = {**LLAMA, "text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    config = {**LLAMA, "text_config": {"quantization_config": {"quant_method": "gptq"}}}
     (source / "config.json").write_text(json.dumps(config))
     assert "is quantized for PyTorch (quantization_config)" in refusal(source, tmp_path)
 

@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
@@ -60,8 +61,12 @@ def read_json_header(file: BinaryIO) -> bytes:
     return file.read(length)
 
 
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+def read_header(
+    file: Path, more: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, tuple[str, list[int]]]:
     """Name -> (dtype's name, shape) of the tensors in a file, which is as long as it says.
+
+    more  types to accept that MLX doesn't have: dtype's name -> bytes of a number
 
     UserError for a file that can't be read, is damaged or holds types that MLX doesn't have.
     """
@@ -75,13 +80,14 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
         header = json.loads(raw, object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
         tensors, ends = {}, [0]
+        sizes = {**{name: dtype.size for name, dtype in MLX_DTYPES.items()}, **more}
         for name, entry in header.items():
             dtype, shape = entry["dtype"], [int(n) for n in entry["shape"]]
             start, end = entry["data_offsets"]
-            if dtype not in MLX_DTYPES:
-                known = ", ".join(MLX_DTYPES)
+            if dtype not in sizes:
+                known = ", ".join(sizes)
                 raise UserError(f"{file}: {name} has type {dtype}; known types: {known}")
-            nbytes = math.prod(shape) * MLX_DTYPES[dtype].size
+            nbytes = math.prod(shape) * sizes[dtype]
             if end - start != nbytes or min(start, *shape, 0) < 0:
                 raise ValueError(name)
             tensors[name] = dtype, shape
