@@ -121,10 +121,10 @@ def _places(file: Path) -> dict[str, _Place]:
 def _entry(name: str, place: _Place, places: dict[str, _Place], block: list[int]) -> Entry:
     size = math.prod(place.shape)
     if place.dtype == "F64":
-        return Entry(name, "F32", place.shape, 4 * size, lambda: memoryview(_flat(place.values())))
+        return Entry(name, "F32", place.shape, 4 * size, lambda: _bytes(place.values()))
     if place.dtype not in _TABLES:
         raw = place.end - place.start
-        return Entry(name, place.dtype, place.shape, raw, lambda: memoryview(place.raw()))
+        return Entry(name, place.dtype, place.shape, raw, lambda: _bytes(place.raw()))
     scale = next((places[f"{name}{s}"] for s in _SCALES if f"{name}{s}" in places), None)
     if scale is not None and _broadcast(np.empty(scale.shape), place.shape, block) is None:
         raise UserError(
@@ -155,8 +155,8 @@ def _broadcast(scale: np.ndarray, shape: list[int], block: list[int]) -> np.ndar
     return scale.repeat(block[0], axis=0)[:rows].repeat(block[1], axis=1)[:, :columns]
 
 
-def _flat(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1).view(np.uint8)
+def _bytes(x: np.ndarray) -> memoryview:
+    return memoryview(x.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # it is a buffer
 
 
 def _e4m3() -> np.ndarray:

@@ -119,4 +119,5 @@ def _entry(name: str, dtype: str, shape, itemsize: int, array: Callable[[], np.n
 
 
 def _bytes(x: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return memoryview(flat)  # type: ignore[arg-type]  # an array is a buffer

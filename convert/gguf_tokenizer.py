@@ -82,8 +82,9 @@ def write(metadata: dict, folder: Path, file: Path) -> list[str]:
 def _check(values: dict, file: Path) -> None:
     """UserError unless each value is of its kind, lists are of one length, and ids are tokens."""
     tokens = values["tokens"]
-    lists = {"tokens": (str, len(tokens)), "scores": (float, len(tokens))}
-    lists |= {"token_type": (int, len(tokens)), "merges": (str, None)}
+    count = len(tokens)
+    lists: dict[str, tuple[type, int | None]] = {"tokens": (str, count), "scores": (float, count)}
+    lists |= {"token_type": (int, count), "merges": (str, None)}
     wrong = [
         name
         for name, (kind, length) in lists.items()

@@ -183,13 +183,13 @@ def _compare_decoded(reference: Reference, dest: Path, rows: dict[str, dict]) ->
         ours.update(load(file)[0])
     for name in [name for name in ours if name.endswith((".weight", ".bias"))]:
         x, layer, row = ours.pop(name), name.removesuffix(".weight"), rows[name]
-        parts = [ours.pop(f"{layer}.{part}", None) for part in ("scales", "biases")]
+        scales, biases = (ours.pop(f"{layer}.{part}", None) for part in ("scales", "biases"))
         how = {rows[part]["how"] for part in (name, f"{layer}.scales") if part in rows}
         if not row["from"] or not how <= {"as it is", "dequantized"}:
             continue
         want = reference.values(name)
-        if parts[0] is not None:
-            scales, biases = (part.astype(mx.float32) for part in parts)
+        if scales is not None and biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
             bits = x.shape[-1] // scales.shape[-1]  # 32 in a group
             x = mx.dequantize(x, scales, biases, group_size=32, bits=bits)
         elif "dequantized" in how:
