@@ -92,11 +92,12 @@ def neighbours_first(x, d: int):
 
 def name_of(name: str) -> str:
     """llama.cpp's name of a parameter of mlx-lm's llama."""
-    layer, part = "", name.removesuffix(".weight")
+    part, _, kind = name.rpartition(".")
+    layer = ""
     if name.startswith("model.layers."):
         _, _, i, part = part.split(".", 3)
         layer = f"blk.{i}."
-    return f"{layer}{NAMES[part]}.weight"
+    return f"{layer}{NAMES[part]}.{kind}"
 
 
 def tensors(model, d: int = D) -> Tensors:
@@ -104,7 +105,7 @@ def tensors(model, d: int = D) -> Tensors:
     out = {}
     for name, x in tree_flatten(model.parameters()):
         y = np.array(x.astype(mx.float32))
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
             y = neighbours_first(y, d)
         out[name_of(name)] = y, gguf.GGMLQuantizationType.F32
     return out

@@ -44,6 +44,17 @@ def test_a_gguf_is_the_model_that_it_was_made_from(tmp_path, model):
     assert 0 in tokenizer.stop_ids
 
 
+def test_biases_of_q_and_k_are_in_the_order_of_their_rows(tmp_path):
+    theirs = build({**CONFIG, "attention_bias": True, "tie_word_embeddings": False})
+    weights = [(n, 0.3 * mx.random.normal(x.shape)) for n, x in tree_flatten(theirs.parameters())]
+    theirs.load_weights(weights)
+    convert(write(tmp_path / "m.gguf", theirs, bpe_metadata()), tmp_path / "ours")
+    ours, config = load_model(tmp_path / "ours")
+    assert config["attention_bias"] and not config["tie_word_embeddings"]
+    tokens = mx.array([[5, 31, 7, 7, 200, 3, 19, 30]])
+    assert mx.array_equal(ours(tokens)[0], theirs(tokens)[0])
+
+
 def test_byte_level_bpe(tmp_path, model):
     convert(write(tmp_path / "m.gguf", model, bpe_metadata()), tmp_path / "ours")
     tokenizer = load(tmp_path / "ours")[1]
