@@ -17,6 +17,7 @@ from mlx_sleep.memory import Memory
 from mlx_sleep.models.adapter import WEIGHTS, open_adapter, save_adapter
 from mlx_sleep.models.layers import dense
 from mlx_sleep.models.load import build, fingerprint, fuse, load, load_model, save
+from mlx_sleep.models.weights import weights_digest
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
 from mlx_sleep.utils.errors import UserError
@@ -73,7 +74,7 @@ def adapter_folder(path, base, *, bits=None, lora=(), fold="all", change=lambda 
         "sleep_layers": layers,
         "sleep": {"passes": 1, "window": 64, "eviction": "hard", "fold": fold},
         "lora_rank": 2 if lora else 0,
-        "base": {"fingerprint": fingerprint(base), "name": "tiny"},
+        "base": {"weights": weights_digest(base), "name": "tiny"},
     }
     save_adapter(path, weights, config, bits=bits)
     return path, model, weights
@@ -235,7 +236,7 @@ def test_a_memory_knows_the_adapter(tmp_path, base):
         weights["sleep_layers.0.gain"] = 2 * weights["sleep_layers.0.gain"]
 
     two, _, _ = adapter_folder(tmp_path / "two", base, change=louder)
-    assert open_adapter(one).base["fingerprint"] == fingerprint(base)
+    assert open_adapter(one).base["weights"] == weights_digest(base)
     assert len({fingerprint(base), fingerprint(base, one), fingerprint(base, two)}) == 3
     with Session.open(base, "m", adapter=one, home=tmp_path, max_tokens=4) as session:
         session.tell("hello")
@@ -298,3 +299,17 @@ def test_fold_needs_layers_that_can(base):
     for layers in ([], jet):
         with pytest.raises(UserError, match='fold "user" needs sleep layers'):
             build({**CONFIG, "sleep": sleep, "sleep_layers": layers})
+
+
+def test_a_base_is_known_by_its_weights_wherever_they_are_in_its_files(tmp_path, base):
+    path, _, _ = adapter_folder(tmp_path / "adapter", base)
+    weights = mx.load(str(base / "model.safetensors"))
+    again = tmp_path / "again"
+    shutil.copytree(base, again)
+    mx.save_safetensors(str(again / "model.safetensors"), dict(reversed(weights.items())))
+    assert weights_digest(again) == weights_digest(base)
+    load_model(again, adapter_path=path)
+    name = next(iter(weights))
+    mx.save_safetensors(str(again / "model.safetensors"), {**weights, name: weights[name] + 1})
+    with pytest.raises(UserError, match="is another model"):
+        load_model(again, adapter_path=path)

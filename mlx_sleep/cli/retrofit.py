@@ -78,7 +78,8 @@ def retrofit(
     from ..lab.tasks.chat_source import ChatSource
     from ..lab.tasks.curriculum import SHARES, batches, held_out
     from ..models.base import SleepConfig
-    from ..models.load import fingerprint, load
+    from ..models.load import load
+    from ..models.weights import weights_digest
     from ..training.refusals import REFUSAL, mark_refusals
     from ..training.retrofit import Retrofit, prepare
     from ..training.schedule import Budget
@@ -115,7 +116,7 @@ def retrofit(
             "sleep_layers": configs,
             "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
             "lora_rank": lora_rank,
-            "base": {"fingerprint": fingerprint(folder), "name": folder.name},
+            "base": {"weights": weights_digest(folder), "name": folder.name},
         },
         shares=SHARES,
         unseen=marked(held_out(valid, batch)),

@@ -3,7 +3,7 @@
 A folder of adapters.safetensors and adapter_config.json:
 
     format        "mlx-sleep-adapter"
-    base          the model: {"fingerprint": ..., "name": ...}
+    base          the model: {"weights": ..., "name": ...}; weights is its `weights_digest`
     sleep_layers  as in config.json (`models.inserted`)
     sleep         the fields of SleepConfig that it was trained with; loop_range is the blocks from
                   the first sleep layer on where it isn't given

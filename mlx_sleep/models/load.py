@@ -27,7 +27,15 @@ from . import layers, lora
 from .base import SleepModel
 from .compat import has_mlx_lm_model
 from .folder import copy_tokenizer, new_folder, write_json
-from .weights import abbreviate, check_tensors, load_arrays, not_finite, read_headers, weight_files
+from .weights import (
+    abbreviate,
+    check_tensors,
+    load_arrays,
+    not_finite,
+    read_headers,
+    weight_files,
+    weights_digest,
+)
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """The folder of the model that comes with the package."""
@@ -177,7 +185,11 @@ _HALF = (mx.float16, mx.bfloat16)
 def _adapter_of(path: Path, adapter_path: str | Path) -> adapters.Adapter:
     """The adapter, which is one of this model. UserError for one of another."""
     adapter = adapters.open_adapter(adapter_path)
-    if adapter.base.get("fingerprint") != fingerprint(path):
+    if "weights" in adapter.base:
+        same = adapter.base["weights"] == weights_digest(path)
+    else:  # as PyTorch's trainer writes it
+        same = adapter.base.get("fingerprint") == fingerprint(path)
+    if not same:
         name = adapter.base.get("name", "another model")
         raise UserError(
             f"the adapter {adapter.path} was trained in {name}, and {path} is another model"

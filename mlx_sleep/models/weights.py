@@ -7,6 +7,8 @@ from the headers of the files is checked here.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -14,8 +16,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..utils.errors import UserError
-from ..utils.files import read_json
-from ..utils.safetensors import DTYPES, read_header
+from ..utils.files import read_json, reading
+from ..utils.safetensors import DTYPES, read_header, read_json_header
 
 _QUANTIZED = (mx.uint32, mx.uint8)  # all else is floating
 _FLOATS = tuple(DTYPES[dtype] for dtype in (mx.float32, mx.float16, mx.bfloat16))
@@ -58,6 +60,26 @@ def read_headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
                 raise UserError(f"{file} repeats the tensor {name} of another weights file")
             tensors[name] = entry
     return tensors
+
+
+def weights_digest(path: Path) -> str:
+    """What the weights of a folder are, wherever in its files they are: a SHA-256 in hexadecimal.
+
+    It covers each tensor's name, type, shape and first 4 KiB, in the order of the names. So it is
+    the same for two conversions of one checkpoint, which `fingerprint` need not be.
+    """
+    found = {}
+    for file in weight_files(path):
+        headers = read_header(file)  # checks it
+        with reading(file), open(file, "rb") as stream:
+            header = json.loads(read_json_header(stream))
+            data = stream.tell()
+            for name, (dtype, shape) in headers.items():
+                start, end = header[name]["data_offsets"]
+                stream.seek(data + start)
+                head = stream.read(min(end - start, 4096))
+                found[name] = f"{name} {dtype} {shape} {hashlib.sha256(head).hexdigest()}"
+    return hashlib.sha256("\n".join(found[name] for name in sorted(found)).encode()).hexdigest()
 
 
 def check_tensors(path: Path, wanted: dict[str, mx.array], tensors) -> None:
