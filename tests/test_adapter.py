@@ -301,6 +301,25 @@ def test_fold_needs_layers_that_can(base):
             build({**CONFIG, "sleep": sleep, "sleep_layers": layers})
 
 
+def test_convert_quantizes_an_adapter(tmp_path, base):
+    path, _, weights = adapter_folder(tmp_path / "trained", base)
+    small = tmp_path / "small"
+    done = CliRunner().invoke(app, ["convert", str(path), str(small), "-q"])
+    assert done.exit_code == 0, done.exception
+    assert open_adapter(small).config["quantization"] == {"group_size": 64, "bits": 8}
+    whole, _ = load_model(base, adapter_path=path)
+    near, _ = load_model(base, adapter_path=small)
+    a, b = (np.array(logits_after_sleep(model)) for model in (whole, near))
+    assert 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+    for options, message in (
+        ([str(small), str(tmp_path / "twice"), "-q"], "quantized already"),
+        ([str(path), str(tmp_path / "other"), "--passes", "2"], "not for an adapter"),
+        ([str(path), str(small)], "exists"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(app, ["convert", *options], catch_exceptions=False)
+
+
 def test_a_base_is_known_by_its_weights_wherever_they_are_in_its_files(tmp_path, base):
     path, _, _ = adapter_folder(tmp_path / "adapter", base)
     weights = mx.load(str(base / "model.safetensors"))

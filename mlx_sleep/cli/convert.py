@@ -20,7 +20,7 @@ def convert(
         str,
         typer.Argument(
             help="A folder, a weights file beside its config.json, a .gguf, a wheel with one, "
-            "or the id of a model on Hugging Face."
+            "the id of a model on Hugging Face, or an adapter's folder."
         ),
     ],
     dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
@@ -96,7 +96,15 @@ def convert(
     from ..convert.mapping import TensorError
     from ..convert.pipeline import convert as run
     from ..convert.quantize import NumberTypes
+    from ..models.adapter import copy_adapter, is_adapter
 
+    if is_adapter(source):
+        others = {"--dtype": dtype, "--insert": insert, "--insert-before": insert_before}
+        others |= {"--passes": passes, "--window": window, "--loop-range": loop_range}
+        _refuse({**others, "--eviction": eviction}, "is not for an adapter")
+        copy_adapter(source, dest, bits=(q_bits or 8) if quantize else None)
+        line(f"wrote the adapter {dest}")
+        return
     if not quantize and quant_predicate is None:
         _refuse({"--q-bits": q_bits, "--q-group-size": q_group_size}, "needs -q")
     if quant_predicate is not None:

@@ -141,6 +141,25 @@ def save_adapter(
         open_adapter(folder)
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder says that it holds an adapter of ours."""
+    config = Path(path).expanduser() / CONFIG
+    return config.is_file() and read_json(config).get("format") == FORMAT
+
+
+def copy_adapter(source: str | Path, path: str | Path, *, bits: int | None = None) -> None:
+    """Write an adapter again, as PyTorch's trainer or `save_adapter` left it, quantized to `bits`.
+
+    UserError where it is quantized already.
+    """
+    adapter = open_adapter(source)
+    if bits is not None and adapter.config.get("quantization"):
+        raise UserError(f"{adapter.path} is quantized already; convert the one that it came from")
+    names = ("format",) if bits is None else ("format", "quantization")
+    config = {name: value for name, value in adapter.config.items() if name not in names}
+    save_adapter(path, mx.load(str(adapter.path / WEIGHTS)), config, bits=bits)
+
+
 def write_adapter(
     folder: Path, weights: dict[str, mx.array], config: dict, *, bits: int | None = None
 ) -> None:
