@@ -21,11 +21,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 
+from ...training.run_folder import Metrics
 from ...training.schedule import Budget, stage_at, trapezoid
 from ...utils.errors import UserError
 from .adapter import save_adapter
@@ -129,52 +129,50 @@ class Trainer:
         batch = self._take(made)  # before the clock: worker processes take their time to start
         started, spent = time.perf_counter(), self.seconds
         saved = evaluated = started
-        with open(self.folder / "metrics.jsonl", "a") as metrics:
-            while self.progress < 1 and not self.stop:
-                rate = trapezoid(self.step, self.progress, self.settings.warmup)
-                loss, norm, sums = self._update(batch, rate)
-                self.step += 1
-                self.tokens += batch.real
-                batch = self._take(made)  # made and copied while the device computes
-                self._check(loss, norm)
-                self.seconds = spent + time.perf_counter() - started
-                row = {
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "seconds": round(self.seconds, 3),
-                    "stage": self.stage,
-                    "rate": rate,
-                    "loss": loss.item(),
-                    "grad_norm": norm.item(),
-                    **{name: x.item() for name, x in sums.items()},
-                }
-                metrics.write(json.dumps(row) + "\n")
-                rows.append(row)
-                if self.step % LOG_EVERY == 0:
-                    metrics.flush()
-                    self.say(_line(rows))
-                    rows = rows[-1:]
-                now = time.perf_counter()
-                if now - saved > self.save_every:
-                    self.save()
-                    saved = now
-                if self.evaluate and now - evaluated > self.evaluate_every:
-                    figures = self._evaluate(metrics, self.evaluate)
-                    evaluated = time.perf_counter()
-                    started += evaluated - now  # the budget is for training
-            self.save()
-            if self.evaluate and not self.stop:
+        metrics = Metrics(self.folder)
+        while self.progress < 1 and not self.stop:
+            rate = trapezoid(self.step, self.progress, self.settings.warmup)
+            loss, norm, sums = self._update(batch, rate)
+            self.step += 1
+            self.tokens += batch.real
+            batch = self._take(made)  # made and copied while the device computes
+            self._check(loss, norm)
+            self.seconds = spent + time.perf_counter() - started
+            row = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": round(self.seconds, 3),
+                "stage": self.stage,
+                "rate": rate,
+                "loss": loss.item(),
+                "grad_norm": norm.item(),
+                **{name: x.item() for name, x in sums.items()},
+            }
+            metrics.append(row)
+            rows.append(row)
+            if self.step % LOG_EVERY == 0:
+                self.say(_line(rows))
+                rows = rows[-1:]
+            now = time.perf_counter()
+            if now - saved > self.save_every:
+                self.save()
+                saved = now
+            if self.evaluate and now - evaluated > self.evaluate_every:
                 figures = self._evaluate(metrics, self.evaluate)
+                evaluated = time.perf_counter()
+                started += evaluated - now  # the budget is for training
+        self.save()
+        if self.evaluate and not self.stop:
+            figures = self._evaluate(metrics, self.evaluate)
         trained = {"tokens": self.tokens, "steps": self.step, "figures": figures}
         save_adapter(self.folder, self.model, trained)
         if self.stop:
             self.say(f"stopped after step {self.step}; the same command with --resume goes on")
         return figures
 
-    def _evaluate(self, metrics: TextIO, evaluate: Callable[[Retrofit], dict]) -> dict:
+    def _evaluate(self, metrics: Metrics, evaluate: Callable[[Retrofit], dict]) -> dict:
         figures = evaluate(self.model)
-        metrics.write(json.dumps({"step": self.step, "tokens": self.tokens, **figures}) + "\n")
-        metrics.flush()
+        metrics.append({"step": self.step, "tokens": self.tokens, **figures})
         self.say("evaluation: " + ", ".join(f"{n} {_figure(x)}" for n, x in figures.items()))
         return figures
 
@@ -235,19 +233,7 @@ class Trainer:
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             recipe.write_text(json.dumps(self.recipe, indent=2))
-        self._cut_metrics()
-
-    def _cut_metrics(self) -> None:
-        """Drops the rows after the checkpoint, and a last row that a crash cut short."""
-        path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] > self.step:
-                    break
-            except ValueError:
-                break
-            rows.append(line + "\n")
-        path.write_text("".join(rows))
+        Metrics(self.folder).keep_until(self.step)
 
     def save(self) -> None:
         """Writes folder/checkpoint.pt, whole or not at all."""

@@ -35,6 +35,7 @@ from ..models.weights import load_arrays
 from ..utils.errors import UserError
 from ..utils.files import one_line
 from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
+from .run_folder import Metrics
 from .schedule import Budget, stage_at, trapezoid
 
 BITS = 8  # of an adapter's matrices
@@ -151,23 +152,22 @@ class Retrofit:
         calibrate(self.model, gradients=True)
         made = iter(self.batches(self._jobs()))
         evaluated = time.perf_counter()
-        with open(self.folder / "metrics.jsonl", "a") as metrics:
+        metrics = Metrics(self.folder)
 
-            def note(row):
-                metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
-                on_row(row)
+        def note(row):
+            metrics.append(row)
+            on_row(row)
 
-            while self.progress < 1 and not self.stopped:
-                started = time.perf_counter()
-                note(self._update(life_batch(next(made), self.fold), started))
-                if time.perf_counter() - evaluated > self.every:
-                    self.save()
-                    note(self.evaluate())
-                    evaluated = time.perf_counter()
-            self.save()
-            if not self.stopped:
+        while self.progress < 1 and not self.stopped:
+            started = time.perf_counter()
+            note(self._update(life_batch(next(made), self.fold), started))
+            if time.perf_counter() - evaluated > self.every:
+                self.save()
                 note(self.evaluate())
+                evaluated = time.perf_counter()
+        self.save()
+        if not self.stopped:
+            note(self.evaluate())
         self._write_adapter()
 
     def _jobs(self) -> Jobs:
@@ -262,19 +262,7 @@ class Retrofit:
                 raise UserError(
                     f"cannot write to {self.folder}: {one_line(error)}; choose another --out"
                 ) from error
-        self._cut_metrics()
-
-    def _cut_metrics(self) -> None:
-        """Drops the rows after the checkpoint, and a last row that a crash cut short."""
-        path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] > self.step:
-                    break
-            except ValueError:
-                break
-            rows.append(line + "\n")
-        path.write_text("".join(rows))
+        Metrics(self.folder).keep_until(self.step)
 
     def save(self) -> None:
         """Writes folder/checkpoint, whole or not at all."""
