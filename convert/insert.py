@@ -2,7 +2,7 @@
 
 The output projection of a new layer is zero, or its gain, so that the model computes what it did
 before, to the bit; training moves it from there, as the paper did with Ouro (arXiv 2605.26099).
-Layers of delta attention start as copies of the host's attention where they stand. Here it is done
+Layers of delta attention start as copies of the host's attention at their place. Here it is done
 to a loaded model; `convert.pipeline` does the same to a checkpoint that streams by.
 """
 
@@ -54,7 +54,7 @@ def new_layers(
 
 
 def _attention(host: SleepModel, layer: dict):
-    """(attention, weight of the norm before it) of the block that the layer stands before."""
+    """(attention, weight of the norm before it) of the block that follows the layer."""
     block = host.block_modules[min(layer["before"], host.num_layers - 1)]
     for attention, norm in (("self_attn", "input_layernorm"), ("mixer", "mixer_norm")):
         if attention in block and norm in block:
@@ -80,8 +80,7 @@ def plan(
 
     kind    "jet", "gated_deltanet" or "delta_attention"
     count   how many, evenly spaced; None is 6, as in the paper, or the number of blocks if smaller
-    before  where instead: the blocks that they are to stand before; the number of blocks is the
-            place behind all
+    before  where instead: the blocks that they come before; the number of blocks means after all
 
     Heads have Dv = 128 and Dk = 64 and as many as the hidden size has room for, so that six of
     them are 8% of Ouro-1.4B; those of delta_attention are the host's. UserError for places that

@@ -70,7 +70,7 @@ def tokens(rng, *shape):
 
 
 def awake(model, x, mask):
-    """Logits of a chunk, a step, and a padded chunk behind it."""
+    """Logits of a chunk, a step, and a padded chunk after it."""
     first, state = model(x)
     step, state = model(x[:, :1], state)
     return first, step, model(x, state, mask)[0]
@@ -197,7 +197,7 @@ def test_plan():
 
 
 def test_order_of_blocks(rng):
-    """By hand: the layer before block 1, then block 1, then the two behind all, in their order."""
+    """By hand: the layer before block 1, then block 1, then the two after all, in their order."""
     model = make_hybrid()
     befores = [1, 3, 3]
     own = list(model.layers)
@@ -218,14 +218,14 @@ def test_order_of_blocks(rng):
     ("befores", "loop_range", "expected"),
     [
         ([0, 1, 2, 3], (1, 2), (2, 4)),  # block 1 and the layer before it
-        ([0, 1, 2, 3], (1, 3), (2, 7)),  # up to the end: the layer behind all too
+        ([0, 1, 2, 3], (1, 3), (2, 7)),  # up to the end: the layer after all too
         ([1, 1], (1, 2), (1, 4)),
         ([0], (2, 3), (3, 4)),
         ([0], None, None),
     ],
 )
 def test_loop_range(befores, loop_range, expected):
-    """It counts the model's own blocks; a sleep layer is looped with the block behind it."""
+    """It counts the model's own blocks; a sleep layer is looped with the block after it."""
     model = make_hybrid(sleep={"window": 16, "loop_range": loop_range})
     layers = [{**plan_for(32, 3, count=1)[0], "before": b} for b in befores]
     assert insert_into(model, layers).sleep.loop_range == expected

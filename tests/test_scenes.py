@@ -1,4 +1,4 @@
-"""The files that scenes and pools are read from: what may stand in them and how faults are told."""
+"""The files that scenes and pools are read from: what they may hold and how faults are told."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LINES = SCENE.splitlines()
         ("tell: I live in {v}", "tell:", r"scenes.txt:6: nothing after tell:"),
         ("tell: I live in {v}", "I live in {v}", r"scenes.txt:6: not understood: I live"),
         ("about: me", "about: us", r"scenes.txt:3: about is one of me, person"),
-        ("about: me", "weight: 3", r"scenes.txt:4: weight stands here for the second time"),
+        ("about: me", "weight: 3", r"scenes.txt:4: weight is here for the second time"),
         ("v=town", "v=twon", r"scenes.txt:2: \[me.lives_in\] slot v: unknown pool twon"),
         ("v=town", "v town", r"scenes.txt:5: slots are written name=pool, not v town"),
         ("weight: 2 ", "weight: -1", r"scenes.txt:4: weight is a number above 0"),

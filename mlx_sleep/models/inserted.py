@@ -5,14 +5,14 @@ DeltaNet, or delta attention, whose output has a gain for each channel. In confi
 list under `sleep_layers`, beside the fields of the model that they were put into, one object for
 each:
 
-    before       the block that the layer stands before, 0 to the number of blocks (behind all)
+    before       the block that the layer comes before, 0 to the number of blocks (after all)
     kind         "jet", "gated_deltanet" or "delta_attention"
     num_heads, head_dim, conv_size, norm_eps; expand_v and dconv_generator_reduction
                  sizes, by the names of JetArgs (head_dim is Dk, head_dim * expand_v is Dv) or
                  DeltaArgs
 
 `before` counts the model's own blocks, as does `loop_range`: a sleep layer is looped when the
-block that it stands before is, and one behind all blocks when the last one is. Their parameters are
+block that it comes before is, and one after all blocks when the last one is. Their parameters are
 sleep_layers.0, sleep_layers.1, ... in the order of the blocks; the model's own keep their names.
 """
 
@@ -158,12 +158,12 @@ def check(layers, blocks: int) -> list[dict]:
     for layer in layers:
         before, kind = layer.get("before"), layer.get("kind")
         if type(before) is not int or not 0 <= before <= blocks:
-            raise UserError(f"a sleep layer stands before block 0 to {blocks}, not {before!r}")
+            raise UserError(f"a sleep layer comes before block 0 to {blocks}, not {before!r}")
         if kind not in KINDS:
             known = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
             raise UserError(f"the kind of a sleep layer is {known}, not {kind!r}")
     if [layer["before"] for layer in layers] != sorted(layer["before"] for layer in layers):
-        raise UserError("sleep_layers must be in the order of the blocks that they stand before")
+        raise UserError("sleep_layers must be in the order of the blocks that they come before")
     return layers
 
 

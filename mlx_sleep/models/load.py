@@ -209,7 +209,7 @@ def save(
 
     config            the contents of config.json; its fields must describe `model`
     tokenizer_source  a folder whose tokenizer files and generation_config.json are copied
-    overwrite         replace what stands at `path`, all of it; refused otherwise
+    overwrite         replace what is at `path`, all of it; refused otherwise
 
     The folder is written beside `path` under a temporary name, checked, and renamed; see
     `new_folder`. Raises UserError when it can't be written.

@@ -168,6 +168,6 @@ def ties(scene: Scene) -> set[str]:
 
 
 def slots_mentioned(question: Question) -> set[str]:
-    """Slots whose value stands in the question or is needed for its answer."""
+    """Slots whose value is in the question or is needed for its answer."""
     parts = [*question.wording.parts, *(question.answer or ())]
     return {p.name for p in parts if isinstance(p, Field)}

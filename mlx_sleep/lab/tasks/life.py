@@ -41,7 +41,7 @@ THEMES = {
 }
 FORGET_THAT = 0.03  # share of tellings that are taken back at once
 INSIST = 0.25  # share of wrong answers that the user puts right
-MIXED = 0.06  # share of questions that stand in a message which also tells something
+MIXED = 0.06  # share of questions in a message that also tells something
 CHAT = Sequence[Sequence[tuple[str, str]]]
 
 

@@ -70,7 +70,7 @@ def arrays(lives: Sequence[Life], pad: int = 0) -> dict[str, np.ndarray]:
             out["value"][i, j, :n] = p.value
             out["reply"][i, j, :n] = p.reply
             out["kl"][i, j] = window.kl
-    out["weight"][:, :, 0] = 0.0  # nothing stands before the first token of a window
+    out["weight"][:, :, 0] = 0.0  # nothing comes before the first token of a window
     return out
 
 

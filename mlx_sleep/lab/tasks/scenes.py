@@ -120,7 +120,7 @@ def _lines(path: Path, faults: Faults) -> Iterable[tuple[str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         where = f"{path.name}:{number}"
         if not line.isascii() or any(ord(c) < 32 and c != "\t" for c in line):
-            faults.add(where, "only printable ASCII may stand here")
+            faults.add(where, "only printable ASCII is allowed here")
             continue
         line = re.sub(r"(^|\s+)#(\s.*|$)", "", line).strip()
         if line:
@@ -179,7 +179,7 @@ class _Reader:
             self.faults.add(where, f"nothing after {key}:")
         elif key in _ONCE and not slot:
             if key in self.seen:
-                self.faults.add(where, f"{key} stands here for the second time")
+                self.faults.add(where, f"{key} is here for the second time")
             self.seen.add(key)
             self.header(where, key, rest)
         else:

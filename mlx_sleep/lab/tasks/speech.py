@@ -40,7 +40,7 @@ BREAKS = (". ",) * 8 + _before("breaks")
 SUBJECTS = re.compile(
     r"(?i)(I|I'm|I've|I'd|I'll|my|our|we|we've|we're|the|it's|it|there's|there|he|she)\b"
 )
-# A clause that begins so stands without an opener.
+# A clause that begins so needs no opener.
 SELF_OPENED = re.compile(
     r"(?i)(btw|by the way|oh\b|so\b|did\b|do\b|hey|hi\b|guess|well\b|fun fact|fyi|just\b|also|"
     r"remember|please|can you|could you|note|actually|ok|okay|turns out|you know|never|no\b|yes|"
