@@ -29,7 +29,7 @@ from mlx_sleep.convert.torch.base import (  # noqa: E402
     read_weights,
 )
 from mlx_sleep.convert.torch.muon import orthogonal  # noqa: E402
-from mlx_sleep.convert.torch.retrofit import Retrofit  # noqa: E402
+from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit  # noqa: E402
 from mlx_sleep.convert.torch.trainer import Settings, Trainer  # noqa: E402
 from tests.retrofits import ADAPTER, BASE, ROOT, lives, tiny, tiny_weights  # noqa: E402
 
@@ -132,6 +132,15 @@ def test_adapters_come_back(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
+    # The shipped adapter is in 8 bits; training can go on from it.
+    shipped = ROOT / "mlx_sleep" / "adapters" / "smollm2"
+    found, state, _ = read_adapter(shipped)
+    assert found == AdapterConfig()
+    stored = mx.load(str(shipped / "adapters.safetensors"))
+    name = "sleep_layers.3.mixer.k_proj"
+    parts = (stored[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+    theirs = np.array(mx.dequantize(*parts, group_size=64, bits=8).astype(mx.float32))
+    np.testing.assert_allclose(state[f"{name}.weight"], theirs, atol=2e-3 * abs(theirs).max())
     (tmp_path / "adapter_config.json").write_text('{"format": "peft"}')
     with pytest.raises(UserError, match="holds no mlx-sleep-adapter"):
         read_adapter(tmp_path)

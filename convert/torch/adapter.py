@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ...utils.errors import UserError
 from ...utils.files import read_json
+from .base import dense
 from .retrofit import AdapterConfig, Retrofit
 
 FORMAT = "mlx-sleep-adapter"
@@ -59,7 +60,10 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], dict]:
-    """(config, name -> tensor, the whole adapter_config.json). UserError when it is none."""
+    """(config, name -> tensor, the whole adapter_config.json). UserError when it is none.
+
+    Matrices that are quantized, as `mlx-sleep convert -q` leaves them, are written out.
+    """
     config = read_json(folder / "adapter_config.json")
     layers = config.get("sleep_layers")
     if config.get("format") != FORMAT or not layers:
@@ -73,10 +77,11 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], 
         **{key: shapes[0][key] for key in ("num_heads", "head_dim", "conv_size", "norm_eps")},
         passes=sleep["passes"],
         window=sleep["window"],
-        fold=sleep["fold"],
+        fold=sleep.get("fold", "all"),
         lora_rank=config["lora_rank"],
     )
     try:
-        return adapter, load_file(folder / "adapters.safetensors"), config
+        tensors = load_file(folder / "adapters.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the adapter in {folder} ({error}); save it again") from error
+    return adapter, dense(tensors, config.get("quantization", {})), config

@@ -87,6 +87,11 @@ def read_weights(folder: Path, dtype=torch.float32) -> dict[str, torch.Tensor]:
                 tensors.update((name, opened.get_tensor(name)) for name in opened.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file} ({error}); convert the model again") from error
+    return {name: x.to(dtype) for name, x in dense(tensors, quantization).items()}
+
+
+def dense(tensors: dict[str, torch.Tensor], quantization: dict) -> dict[str, torch.Tensor]:
+    """The tensors with quantized matrices written out. quantization: as in config.json."""
     weights = {}
     for name, x in tensors.items():
         layer, _, kind = name.rpartition(".")
@@ -96,7 +101,7 @@ def read_weights(folder: Path, dtype=torch.float32) -> dict[str, torch.Tensor]:
             settings = quantization.get(layer, quantization)
             scales, biases = (tensors[f"{layer}.{part}"].float() for part in ("scales", "biases"))
             x = dequantize(x, scales, biases, settings["bits"])
-        weights[name] = x.to(dtype)
+        weights[name] = x
     return weights
 
 
