@@ -157,7 +157,7 @@ def copy_adapter(source: str | Path, path: str | Path, *, bits: int | None = Non
         raise UserError(f"{adapter.path} is quantized already; convert the one that it came from")
     names = ("format",) if bits is None else ("format", "quantization")
     config = {name: value for name, value in adapter.config.items() if name not in names}
-    save_adapter(path, mx.load(str(adapter.path / WEIGHTS)), config, bits=bits)
+    save_adapter(path, load_arrays(adapter.path / WEIGHTS), config, bits=bits)
 
 
 def write_adapter(
