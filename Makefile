@@ -9,7 +9,7 @@
 READY := .venv/.ready
 
 chat: $(READY)
-	@if [ -d mlx_sleep/adapters/smollm2 ]; then .venv/bin/mlx-sleep models get smollm2 || true; fi
+	@if [ -d mlx_sleep/adapters/smollm2 ]; then .venv/bin/mlx-sleep models get smollm2 >/dev/null || true; fi
 	@.venv/bin/mlx-sleep chat $(ARGS)
 
 test: $(READY)

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_sleep.cli import app, model_names
-from mlx_sleep.cli.model_names import choose, folder_of
+from mlx_sleep.cli.model_names import choose, folder_named, folder_of
 from mlx_sleep.lab.evaluate_chat import (
     _Chat,
     evaluate_base,
@@ -17,7 +17,7 @@ from mlx_sleep.lab.evaluate_chat import (
     evaluate_natural,
 )
 from mlx_sleep.lab.tasks.chat_source import ChatSource
-from mlx_sleep.models.load import load
+from mlx_sleep.models.load import EMBEDDED, load
 from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
 from tests.test_adapter import adapter_folder
@@ -139,6 +139,9 @@ def test_which_model_is_meant(tmp_path, folders, monkeypatch, capsys):
     assert choose(None) == choose("smollm2") == (folder_of("smollm2"), own, "smollm2")
     assert choose("smollm2", str(loud)).adapter == loud
     assert choose("embedded") == (None, None, "embedded")
+    assert folder_named("embedded") == EMBEDDED
+    with pytest.raises(UserError, match="takes no adapter"):
+        choose("embedded", str(loud))
     # A memory belongs to one model: what the demonstration remembers stays its own.
     assert choose(None).memory == "smollm2"
     assert choose("embedded").memory == choose(str(base)).memory == "default"

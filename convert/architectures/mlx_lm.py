@@ -80,6 +80,8 @@ def _nemotron_h(config: dict) -> dict:
 
 def _granite(config: dict) -> dict:
     config = _flat_rope(_only(config, hidden_act="silu", mamba_n_groups=1))
+    if config.get("rope_scaling") and config.get("position_embedding_type") == "rope":
+        raise UserError("granitemoehybrid with scaled RoPE is not known to mlx-lm")
     kinds = {"linear_attention": "mamba", "full_attention": "attention"}
     config["layer_types"] = [kinds.get(kind, kind) for kind in config["layer_types"]]
     if config.get("position_embedding_type") != "rope":
@@ -133,12 +135,36 @@ def _flat_rope(config: dict) -> dict:
     """rope_parameters, as transformers 5 writes them, in the fields that mlx-lm reads."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
+        _check_scaling(config.get("rope_scaling") or {})
         return config
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("RoPE that differs from layer to layer is not known to mlx-lm")
     flat = {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    _check_scaling(rope)
     return {**config, **flat, "rope_scaling": dict(rope) if scaled else None}
+
+
+def _check_scaling(rope: dict) -> None:
+    """UserError for scaled RoPE that mlx-lm computes otherwise than transformers."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    wrong = None
+    if kind == "yarn":
+        factor, attention = rope.get("factor") or 1.0, rope.get("attention_factor")
+        scales = [bool(rope.get(name)) for name in ("mscale", "mscale_all_dim")]
+        usual = 0.1 * math.log(max(factor, 1.0)) + 1.0
+        if not rope.get("original_max_position_embeddings"):
+            wrong = "without original_max_position_embeddings"
+        elif rope.get("truncate") is False:
+            wrong = "with truncate false"
+        elif scales[0] != scales[1]:
+            wrong = "with one of mscale and mscale_all_dim"
+        elif attention is not None and (all(scales) or not math.isclose(attention, usual)):
+            wrong = f"with attention_factor {attention}"
+    elif kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+        wrong = "with a short_factor of its own"  # mlx-lm takes long_factor in a short text too
+    if wrong:
+        raise UserError(f"RoPE of type {kind} {wrong} is not known to mlx-lm")
 
 
 def _finite(limit) -> list[float]:

@@ -39,7 +39,9 @@ def folder_of(name: str) -> Path:
 
 def folder_named(model: str) -> Path:
     """The folder of a model that was given, by its path or its name, without an adapter."""
-    return choose(model).path or Path(model)
+    from ..models.load import EMBEDDED
+
+    return choose(model).path or EMBEDDED
 
 
 def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
@@ -67,7 +69,12 @@ def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
             return Chosen(None, None, "embedded")
         return Chosen(fetched, own, DEFAULT)
     path = Path(model).expanduser()
-    if model == "embedded" and adapter is None and not path.is_dir():
+    if model == "embedded" and not path.is_dir():
+        if adapter is not None:
+            raise UserError(
+                "the embedded model takes no adapter; give the model that the adapter was "
+                "trained in with --model"
+            )
         return Chosen(None, None, model)
     if model not in DOWNLOADS or path.is_dir():
         return Chosen(path, adapter, model)
