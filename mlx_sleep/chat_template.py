@@ -108,14 +108,19 @@ class ChatTokenizer:
 
 
 def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTokenizer:
-    """The tokenizer in a model folder. UserError when there is none or it cannot be read."""
+    """The tokenizer in a model folder. UserError when there is none or it cannot be read.
+
+    Python files beside it are not run. A tokenizer that needs them cannot be read.
+    """
     if not any((Path(path) / name).is_file() for name in _FILES):
         raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(_FILES)}")
     ids = None if eos_token_ids is None else list(eos_token_ids)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every model_type that transformers doesn't have
     try:
-        return ChatTokenizer(tokenizer_utils.load(Path(path), eos_token_ids=ids))
+        # Neither run nor asked about: without the word, transformers asks on standard input.
+        trust = {"trust_remote_code": False}
+        return ChatTokenizer(tokenizer_utils.load(Path(path), trust, eos_token_ids=ids))
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..utils.atomic import fsync_path
 from ..utils.errors import UserError
-from ..utils.files import one_line
+from ..utils.files import one_line, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,10 +64,18 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json, as far as they are there."""
+    """Copy the tokenizer's files and generation_config.json, as far as they are there.
+
+    Without the fields that name Python code to run (`auto_map`). UserError for damaged JSON.
+    """
     for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if not (source / name).is_file():
+            continue
+        shutil.copyfile(source / name, folder / name)
+        if name.endswith("_config.json"):
+            fields = read_json(source / name)
+            if fields.pop("auto_map", None) is not None:
+                write_json(folder / name, fields)
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -229,6 +229,7 @@ def seal(folder: Path, config: dict) -> None:
 
     A short write (full disk) or a config of another model shows here. Raises UserError.
     """
+    config = {name: x for name, x in config.items() if name != "auto_map"}  # code to run
     write_json(folder / "config.json", config)
     if not (folder / "generation_config.json").exists():
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
