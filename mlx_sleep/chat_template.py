@@ -1,8 +1,9 @@
 """Turns of a chat as token ids: a thin layer over mlx-lm's TokenizerWrapper.
 
 A session feeds a conversation turn by turn and never again from its start, so this module
-takes the chat template apart once, into the strings around a user's text, and encodes the text
-by itself. What a user types can so never become a control token. It knows no model and no state.
+takes the chat template apart once, into what stands around a user's text. A turn's ids are those
+that the whole conversation has there, rendered and tokenized at once, but that no text a user
+types becomes a control token. It knows no model and no state.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
+from .tokens import Pieces, Tokens, joined
 from .utils.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # Stand-ins for the texts of a conversation; no template contains or alters such words.
-_USER, _REPLY, _NEXT = "USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2"
+_TEXTS = ("USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2", "REPLYxTEXTx2", "USERxTEXTx3")
 
 
 class Parts(NamedTuple):
@@ -30,6 +32,24 @@ class Parts(NamedTuple):
     before: list[int]
     between: list[int]
     end: list[int]
+
+
+class _Template(NamedTuple):
+    """What stands around the texts of a chat.
+
+    first   before the user's first text, from BOS on
+    prompt  after it, up to the reply; after_later after a later text
+    end     after a reply, through its end mark
+    before  from there to the next text of the user
+    mark    the first control token after a reply
+    """
+
+    first: Pieces
+    prompt: Pieces
+    end: Pieces
+    before: Pieces
+    after_later: Pieces
+    mark: int | None
 
 
 class ChatTokenizer:
@@ -43,14 +63,28 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
-        first, later, end = _take_template_apart(tokenizer)
-        self._first = [self._encode_template(part) for part in first]
-        self._later = [self._encode_template(part) for part in later]
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("this kind of tokenizer is not supported; it needs a tokenizer.json")
+        self._tokens = Tokens(backend)
+        self._template = _take_template_apart(tokenizer, self._tokens)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.end_ids: list[int] = self._encode_template(end) or eos
-        # A template's end mark stops a reply too, unless it is mere text such as a newline.
-        marks = set(self.end_ids[:1]) & set(tokenizer.all_special_ids)
-        self.stop_ids: frozenset[int] = frozenset(tokenizer.eos_token_ids) | marks
+        bos = tokenizer.encode("")[:1]
+        self._bos = bos if bos == [tokenizer.bos_token_id] else []
+        self.end_ids: list[int] = eos
+        self.stop_ids: frozenset[int] = frozenset(tokenizer.eos_token_ids)
+        self._ids = Parts([], [], [], eos)
+        if (chat := self._template) is None:
+            return
+        ids = self._tokens.ids
+        self.end_ids = ids(chat.end, after="text")
+        if chat.mark is not None:
+            self.stop_ids |= {chat.mark}
+        self._ids = Parts(
+            ids(chat.first), ids(chat.before, "token"), ids(chat.prompt, "text"), self.end_ids
+        )
+        if self.turn(_TEXTS[0], first=True) != _apply(tokenizer, _TEXTS[:1]):
+            raise UserError("this model's tokenizer does not encode a chat piece by piece")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -60,21 +94,36 @@ class ChatTokenizer:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a turn, a reply's end or a text can have."""
+        return max(self._tokens.largest_id, *self._bos, *(i for part in self._ids for i in part))
+
     def turn(self, text: str, first: bool) -> list[int]:
         """A user's turn and the prompt for a reply, to be appended to the conversation so far.
 
         first: no token came before, so the template's opening (BOS, system prompt) is included.
+        A base model without a chat template gets its text as it is.
         """
-        before, after = self._first if first else self._later
-        return before + self.encode_text(text) + after
+        if (chat := self._template) is None:
+            return [*(self._bos if first else ()), *self.encode_text(text)]
+        if first:
+            return self._tokens.ids(joined(chat.first, [text], chat.prompt))
+        # The end of a reply is cut off where a token ends, so what follows is encoded by itself.
+        pieces = joined(chat.end, chat.before, [text], chat.after_later)
+        return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
 
     @property
     def parts(self) -> Parts:
-        """The template's ids. UserError where it has no turns alike from the second one on."""
-        (first, after), (before, between) = self._first, self._later
-        if not before or not between or after != between:
-            raise UserError("the model's chat template has no turns that look alike")
-        return Parts(first, before, between, self.end_ids)
+        """The template's ids. UserError where it has no turns alike from the second one on, or a
+        text's ids depend on what stands around it."""
+        first, before, between, _ = self._ids
+        for text in (_TEXTS[0], "(3 words, 眠り)"):
+            middle = self.encode_text(text) + between
+            alike = [first + middle, before + middle] == [self.turn(text, f) for f in (True, False)]
+            if not before or not between or not alike:
+                raise UserError("the model's chat template has no turns that look alike")
+        return self._ids
 
     def in_replies(self, ids: list[int]) -> list[bool]:
         """Which tokens of a conversation the model said, each reply's end mark included.
@@ -83,7 +132,7 @@ class ChatTokenizer:
         user types can't look like a turn of the template, so the ids alone tell. Without a
         template nothing is a reply.
         """
-        (first, _), (start, prompt) = self._first, self._later
+        first, start, prompt, _ = self._ids
         said, talks = [], bool(prompt)
         for i in range(len(ids)):
             if not i and first and ids[: len(first)] == first:
@@ -98,13 +147,8 @@ class ChatTokenizer:
         return said
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text: special tokens spelled out in it are text like any other."""
-        if not text:
-            return []
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def _encode_template(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+        """Ids of plain text by itself: control tokens spelled out in it are text like any other."""
+        return self._tokens.ids([text])
 
 
 def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTokenizer:
@@ -130,33 +174,75 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
         logging.set_verbosity(verbosity)
 
 
-def _take_template_apart(
+def _apply(
     tokenizer: tokenizer_utils.TokenizerWrapper,
-) -> tuple[tuple[str, str], tuple[str, str], str]:
-    """(before, after) the user's text in the first turn and in later ones, and a reply's end.
+    texts: Iterable[str],
+    tokenize: bool = True,
+    prompt: bool = True,
+) -> Any:
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
+    return tokenizer.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=prompt)
 
-    A base model without a chat template gets its text as it is.
-    """
+
+def _take_template_apart(
+    tokenizer: tokenizer_utils.TokenizerWrapper, tokens: Tokens
+) -> _Template | None:
+    """None for a base model without a chat template. UserError for a template that drops texts, or
+    that says the past in another way when more has come."""
     if not tokenizer.has_chat_template:
-        return ("", ""), ("", ""), ""
-
-    def render(texts: list[str], prompt: bool) -> str:
-        messages = [
-            {"role": role, "content": text}
-            for text, role in zip(texts, ("user", "assistant", "user"), strict=False)
-        ]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-    opening = render([_USER], True)
-    closed = render([_USER, _REPLY], False)
-    going_on = render([_USER, _REPLY, _NEXT], True)
-    if _USER not in opening or _REPLY not in closed or _NEXT not in going_on:
+        return None
+    user, reply, later = _TEXTS[:3]
+    opening = _apply(tokenizer, _TEXTS[:1], tokenize=False)
+    closed = _apply(tokenizer, _TEXTS[:2], tokenize=False, prompt=False)
+    longer = _apply(tokenizer, _TEXTS[:3], tokenize=False)
+    longest = _apply(tokenizer, _TEXTS, tokenize=False)
+    if user not in opening or reply not in closed or any(text not in longest for text in _TEXTS):
         raise UserError("this model's chat template drops or rewrites texts; it cannot be used")
-    end = closed.rpartition(_REPLY)[2]
-    before, _, after = going_on.rpartition(_REPLY)[2].partition(_NEXT)
-    return _split(opening, _USER), (before.removeprefix(end), after), end
+
+    before, _, prompt = opening.partition(user)
+    past, _, going_on = longer.partition(reply)
+    between, _, after_later = going_on.partition(later)
+    said = past.removeprefix(before + user)  # before the reply, once it is in the past
+    same = before + user + said + reply + between + later
+    same += said + _TEXTS[3] + between + _TEXTS[4] + after_later
+    # A prompt may say more than the past does (a <think> that opens), or leave some to the model.
+    if same != longest or not (said.startswith(prompt) or prompt.startswith(said)):
+        raise UserError(
+            "this model's chat template rewrites what was said before; it cannot be used here, "
+            "where no token is read twice"
+        )
+
+    first, prompt = _around(tokens.cut(opening), user)
+    rest = _around(tokens.cut(longer), reply)[1]
+    between, after_later = _around(rest, later)
+    end, before = _split_end(
+        _around(tokens.cut(closed), reply)[1], between, tokenizer.eos_token_ids
+    )
+    mark = between[1] if len(between) > 1 else None
+    return _Template(first, prompt, end, before, after_later, mark)
 
 
-def _split(text: str, word: str) -> tuple[str, str]:
-    before, _, after = text.partition(word)
-    return before, after
+def _around(pieces: Pieces, word: str) -> tuple[Pieces, Pieces]:
+    """What is before and after the text `word`."""
+    at = next(i for i, piece in enumerate(pieces) if isinstance(piece, str) and word in piece)
+    before, _, after = str(pieces[at]).partition(word)
+    return [*pieces[:at], before], [after, *pieces[at + 1 :]]
+
+
+def _split_end(closed: Pieces, between: Pieces, eos: Iterable[int]) -> tuple[Pieces, Pieces]:
+    """What stands between a reply and the next turn, as (the reply's end, the rest).
+
+    closed is what follows the last reply of a conversation. Some templates write no end mark there,
+    or another one; what stands between turns is what the model was trained on.
+    """
+    n = 0
+    while n < min(len(closed), len(between)) and closed[n] == between[n]:
+        n += 1
+    if n < 2 and len(between) > 1 and (between[1] in eos or len(between) > 3):
+        n = 2  # the first control token ends the reply, the last one opens the turn
+    if n % 2 and n < len(between):  # a text that a control token follows, or none
+        return between[:n], ["", *between[n:]]
+    n -= n % 2
+    return [*between[:n], ""], between[n:] or [""]

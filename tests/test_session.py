@@ -494,35 +494,6 @@ def test_leaving_the_with_block_sleeps_but_not_after_an_error(memory, tmp_path):
 
 # --- tokenizer -------------------------------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
-    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def test_turns_add_up_to_the_template_of_the_whole_conversation():
-    tokenizer = fake_tokenizer(CHATML, special=("<|im_end|>", "<|im_start|>"))
-    ids = tokenizer.turn("hi", first=True) + tokenizer.encode_text("yo") + tokenizer.end_ids
-    ids += tokenizer.turn("bye", first=False)
-    rendered = tokenizer.apply_chat_template(
-        [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "yo"},
-            {"role": "user", "content": "bye"},
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-
-    def plain(ids):  # our tokenizer puts a space at the start of each piece
-        return tokenizer.decode(ids).replace(" ", "")
-
-    assert plain(ids) == rendered.replace(" ", "") and ids.count(1) == 4
-    assert tokenizer.end_ids[0] == 1 and 1 in tokenizer.stop_ids
-    assert len(tokenizer.end_ids) > 1 and tokenizer.end_ids[1] not in tokenizer.stop_ids
-
 
 def test_our_format_is_the_texts_between_special_tokens():
     text = TOKENIZER.encode_text

@@ -1,0 +1,142 @@
+"""Text to token ids, on the tokenizers library. Knows no chat, no model.
+
+A tokenizer takes added tokens such as `<|im_end|>` out of a text before it looks at anything else.
+From a template they must be taken, from what a user types never. So a template's text is cut at
+them here, and what lies between goes through a copy of the tokenizer that has no such tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from .utils.errors import UserError
+
+After = Literal["nothing", "token", "text"]
+"""What stands before a text: sentencepiece's mark of a first word depends on it."""
+
+Pieces = list[str | int]
+"""Text, the id of a control token, text, ..., text: in turn, and texts may be empty."""
+
+
+class Tokens:
+    """Ids as the tokenizer gives them for a whole text, of which parts can't hold control tokens.
+
+    controls  ids of the added tokens, special or not, without <unk> and runs of white space
+    """
+
+    def __init__(self, backend: Tokenizer):
+        self._backend = backend
+        self._description = json.loads(backend.to_str())
+        unknown = _unknown(self._description["model"])
+        added = backend.get_added_tokens_decoder()
+        self.controls = frozenset(
+            i for i, token in added.items() if not _is_text(token.content, unknown)
+        )
+        _drop_controls(self._description, {added[i].content for i in self.controls})
+        self._kept = {token.content: i for i, token in added.items() if i not in self.controls}
+        self._plain: dict[After, Tokenizer] = {}
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a text can have."""
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        return max(set(ids) - self.controls)
+
+    def cut(self, text: str) -> Pieces:
+        """A template's text, cut at its control tokens."""
+        self._backend.encode_special_tokens = False
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        pieces: Pieces = []
+        at = 0
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self.controls:
+                pieces += [text[at:start], token]
+                at = end
+        return [*pieces, text[at:]]
+
+    def ids(self, pieces: Pieces, after: After = "nothing") -> list[int]:
+        """The ids of pieces; nothing in their texts is taken for a control token."""
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+                after = "token"
+            elif piece:
+                ids += self._encode(piece, after)
+                after = "text"
+        return ids
+
+    def _encode(self, text: str, after: After) -> list[int]:
+        if after not in self._plain:
+            self._plain[after] = self._without_prefixes(after)
+        encoding = self._plain[after].encode(text, add_special_tokens=False)
+        found = zip(encoding.ids, encoding.tokens, strict=True)
+        ids = [self._kept.get(token, i) for i, token in found]
+        if not self.controls.isdisjoint(ids):  # a vocabulary that spells one as a word
+            raise UserError("this model can't read that text: it spells one of its control tokens")
+        return ids
+
+    def _without_prefixes(self, after: After) -> Tokenizer:
+        """The plain tokenizer that puts no mark of a first word where the whole one would not."""
+        description = dict(self._description)
+        if after != "nothing":
+            for name in ("normalizer", "pre_tokenizer"):
+                description[name] = _without_prefix(description[name], inside=after == "text")
+        return Tokenizer.from_str(json.dumps(description))
+
+
+def joined(first: Pieces, *others: Pieces) -> Pieces:
+    """Pieces one after the other; texts that meet become one."""
+    whole = list(first)
+    for pieces in others:
+        whole[-1:] = [f"{whole[-1]}{pieces[0]}", *pieces[1:]]
+    return whole
+
+
+def _is_text(content: str, unknown: str | None) -> bool:
+    """Whether an added token is but text: <unk>, or white space (indentation, blank lines)."""
+    return content == unknown or not content.replace("▁", " ").strip()
+
+
+def _unknown(model: dict) -> str | None:
+    """The word for what a vocabulary lacks."""
+    if (i := model.get("unk_id")) is not None:
+        return model["vocab"][i][0]
+    return model.get("unk_token")
+
+
+def _drop_controls(description: dict, names: set[str]) -> None:
+    """Takes control tokens out of a tokenizer's description: those that are looked for in a text,
+    and the vocabulary's words of the same spelling."""
+    description["added_tokens"] = [
+        token for token in description["added_tokens"] if token["content"] not in names
+    ]
+    description["post_processor"] = description["truncation"] = description["padding"] = None
+    model = description["model"]
+    if isinstance(model["vocab"], list):  # Unigram: a place in the list is an id
+        model["vocab"] = [[f"\0{w}" if w in names else w, score] for w, score in model["vocab"]]
+        return
+    model["vocab"] = {word: i for word, i in model["vocab"].items() if word not in names}
+    if "merges" in model:
+        model["merges"] = [(a, b) for a, b in model["merges"] if names.isdisjoint((a, b, a + b))]
+
+
+def _without_prefix(step: Any, inside: bool) -> Any:
+    """A normalizer or pre-tokenizer, as JSON, for a text that is not the first, or that goes on
+    inside one: what it puts before a text is left out as far as that place has none."""
+    if not isinstance(step, dict):
+        return step
+    if inside and step["type"] == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    step = dict(step)
+    if step.get("prepend_scheme") == "first" or (inside and "prepend_scheme" in step):
+        step["prepend_scheme"] = "never"
+    if inside and "add_prefix_space" in step:
+        step["add_prefix_space"] = False
+    for name in ("normalizers", "pretokenizers"):
+        if name in step:
+            step[name] = [_without_prefix(part, inside) for part in step[name]]
+    return step
