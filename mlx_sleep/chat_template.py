@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
-from .tokens import Pieces, Tokens, joined
+from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -56,7 +56,7 @@ class ChatTokenizer:
     """Encodes user turns and decodes replies.
 
     `stop_ids` end a reply when the model samples one; `end_ids` close it in the context.
-    Everything else (encode, decode, detokenizer, ...) is that of the wrapped tokenizer.
+    Everything else (encode, decode, ...) is that of the wrapped tokenizer.
     """
 
     def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper):
@@ -145,6 +145,11 @@ class ChatTokenizer:
             elif not talks and prompt and ids[i + 1 - len(prompt) : i + 1] == prompt:
                 talks = True
         return said
+
+    @property
+    def detokenizer(self) -> Detokenizer:
+        """A new one, for the text of a reply token by token."""
+        return Detokenizer(self._tokenizer)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text by itself: control tokens spelled out in it are text like any other."""

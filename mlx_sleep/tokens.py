@@ -1,4 +1,4 @@
-"""Text to token ids, on the tokenizers library. Knows no chat, no model.
+"""Text to token ids and back, on the tokenizers library. Knows no chat, no model.
 
 A tokenizer takes added tokens such as `<|im_end|>` out of a text before it looks at anything else.
 From a template they must be taken, from what a user types never. So a template's text is cut at
@@ -8,8 +8,10 @@ them here, and what lies between goes through a copy of the tokenizer that has n
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
+from mlx_lm.tokenizer_utils import StreamingDetokenizer
 from tokenizers import Tokenizer
 
 from .utils.errors import UserError
@@ -86,6 +88,38 @@ class Tokens:
             for name in ("normalizer", "pre_tokenizer"):
                 description[name] = _without_prefix(description[name], inside=after == "text")
         return Tokenizer.from_str(json.dumps(description))
+
+
+class Detokenizer(StreamingDetokenizer):
+    """The text of ids that come one by one: its segments, joined, are the text of all the ids.
+
+    tokenizer  one of transformers, or a wrapper of one
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.reset()
+
+    def reset(self) -> None:
+        self.offset, self.tokens, self.text = 0, [], ""
+
+    def add_token(self, token: int) -> None:
+        self.tokens.append(token)
+        # After a byte, the next one may change what it is; after half a character too.
+        if not _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
+            self._take(self._decoded().rstrip("\ufffd"))
+
+    def finalize(self) -> None:
+        self._take(self._decoded())
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self.tokens, clean_up_tokenization_spaces=False)
+
+    def _take(self, text: str) -> None:
+        self.text += text[len(self.text) :]
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as sentencepiece writes it
 
 
 def joined(first: Pieces, *others: Pieces) -> Pieces:

@@ -297,3 +297,23 @@ def test_a_template_that_rewrites_the_past_is_refused(template):
     with pytest.raises(UserError, match="this model's chat template") as caught:
         make("bytes", template)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ("bytes", "words", *SENTENCEPIECE))
+def test_a_streamed_text_is_that_of_all_ids(kind, rng):
+    ours, theirs = make(kind, None, special=MARKS)
+    texts = ("café", "Привет мир", "日本語", "ok 🙂 👩‍👧 ok", " a list:\n  indented", "\ufffd?")
+    replies = [ours.encode_text(text) for text in texts]
+    replies += [ids[:-1] for ids in replies]  # cut, perhaps within a character
+    replies += [rng.integers(0, len(ours), 30).tolist() for _ in range(200)]
+    replies += [rng.integers(0, 260, 30).tolist() for _ in range(200)]  # of bytes
+    for ids in replies:
+        stream, pieces = ours.detokenizer, []
+        for token in ids:
+            stream.add_token(token)
+            pieces.append(stream.last_segment)
+        stream.finalize()
+        assert "".join([*pieces, stream.last_segment]) == theirs.decode(ids)
+    stream = ours.detokenizer
+    stream.add_token(ours.encode_text("one")[0])
+    assert stream.last_segment  # not only at the end
