@@ -29,10 +29,11 @@ from .models.base import (
     fast_weight_bytes,
     flatten_state,
     kv_bytes,
+    state_problem,
     unflatten_state,
 )
 from .models.calibrate import calibrate
-from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate
+from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
 from .utils.errors import UserError
 
 OnPass = Callable[[int, int, float], None]
@@ -129,6 +130,7 @@ class Session:
         self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
         self._snapshot = model.init_state()
         if memory is not None:
+            _check(memory, model)
             self._tokens, self._sleeps = memory.header.tokens, memory.header.sleeps
             if memory.arrays:
                 self._snapshot = unflatten_state(memory.arrays, len(self._snapshot))
@@ -453,3 +455,21 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close(sleep=kind is None)
+
+
+def _check(memory: Memory, model: SleepModel) -> None:
+    """UserError for a memory that no session with this model has written."""
+    problem = None
+    if any(token >= model.vocab_rows for token in memory.pending):
+        problem = f"it has tokens beyond the model's {model.vocab_rows}"
+    elif memory.arrays or memory.header.sleeps:
+        # What a sleep leaves. Lazy: only names, shapes and types are asked for.
+        sleep = passes_over(model, mx.zeros((1, 1), mx.int32), model.init_state(), passes=1)
+        problem = state_problem(memory.arrays, flatten_state(sleep))
+        if not memory.header.sleeps:
+            problem = "it has a state, and no sleep"
+    if problem:
+        raise UserError(
+            f"memory '{memory.name}' is not one of this model: {problem}; "
+            "choose another memory name, or import it again"
+        )

@@ -13,6 +13,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from mlx_sleep.models.load import fingerprint, get_model_classes, load, load_model, save
 from mlx_sleep.utils.errors import UserError
@@ -96,10 +99,6 @@ def test_shards_with_an_index_load(folder, model):
 
 
 def test_a_folder_with_its_tokenizer(tmp_path, model):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
     source = tmp_path / "source"
     source.mkdir()
     words = ["<unk>", "sleep", "well", "<end>"]
@@ -116,6 +115,32 @@ def test_a_folder_with_its_tokenizer(tmp_path, model):
     assert tokenizer.encode_text("sleep well") == [1, 2]
     assert 3 in tokenizer.stop_ids
     assert again.args.vocab_size == config["vocab_size"] == 48
+
+
+def test_token_ids_for_which_the_model_has_no_rows(tmp_path, model):
+    rows = model.vocab_rows
+    assert rows == CONFIG["vocab_size"] == 48
+    for mark, fits in ((rows - 1, True), (rows, False)):
+        words = ["<unk>", *(f"w{i}" for i in range(1, mark))]
+        tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.add_special_tokens(["<end>", "<never used>"])
+        source = tmp_path / f"source{mark}"
+        source.mkdir()
+        tokenizer.save(str(source / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": "{% for m in messages %}{{ m.content }}<end>{% endfor %}",
+        }
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+        folder = tmp_path / f"model{mark}"
+        save(folder, model, CONFIG, tokenizer_source=source)
+        if fits:  # <never used> has no row, and can't be typed
+            assert load(folder)[1].end_ids == [mark]
+            continue
+        with pytest.raises(UserError, match="go up to 48, and the model has 48") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_names_outside_ascii(tmp_path, model):

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_sleep.convert import architectures
+from mlx_sleep.models.base import flatten_state, state_problem
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.models.mlx_lm_model import NOT_IN_OLD, OLD, TESTED, Model, ModelArgs
 from mlx_sleep.sleep import consolidate, passes_over
@@ -314,6 +315,18 @@ def test_sliding_with_one_pass_is_a_sliding_window_model(rng, name):
         state, _ = consolidate(model, state, x[:, start : start + 6], 1)
     parts.append(model(x[:, 18:], state)[0])
     close(mx.concatenate(parts, 1), whole)
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("name", SLEEPERS)
+def test_every_sleep_leaves_a_state_of_the_same_arrays(rng, name, eviction):
+    """Of the same names, types and shapes: what a saved state is checked against."""
+    model = make(name, {"window": 8, "eviction": eviction})
+    fresh = passes_over(model, mx.array([[0]]), model.init_state(), 1)
+    state = model.init_state()
+    for length in (1, 8, 5):
+        state, _ = consolidate(model, state, tokens(rng, 1, length), 2)
+        assert state_problem(flatten_state(state), flatten_state(fresh)) is None
 
 
 @pytest.mark.parametrize("name", ATTENTION_ONLY)

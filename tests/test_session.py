@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_sleep import session as session_module
-from mlx_sleep.memory import Memory
+from mlx_sleep.memory import Header, Memory, import_memory
+from mlx_sleep.memory.format import encode_memory
 from mlx_sleep.models.base import flatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.session import Session
@@ -490,6 +491,68 @@ def test_leaving_the_with_block_sleeps_but_not_after_an_error(memory, tmp_path):
         assert session.pending and session.stats().sleeps == 0
     with reopen(tmp_path) as session:
         assert not session.pending and session.stats().sleeps == 1
+
+
+# --- memories from elsewhere -----------------------------------------------------------------
+
+SLIDING = fake_model(eviction="sliding", window=64)
+CRAFTED = {
+    "another shape": ("layers.1.fast_weights", lambda S: S[..., :-1], "is mlx.core.float32"),
+    "another type": (
+        "layers.1.fast_weights",
+        lambda S: S.astype(mx.bfloat16),
+        "not mlx.core.float",
+    ),
+    "no array of floats": ("layers.3.conv", lambda x: x.astype(mx.int32), "is mlx.core.int32"),
+    "NaN": ("layers.3.fast_weights", lambda S: S + mx.nan, "NaN"),
+    "infinite": ("layers.1.conv", lambda x: x + mx.inf, "infinite"),
+    "a missing layer": ("layers.3.fast_weights", None, "not there"),
+    "no offset": ("layers.0.offset", None, "not there"),
+    "an offset before the cache": ("layers.0.offset", lambda n: n * 0, "no sleep leaves"),
+    "values of another length": ("layers.2.values", lambda x: x[:, :, 1:], "no sleep leaves"),
+    "no batch": ("layers.0.keys", lambda x: x[0], "is mlx.core.float32"),
+    "one too many": ("layers.7.fast_weights", lambda _: mx.zeros((1, 2, 8, 8)), "one too many"),
+    "no name of ours": ("S", lambda _: mx.zeros((1,)), "one too many"),
+}
+
+
+@pytest.mark.parametrize("name, change, reason", CRAFTED.values(), ids=CRAFTED)
+def test_a_memory_with_a_state_that_no_sleep_leaves_is_refused(tmp_path, name, change, reason):
+    with Session(SLIDING, TOKENIZER, Memory.open("test", "fp", home=tmp_path)) as session:
+        session.tell("hello")
+    with Memory.open("test", "fp", home=tmp_path) as memory:
+        Session(SLIDING, TOKENIZER, memory).close()  # as it should be
+    with Memory.open("test", "fp", home=tmp_path) as memory:
+        arrays = dict(memory.arrays)
+        old = arrays.pop(name, None)
+        if change:
+            arrays[name] = change(old)
+        memory.append([5])
+        memory.commit(arrays, 1, passes=1, eviction="sliding", window=64)
+        with pytest.raises(UserError, match="memory 'test' is not one of this model") as caught:
+            Session(SLIDING, TOKENIZER, memory)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_memory_with_tokens_beyond_the_embedding_is_refused(memory):
+    memory.append([5, MODEL.vocab_rows - 1])
+    Session(MODEL, TOKENIZER, memory)
+    memory.append([MODEL.vocab_rows])
+    with pytest.raises(UserError, match="tokens beyond the model's 360"):
+        Session(MODEL, TOKENIZER, memory)
+
+
+@pytest.mark.parametrize(
+    "counters",
+    ({"sleeps": 1}, {"sleeps": -1}, {"tokens": -5}, {"passes": -1}, {"tokens": 9, "sleeps": 1}),
+)
+def test_a_memory_whose_counters_tell_of_no_such_state_is_refused(tmp_path, counters):
+    raw, _ = encode_memory(Header("fp", **counters), {}, [5])
+    (tmp_path / "m.safetensors").write_bytes(raw)
+    with pytest.raises(UserError, match="lacks what every memory has|is not one of this model"):
+        import_memory(tmp_path / "m.safetensors", "test", home=tmp_path)
+        with Memory.open("test", "fp", home=tmp_path) as memory:
+            Session(MODEL, TOKENIZER, memory)
 
 
 # --- tokenizer -------------------------------------------------------------------------------

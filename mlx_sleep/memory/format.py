@@ -123,6 +123,8 @@ def decode_memory(raw: bytes, what: str, remedy: str) -> Stored:
                 f.name: (int if f.type == "int" else str)(metadata[f.name]) for f in fields(Header)
             }
             header = Header(**values)
+            if not 0 <= header.sleeps <= header.tokens or min(header.passes, header.window) < 0:
+                raise ValueError("counters that no sleeps have made")
         except (KeyError, ValueError) as error:
             raise Damaged("it lacks what every memory has") from error
         if raw[start : start + 64] != sha256.encode():

@@ -136,6 +136,12 @@ class SleepModel(nn.Module):
         _, state = self.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
         return any("fast_weights" in layer for layer in state)
 
+    @property
+    def vocab_rows(self) -> int:
+        """The number of ids: beyond them MLX would read whatever lies there."""
+        h, _ = self.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        return self.head(h).shape[-1]
+
     def init_state(self, batch_size: int = 1) -> State:
         """The state of a model that has seen nothing: S = 0, no KV."""
         return [{} for _ in range(self.loops * self.num_layers)]
@@ -302,3 +308,30 @@ def unflatten_state(arrays: dict[str, mx.array], num_layers: int) -> State:
             if layer["offset"].ndim == 0:
                 layer["offset"] = layer["offset"].item()
     return state
+
+
+def state_problem(arrays: dict[str, mx.array], wanted: dict[str, mx.array]) -> str | None:
+    """Why these arrays of a file are not a state like `wanted` (both as of `flatten_state`).
+
+    wanted is not evaluated; its KV cache may have another length.
+    """
+    if other := sorted(arrays.keys() ^ wanted.keys()):
+        return f"{other[0]!r} is {'one too many' if other[0] in arrays else 'not there'}"
+    lengths: dict[str, set[int]] = {}
+    for name, x in arrays.items():
+        like, (layer, _, entry) = wanted[name], name.rpartition(".")
+        shape = list(like.shape)
+        if entry in _KV and x.ndim == 4:
+            shape[2] = x.shape[2]
+            lengths.setdefault(layer, set()).add(x.shape[2])
+        # Half-precision entries of a Mac are float32 on a CPU; S is always float32.
+        alike = entry != "fast_weights" and mx.issubdtype(like.dtype, mx.floating)
+        fits = mx.issubdtype(x.dtype, mx.floating) if alike else x.dtype == like.dtype
+        if list(x.shape) != shape or not fits:
+            return f"{name!r} is {x.dtype} {list(x.shape)}, not {like.dtype} {shape}"
+        if not mx.isfinite(x).all().item():
+            return f"{name!r} has NaN or infinite values"
+    for layer, found in lengths.items():
+        if len(found) > 1 or arrays[f"{layer}.offset"].item() < max(found):
+            return f"'{layer}' has a KV cache that no sleep leaves"
+    return None

@@ -66,7 +66,8 @@ def load(
 ) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
 
-    On the CPU quantized layers become dense (`dequantize`).
+    On the CPU quantized layers become dense (`dequantize`). UserError, too, for a tokenizer that
+    can't be used or has ids for which the embedding has no rows.
     """
     from .. import chat_template  # here, because it imports all of transformers
 
@@ -77,7 +78,13 @@ def load(
     generation = path / "generation_config.json"
     defaults = {**config, **(read_json(generation) if generation.is_file() else {})}
     eos = defaults.get("eos_token_id")
-    return model, chat_template.load(path, [eos] if isinstance(eos, int) else eos), config
+    tokenizer = chat_template.load(path, [eos] if isinstance(eos, int) else eos)
+    if tokenizer.largest_id >= model.vocab_rows:
+        raise UserError(
+            f"the tokenizer in {path} is of another model: its ids go up to "
+            f"{tokenizer.largest_id}, and the model has {model.vocab_rows}; download it again"
+        )
+    return model, tokenizer, config
 
 
 def load_model(
