@@ -436,8 +436,11 @@ class Session:
     ) -> SleepReport | None:
         """Sleeps (unless told not to) and lets go of the memory.
 
-        The memory is closed even when the sleep raises; its journal then keeps the window.
+        The memory is closed even when the sleep raises; its journal then keeps the window. A second
+        close does nothing.
         """
+        if self.memory is not None and self.memory.closed:
+            return None
         try:
             self._end_reply()
             return self.sleep(on_pass, should_stop) if sleep and self.can_sleep else None

@@ -16,9 +16,11 @@ import pytest
 from mlx_sleep.cli import COMMANDS, output, slash, sleeping
 from mlx_sleep.cli.terminal import IdleSleeper
 from mlx_sleep.memory import show_memory
+from mlx_sleep.models.load import save
+from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.sleep import SleepCancelled
 from mlx_sleep.utils.errors import UserError
-from tests.fakes import fake_folder, fake_model
+from tests.fakes import fake_config, fake_folder, fake_model
 from tests.terminal import ENVIRONMENT, PROGRAM
 
 
@@ -45,8 +47,23 @@ def test_pipe_each_line_is_a_turn_and_the_end_is_a_sleep(run, model, tmp_path):
 
     code, out, _ = run("chat", *options, stdin=b"/memory\n/exit\nnot read\n")
     assert out == f"memory 'default': {memory.header.tokens} tokens in 1 sleep\n"
-    run("chat", *options, stdin=b"/forget\n")
+    out = run("chat", *options, stdin=b"/forget\n")[1]
+    assert "nobody can be asked" in out and "/forget now" in out
+    assert show_memory("default", tmp_path).header.tokens == memory.header.tokens
+    run("chat", *options, stdin=b"/forget me not, I said\n")
+    assert show_memory("default", tmp_path).header.tokens > memory.header.tokens
+    assert run("chat", *options, stdin=b"/forget now\n")[1] == "forgotten: the memory is empty\n"
     assert show_memory("default", tmp_path).header.tokens == 0
+
+
+def test_sleep_with_attention_only_ends_nothing(run, model, tmp_path):
+    config = {**fake_config(window=400), "layer_types": ["attention"] * 4}
+    tiny = Model(ModelArgs.from_dict(config))
+    save(tmp_path / "attention", tiny, config, tokenizer_source=model)
+    options = ("--model", tmp_path / "attention", "--home", tmp_path, "--max-tokens", 4)
+    code, out, error = run("chat", *options, stdin=b"hello\n/sleep\n/memory\n")
+    assert (code, error) == (0, "") and "no sleep: this model has attention layers only" in out
+    assert "wait for the first sleep" in out.splitlines()[-1]
 
 
 def test_pipe_non_utf8_is_refused_and_what_was_said_is_kept(refused, model, tmp_path):
@@ -259,7 +276,9 @@ def test_words():
     assert output.clean("a\x1b[31mb\x07\x9bc\n\té…") == "a[31mbc\n\té…"
     turned = "a\u202egpj.exe\u202c \u2066b\u2069\u200f\u061c\r"  # direction marks
     assert output.clean(turned) == "agpj.exe b"
-    assert slash.command("/sleep") == "/sleep" and slash.command("/x y") == "/x"
+    assert slash.command("/sleep") == "/sleep" and slash.command("/x y") is None
+    assert slash.command(" /forget  now ") == "/forget now"
+    assert slash.command("/forget me not, I said") is slash.command("/sleep now") is None
     assert slash.command("/") == "/"
     assert slash.command("/etc/hosts is a file") is None
     assert slash.command("hello /sleep") is None

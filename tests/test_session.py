@@ -479,6 +479,7 @@ def test_forget(memory, tmp_path):
     assert session.stats() == fresh and session.pending == ()
     assert same(session.state, MODEL.init_state())
     session.close()
+    session.close()  # does nothing
     assert reopen(tmp_path).stats() == fresh
 
 

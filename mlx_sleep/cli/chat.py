@@ -84,7 +84,7 @@ def _run_in_pipe(session: Session) -> None:
             if command := slash.command(text):
                 if command == "/exit":
                     break
-                for out in slash.answer(session, command, confirm=lambda: True):
+                for out in slash.answer(session, command, confirm=None):
                     output.line(out)
                 continue
             with Interrupts() as ctrl_c:

@@ -16,19 +16,19 @@ HELP = """\
 /sleep   fold the window into the fast weights now
 /memory  what the memory holds
 /stats   window, KV cache and fast weights
-/forget  empty the memory
+/forget  empty the memory; /forget now doesn't ask
 /help    this list
 /exit    leave; so do Ctrl-D, and Ctrl-C twice"""
 
 
 def command(text: str) -> str | None:
-    """The command in a line, or None: "/etc/hosts is a file" is none."""
-    word = text.split()[0]
-    return word if re.fullmatch(r"/[A-Za-z]*", word) else None
+    """The command that a line is, or None: "/etc/hosts is a file" is none, nor is "/forget me"."""
+    words = " ".join(text.split())
+    return words if re.fullmatch(r"/[A-Za-z]*|/forget now", words) else None
 
 
-def answer(session: Session, word: str, confirm: Callable[[], bool]) -> Iterator[str]:
-    """Runs a command; the lines to show."""
+def answer(session: Session, word: str, confirm: Callable[[], bool] | None) -> Iterator[str]:
+    """Runs a command; the lines to show. confirm asks the user; None where nobody can answer."""
     if word == "/help":
         yield HELP
     elif word == "/sleep":
@@ -42,8 +42,10 @@ def answer(session: Session, word: str, confirm: Callable[[], bool]) -> Iterator
         yield f"fast weights  {size(stats.fast_weight_bytes)}"
         yield f"sleeps        {stats.sleeps}, of {count(stats.passes, 'pass')} from now on"
         yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
-    elif word == "/forget":
-        if confirm():
+    elif word == "/forget" and confirm is None:
+        yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
+    elif word in ("/forget", "/forget now"):
+        if word == "/forget now" or (confirm and confirm()):
             session.forget()
             yield "forgotten: the memory is empty"
         else:
@@ -53,8 +55,10 @@ def answer(session: Session, word: str, confirm: Callable[[], bool]) -> Iterator
 
 
 def _sleep_now(session: Session) -> str:
-    from ..sleep import SleepCancelled
+    from ..sleep import NOTHING_TO_SLEEP_INTO, SleepCancelled
 
+    if not session.can_sleep:
+        return f"no sleep: {NOTHING_TO_SLEEP_INTO}"
     try:
         report = watch(session, session.sleep)
     except SleepCancelled:
