@@ -402,9 +402,13 @@ class Session:
 
     def _record(self, ids: list[int]) -> None:
         """Puts tokens into the journal and the window. Nothing has changed if it raises."""
-        if self.memory is not None:
+        if self.memory is None:
+            self._pending.extend(ids)
+            return
+        try:
             self.memory.append(ids)
-        self._pending.extend(ids)
+        finally:  # a KeyboardInterrupt may come after the tokens are in the journal
+            self._pending.extend(self.memory.pending[len(self._pending) :])
 
     def _sync(self) -> None:
         if self.memory is not None:

@@ -468,6 +468,25 @@ def test_a_turn_that_cannot_be_written_is_not_heard(memory, monkeypatch):
     assert session.pending == tuple(memory.pending)
 
 
+def test_ctrl_c_right_after_an_append_keeps_session_and_journal_together(memory, monkeypatch):
+    session = Session(MODEL, TOKENIZER, memory)
+    append = memory.append
+
+    def interrupted(ids):
+        append(ids)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.say("hello")
+    assert list(session.pending) == memory.pending == TOKENIZER.turn("hello", first=True)
+    script(session, "ok")
+    session.tell("again")
+    session.sleep()
+    assert not session.pending and not memory.pending
+
+
 def test_forget(memory, tmp_path):
     session = Session(MODEL, TOKENIZER, memory)
     fresh = session.stats()
