@@ -26,18 +26,17 @@ Pieces = list[str | int]
 class Tokens:
     """Ids as the tokenizer gives them for a whole text, of which parts can't hold control tokens.
 
-    controls  ids of the added tokens, special or not, without <unk> and runs of white space
+    controls  ids of the added tokens, special or not, save for runs of white space
     """
 
     def __init__(self, backend: Tokenizer):
         self._backend = backend
         self._description = json.loads(backend.to_str())
-        unknown = _unknown(self._description["model"])
         added = backend.get_added_tokens_decoder()
-        self.controls = frozenset(
-            i for i, token in added.items() if not _is_text(token.content, unknown)
-        )
-        _drop_controls(self._description, {added[i].content for i in self.controls})
+        self.controls = frozenset(i for i, token in added.items() if not _is_space(token.content))
+        unknown = _drop_controls(self._description, {added[i].content for i in self.controls})
+        # An unknown character may have the id of a control token.
+        self._unknown = set() if unknown is None else {backend.token_to_id(unknown)}
         self._kept = {token.content: i for i, token in added.items() if i not in self.controls}
         self._plain: dict[After, Tokenizer] = {}
 
@@ -45,7 +44,7 @@ class Tokens:
     def largest_id(self) -> int:
         """The largest id that a text can have."""
         ids = self._backend.get_vocab(with_added_tokens=True).values()
-        return max(set(ids) - self.controls)
+        return max((set(ids) - self.controls) | self._unknown)
 
     def cut(self, text: str) -> Pieces:
         """A template's text, cut at its control tokens."""
@@ -54,7 +53,7 @@ class Tokens:
         pieces: Pieces = []
         at = 0
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in self.controls:
+            if token in self.controls - self._unknown:
                 pieces += [text[at:start], token]
                 at = end
         return [*pieces, text[at:]]
@@ -72,22 +71,25 @@ class Tokens:
         return ids
 
     def _encode(self, text: str, after: After) -> list[int]:
-        if after not in self._plain:
-            self._plain[after] = self._without_prefixes(after)
-        encoding = self._plain[after].encode(text, add_special_tokens=False)
+        encoding = self._without_prefixes(after).encode(text, add_special_tokens=False)
         found = zip(encoding.ids, encoding.tokens, strict=True)
         ids = [self._kept.get(token, i) for i, token in found]
-        if not self.controls.isdisjoint(ids):  # a vocabulary that spells one as a word
+        if (self.controls - self._unknown).intersection(ids):  # a vocabulary that has it as a word
             raise UserError("this model can't read that text: it spells one of its control tokens")
         return ids
 
     def _without_prefixes(self, after: After) -> Tokenizer:
         """The plain tokenizer that puts no mark of a first word where the whole one would not."""
-        description = dict(self._description)
-        if after != "nothing":
-            for name in ("normalizer", "pre_tokenizer"):
-                description[name] = _without_prefix(description[name], inside=after == "text")
-        return Tokenizer.from_str(json.dumps(description))
+        if after not in self._plain:
+            steps = {name: self._description[name] for name in ("normalizer", "pre_tokenizer")}
+            if after != "nothing":
+                same, inside = steps, after == "text"
+                steps = {name: _without_prefix(step, inside) for name, step in steps.items()}
+                if steps == same:  # reading a large vocabulary again takes a second
+                    self._plain[after] = self._without_prefixes("nothing")
+                    return self._plain[after]
+            self._plain[after] = Tokenizer.from_str(json.dumps({**self._description, **steps}))
+        return self._plain[after]
 
 
 class Detokenizer(StreamingDetokenizer):
@@ -130,32 +132,31 @@ def joined(first: Pieces, *others: Pieces) -> Pieces:
     return whole
 
 
-def _is_text(content: str, unknown: str | None) -> bool:
-    """Whether an added token is but text: <unk>, or white space (indentation, blank lines)."""
-    return content == unknown or not content.replace("▁", " ").strip()
+def _is_space(content: str) -> bool:
+    """Whether an added token is text after all: indentation, or blank lines."""
+    return not content.replace("▁", " ").strip()
 
 
-def _unknown(model: dict) -> str | None:
-    """The word for what a vocabulary lacks."""
-    if (i := model.get("unk_id")) is not None:
-        return model["vocab"][i][0]
-    return model.get("unk_token")
-
-
-def _drop_controls(description: dict, names: set[str]) -> None:
+def _drop_controls(description: dict, names: set[str]) -> str | None:
     """Takes control tokens out of a tokenizer's description: those that are looked for in a text,
-    and the vocabulary's words of the same spelling."""
+    and the vocabulary's words of the same spelling. The word for the unknown stays: its name."""
     description["added_tokens"] = [
         token for token in description["added_tokens"] if token["content"] not in names
     ]
     description["post_processor"] = description["truncation"] = description["padding"] = None
     model = description["model"]
     if isinstance(model["vocab"], list):  # Unigram: a place in the list is an id
+        i = model.get("unk_id")
+        unknown = None if i is None else model["vocab"][i][0]
+        names = names - {unknown}
         model["vocab"] = [[f"\0{w}" if w in names else w, score] for w, score in model["vocab"]]
-        return
+        return unknown
+    unknown = model.get("unk_token")
+    names = names - {unknown}
     model["vocab"] = {word: i for word, i in model["vocab"].items() if word not in names}
     if "merges" in model:
         model["merges"] = [(a, b) for a, b in model["merges"] if names.isdisjoint((a, b, a + b))]
+    return unknown
 
 
 def _without_prefix(step: Any, inside: bool) -> Any:
