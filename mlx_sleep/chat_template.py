@@ -41,7 +41,7 @@ class _Template(NamedTuple):
     prompt  after it, up to the reply; after_later after a later text
     end     after a reply, through its end mark
     before  from there to the next text of the user
-    mark    the first control token after a reply
+    mark    the first control token after a reply, if any
     """
 
     first: Pieces
@@ -49,7 +49,7 @@ class _Template(NamedTuple):
     end: Pieces
     before: Pieces
     after_later: Pieces
-    mark: int | None
+    mark: set[int]
 
 
 class ChatTokenizer:
@@ -78,8 +78,7 @@ class ChatTokenizer:
             return
         ids = self._tokens.ids
         self.end_ids = ids(chat.end, after="text")
-        if chat.mark is not None:
-            self.stop_ids |= {chat.mark}
+        self.stop_ids |= chat.mark
         self._ids = Parts(
             ids(chat.first), ids(chat.before, "token"), ids(chat.prompt, "text"), self.end_ids
         )
@@ -225,7 +224,7 @@ def _take_template_apart(
     end, before = _split_end(
         _around(tokens.cut(closed), reply)[1], between, tokenizer.eos_token_ids
     )
-    mark = between[1] if len(between) > 1 else None
+    mark = {piece for piece in between[1:2] if isinstance(piece, int)}
     return _Template(first, prompt, end, before, after_later, mark)
 
 
@@ -236,7 +235,7 @@ def _around(pieces: Pieces, word: str) -> tuple[Pieces, Pieces]:
     return [*pieces[:at], before], [after, *pieces[at + 1 :]]
 
 
-def _split_end(closed: Pieces, between: Pieces, eos: Iterable[int]) -> tuple[Pieces, Pieces]:
+def _split_end(closed: Pieces, between: Pieces, eos: Iterable[str | int]) -> tuple[Pieces, Pieces]:
     """What stands between a reply and the next turn, as (the reply's end, the rest).
 
     closed is what follows the last reply of a conversation. Some templates write no end mark there,
@@ -245,7 +244,7 @@ def _split_end(closed: Pieces, between: Pieces, eos: Iterable[int]) -> tuple[Pie
     n = 0
     while n < min(len(closed), len(between)) and closed[n] == between[n]:
         n += 1
-    if n < 2 and len(between) > 1 and (between[1] in eos or len(between) > 3):
+    if n < 2 and len(between) > 1 and (between[1] in set(eos) or len(between) > 3):
         n = 2  # the first control token ends the reply, the last one opens the turn
     if n % 2 and n < len(between):  # a text that a control token follows, or none
         return between[:n], ["", *between[n:]]

@@ -36,7 +36,7 @@ class Tokens:
         self.controls = frozenset(i for i, token in added.items() if not _is_space(token.content))
         unknown = _drop_controls(self._description, {added[i].content for i in self.controls})
         # An unknown character may have the id of a control token.
-        self._unknown = set() if unknown is None else {backend.token_to_id(unknown)}
+        self._unknown = {i for i, token in added.items() if token.content == unknown}
         self._kept = {token.content: i for i, token in added.items() if i not in self.controls}
         self._plain: dict[After, Tokenizer] = {}
 
@@ -44,7 +44,7 @@ class Tokens:
     def largest_id(self) -> int:
         """The largest id that a text can have."""
         ids = self._backend.get_vocab(with_added_tokens=True).values()
-        return max((set(ids) - self.controls) | self._unknown)
+        return max(set(ids) - self.controls)
 
     def cut(self, text: str) -> Pieces:
         """A template's text, cut at its control tokens."""
@@ -103,7 +103,8 @@ class Detokenizer(StreamingDetokenizer):
         self.reset()
 
     def reset(self) -> None:
-        self.offset, self.tokens, self.text = 0, [], ""
+        self.offset, self.text = 0, ""
+        self.tokens: list[int] = []
 
     def add_token(self, token: int) -> None:
         self.tokens.append(token)

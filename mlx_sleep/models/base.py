@@ -332,6 +332,6 @@ def state_problem(arrays: dict[str, mx.array], wanted: dict[str, mx.array]) -> s
         if not mx.isfinite(x).all().item():
             return f"{name!r} has NaN or infinite values"
     for layer, found in lengths.items():
-        if len(found) > 1 or arrays[f"{layer}.offset"].item() < max(found):
+        if len(found) > 1 or mx.any(arrays[f"{layer}.offset"] < max(found)).item():
             return f"'{layer}' has a KV cache that no sleep leaves"
     return None
