@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import UserError
+from .output import note
 
 DEFAULT = "smollm2"
 """The model of a chat that names none, if it was fetched and the package has an adapter for it."""
@@ -61,10 +61,9 @@ def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
         if not own.is_dir():
             return Chosen(None, None, "embedded")
         if not fetched.is_dir():
-            print(
+            note(
                 f"{DEFAULT} is not here, so this is the small demonstration; "
-                f"mlx-sleep models get {DEFAULT} fetches it",
-                file=sys.stderr,
+                f"mlx-sleep models get {DEFAULT} fetches it"
             )
             return Chosen(None, None, "embedded")
         return Chosen(fetched, own, DEFAULT)
