@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import signal
 import time
@@ -27,6 +26,7 @@ import torch
 
 from ...training.run_folder import Metrics
 from ...training.schedule import Budget, stage_at, trapezoid
+from ...utils.atomic import fsync_path
 from ...utils.errors import UserError
 from .adapter import save_adapter
 from .loss import LifeBatch, life_loss
@@ -249,8 +249,7 @@ class Trainer:
         }
         try:
             torch.save(state, new)
-            with open(new, "rb") as file:
-                os.fsync(file.fileno())
+            fsync_path(new)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"cannot write a checkpoint to {self.folder} ({error}); free some space there, "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -32,6 +31,7 @@ from ..models.adapter import names_in_model, write_adapter
 from ..models.calibrate import calibrate
 from ..models.inserted import Inserted
 from ..models.weights import load_arrays
+from ..utils.atomic import fsync_path
 from ..utils.errors import UserError
 from ..utils.files import one_line
 from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
@@ -283,8 +283,7 @@ class Retrofit:
                 mx.save_safetensors(str(new / f"{name}.safetensors"), dict(tree_flatten(tree)))
             (new / "progress.json").write_text(json.dumps(progress))
             for file in new.iterdir():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+                fsync_path(file)
             aside = self.folder / "checkpoint.old"
             if old.exists():
                 shutil.rmtree(aside, ignore_errors=True)
