@@ -314,6 +314,8 @@ def test_convert_quantizes_an_adapter(tmp_path, base):
     for options, message in (
         ([str(small), str(tmp_path / "twice"), "-q"], "quantized already"),
         ([str(path), str(tmp_path / "other"), "--passes", "2"], "not for an adapter"),
+        ([str(path), str(tmp_path / "other"), "--verify"], "not for an adapter"),
+        ([str(path), str(tmp_path / "other"), "--q-bits", "4"], "needs -q"),
         ([str(path), str(small)], "exists"),
     ):
         with pytest.raises(UserError, match=message):

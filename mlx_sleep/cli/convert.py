@@ -99,9 +99,18 @@ def convert(
     from ..models.adapter import copy_adapter, is_adapter
 
     if is_adapter(source):
-        others = {"--dtype": dtype, "--insert": insert, "--insert-before": insert_before}
+        others: dict[str, Any] = {
+            "--dtype": dtype,
+            "--insert": insert,
+            "--insert-before": insert_before,
+        }
         others |= {"--passes": passes, "--window": window, "--loop-range": loop_range}
-        _refuse({**others, "--eviction": eviction}, "is not for an adapter")
+        others |= {"--q-group-size": q_group_size, "--quant-predicate": quant_predicate}
+        others |= {"--insert-kind": insert_kind, "--q-layer": q_layer or None}
+        others |= {"--eviction": eviction, "--verify": verify or None}
+        _refuse(others, "is not for an adapter")
+        if not quantize:
+            _refuse({"--q-bits": q_bits}, "needs -q")
         copy_adapter(source, dest, bits=(q_bits or 8) if quantize else None)
         line(f"wrote the adapter {dest}")
         return
