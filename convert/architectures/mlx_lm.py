@@ -29,6 +29,11 @@ def _qwen3_5(config: dict) -> dict:
     return flat_rope(every(only(text, hidden_act="silu")))
 
 
+def _qwen3_5_moe(config: dict) -> dict:
+    text = text_model(config, "qwen3_5_moe")
+    return flat_rope(every(only(text, hidden_act="silu")))
+
+
 def _qwen3_next(config: dict) -> dict:
     if not config.get("num_experts"):
         raise UserError("qwen3_next without experts is not known to mlx-lm")
@@ -94,13 +99,16 @@ def _sanitize(config: dict, weights: Weights) -> Weights:
     return model.inner.sanitize(_as_saved(config, weights))
 
 
+_FUSED = r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)"
+
+
 def _as_saved(config: dict, weights: Weights) -> Weights:
     """The state_dict of a running model of transformers, named as its save_pretrained does it."""
     kind, out = config["model_type"], {}
     for name, x in weights.items():
         if kind == "nemotron_h":
             name = re.sub(r"^model\.", "backbone.", name)
-        experts = re.fullmatch(r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)", name)
+        experts = kind != "qwen3_5_moe" and re.fullmatch(_FUSED, name)
         if kind == "granitemoehybrid":
             name = name.replace("moe.router.weight", "moe.router.layer.weight")
             name = name.replace("moe.experts.gate_up_proj", "moe.input_linear.weight")
@@ -113,7 +121,19 @@ def _as_saved(config: dict, weights: Weights) -> Weights:
                     out[f"{prefix}.experts.{n}.{each}.weight"] = y
         else:
             out[name] = x
-    return out
+    return _stacked(out) if kind == "qwen3_5_moe" else out
+
+
+def _stacked(weights: Weights) -> Weights:
+    """Experts that transformers saves one by one, stacked as mlx-lm has them."""
+    experts: dict[str, dict[int, mx.array]] = {}
+    out: Weights = {}
+    for name, x in weights.items():
+        if one := re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name):
+            experts.setdefault(f"{one[1]}.switch_mlp.{one[3]}.weight", {})[int(one[2])] = x
+        else:
+            out[name] = x
+    return {**out, **{n: mx.stack([xs[i] for i in sorted(xs)]) for n, xs in experts.items()}}
 
 
 def _swap_conv(name: str, x: mx.array) -> mx.array:
@@ -232,7 +252,14 @@ ARCHITECTURES = (
     _of(
         "qwen3_5",
         _qwen3_5,
-        sources=("qwen3_5", "qwen3_5_text"),
+        sources=("qwen3_5_text", "qwen3_5"),
+        sanitize=_sanitize,
+        dropped=(_ROTARY, _MTP, _VISION),
+    ),
+    _of(
+        "qwen3_5_moe",
+        _qwen3_5_moe,
+        sources=("qwen3_5_moe_text", "qwen3_5_moe"),
         sanitize=_sanitize,
         dropped=(_ROTARY, _MTP, _VISION),
     ),
