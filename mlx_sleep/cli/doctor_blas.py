@@ -15,7 +15,7 @@ _SLOW = {"avx512f": 60, "avx2": 35}
 
 def examine(cpu: bool) -> dict:
     """As JSON-able values; `cpu` when MLX computes on it."""
-    report = {"status": BLAS.status, "detail": BLAS.detail, "gflops": None, "error": None}
+    report: dict = {"status": BLAS.status, "detail": BLAS.detail, "gflops": None, "error": None}
     if cpu:
         gflops, error = platform.matmul_check()
         report |= {"gflops": float(f"{gflops:.3g}"), "error": error}

@@ -211,15 +211,15 @@ def machine() -> str:
 
 def cpu_fields(path: str = "/proc/cpuinfo") -> dict[str, str]:
     """The fields of /proc/cpuinfo that tell one kind of processor from another (x86 and ARM)."""
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
-    wanted += ("CPU implementer", "CPU variant", "CPU part", "CPU revision", "Features")
+    x86 = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+    arm = ("CPU implementer", "CPU variant", "CPU part", "CPU revision", "Features")
     try:
         with open(path, "rb", buffering=0) as file:
             text = file.read(8192).decode(errors="replace")  # all of it takes long on a large host
     except OSError:
         return {}
     rows = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {n.strip(): value.strip() for n, _, value in rows if n.strip() in wanted}
+    return {n.strip(): value.strip() for n, _, value in rows if n.strip() in x86 + arm}
 
 
 def stamp_of(path: str) -> list[int] | None:

@@ -101,7 +101,9 @@ def _mkl() -> list[str]:
         files = metadata.files("mkl") or []
     except metadata.PackageNotFoundError:
         return []
-    return [str(file.locate().resolve()) for file in files if file.name.startswith("libmkl_rt.so")]
+    return [
+        os.path.realpath(file.locate()) for file in files if file.name.startswith("libmkl_rt.so")
+    ]
 
 
 def can_use_mkl() -> bool:
