@@ -75,8 +75,7 @@ def load(
     model, config = load_model(path, adapter_path=adapter, lazy=lazy)
     if not lazy:
         suit_device(model)
-    generation = path / "generation_config.json"
-    defaults = {**config, **(read_json(generation) if generation.is_file() else {})}
+    defaults = {**config, **read_generation_config(path)}
     eos = defaults.get("eos_token_id")
     tokenizer = chat_template.load(path, [eos] if isinstance(eos, int) else eos)
     if tokenizer.largest_id >= model.vocab_rows:
@@ -85,6 +84,16 @@ def load(
             f"{tokenizer.largest_id}, and the model has {model.vocab_rows}; download it again"
         )
     return model, tokenizer, config
+
+
+def read_generation_config(path: str | Path, adapter: str | Path | None = None) -> dict:
+    """The contents of a model's generation_config.json, with an adapter's `generation` over it.
+
+    Empty where there is no such file. UserError when it is no JSON object.
+    """
+    file = Path(path).expanduser() / "generation_config.json"
+    found = read_json(file) if file.is_file() else {}
+    return found if adapter is None else {**found, **adapters.open_adapter(adapter).generation}
 
 
 def load_model(
