@@ -60,7 +60,9 @@ class Sampling:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         found: dict[str, Any] = {n: config[n] for n in names if config.get(n) is not None}
         for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else _NUMBER):
+            if isinstance(value, bool) or not isinstance(
+                value, int if name == "top_k" else _NUMBER
+            ):
                 kind = "a whole number" if name == "top_k" else "a number"
                 raise UserError(f"generation_config.json: {name} must be {kind}, not {value!r}")
         do_sample = config.get("do_sample")

@@ -92,7 +92,5 @@ class WorkingState:
         self, tokens: mx.array, state: State, write: mx.array | None
     ) -> tuple[mx.array, State]:
         """Logits [rows] of the last of tokens [1, T], and the state after them."""
-        h, state = self._model.hidden(
-            tokens, state, **({} if write is None else {"write": write})
-        )
+        h, state = self._model.hidden(tokens, state, **({} if write is None else {"write": write}))
         return self._model.head(h[:, -1:])[0, -1, : self._rows].astype(mx.float32), state

@@ -166,6 +166,8 @@ def fuse(path: str | Path, adapter_path: str | Path, dest: str | Path) -> None:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         copy_tokenizer(Path(path).expanduser(), folder)
         seal(folder, config)
+        generation = read_generation_config(folder, adapter_path)
+        write_json(folder / "generation_config.json", generation)
 
 
 def suit_device(model: nn.Module) -> None:
