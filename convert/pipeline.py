@@ -146,7 +146,7 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
         if theirs.get(name) is not None:
             config.setdefault(name, theirs[name])
     if any(config.get(name) != x for name, x in theirs.items() if name != "sleep"):
-        config["source_config"] = theirs  # for the way back
+        config.setdefault("source_config", theirs)  # for the way back
     return config
 
 

@@ -84,7 +84,7 @@ class Sampling:
         return make_sampler(temp=self.temp, top_p=self.top_p, min_p=self.min_p, top_k=top_k)
 
     def processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
-        """Called with the tokens so far [T] and logits [1, V], one after the other: logits [1, V]"""
+        """Each is called with the tokens so far [T] and logits [1, V]: logits [1, V]"""
         if self.repetition_penalty == 1:
             return []
         return make_logits_processors(
