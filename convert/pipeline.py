@@ -125,7 +125,7 @@ def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None
         if loop_range is not None:
             default["loop_range"] = list(loop_range)
     config["sleep"] = {**default, **(theirs.get("sleep") or {}), **(sleep or {})}
-    SleepConfig(**config["sleep"])
+    SleepConfig.from_dict(config["sleep"])
     return architecture, config, build(config, source.tensors)
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from .models.config import Generation
 from .utils.errors import UserError
 
 REPETITION_CONTEXT = 20
@@ -50,30 +50,22 @@ class Sampling:
             )
 
     @classmethod
-    def from_generation_config(cls, config: dict[str, Any]) -> Sampling:
-        """What the contents of a generation_config.json ask for, as transformers reads them.
+    def of(cls, generation: Generation) -> Sampling:
+        """What a model's generation_config.json asks for, as transformers reads it.
 
         Greedy where do_sample is false or the temperature 0. A file that says nothing about
         sampling gets transformers' chat defaults: temperature 0.7, top-k 50. UserError for a
-        value of another type or out of range, by its name.
+        value out of range.
         """
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        found: dict[str, Any] = {n: config[n] for n in names if config.get(n) is not None}
-        for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(
-                value, int if name == "top_k" else _NUMBER
-            ):
-                kind = "a whole number" if name == "top_k" else "a number"
-                raise UserError(f"generation_config.json: {name} must be {kind}, not {value!r}")
-        do_sample = config.get("do_sample")
-        if do_sample not in (None, True, False):
-            raise UserError(f"generation_config.json: do_sample must be a bool, not {do_sample!r}")
-        penalty = found.pop("repetition_penalty", 1.0)
+        names = ("temperature", "top_p", "top_k", "min_p")
+        found = {name: getattr(generation, name) for name in names}
+        found = {name: value for name, value in found.items() if value is not None}
+        penalty = generation.repetition_penalty or 1.0
+        if generation.do_sample is False or found.get("temperature") == 0:
+            return cls(repetition_penalty=penalty)
+        says_nothing = generation.do_sample is None and not found
+        temp = found.pop("temperature", 0.7 if says_nothing else 1.0)
         try:
-            if do_sample is False or found.get("temperature") == 0:
-                return cls(repetition_penalty=penalty)
-            says_nothing = do_sample is None and not found
-            temp = found.pop("temperature", 0.7 if says_nothing else 1.0)
             return cls(temp=temp, repetition_penalty=penalty, **{"top_k": 50, **found})
         except UserError as error:
             raise UserError(f"generation_config.json: {error}") from error
@@ -90,6 +82,3 @@ class Sampling:
         return make_logits_processors(
             repetition_penalty=self.repetition_penalty, repetition_context_size=REPETITION_CONTEXT
         )
-
-
-_NUMBER = (int, float)

@@ -173,10 +173,10 @@ class Session:
         folder's generation_config.json has it. UserError when a folder or the memory cannot be
         used.
         """
-        from .models.load import EMBEDDED, fingerprint, load, read_generation_config
+        from .models.load import EMBEDDED, fingerprint, generation_of, load
 
         path = EMBEDDED if model_path is None else model_path
-        sampling = Sampling.from_generation_config(read_generation_config(path, adapter))
+        sampling = Sampling.of(generation_of(path, adapter))
         for name, value in asdict(sampling).items():
             if options.get(name) is None:
                 options[name] = value

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sleep.models.adapter import open_adapter
-from mlx_sleep.models.load import EMBEDDED, read_generation_config
+from mlx_sleep.models.load import EMBEDDED, generation_of
 from mlx_sleep.sampling import Sampling
 from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
@@ -31,24 +31,26 @@ from tests.fakes import fake_folder, fake_model, fake_tokenizer
         ({"temperature": None, "top_p": None}, Sampling(temp=0.7, top_k=50)),
     ],
 )
-def test_generation_config(config, sampling):
-    assert Sampling.from_generation_config(config) == sampling
+def test_generation_config(tmp_path, config, sampling):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert Sampling.of(generation_of(tmp_path)) == sampling
 
 
 @pytest.mark.parametrize(
     "config",
-    [{"temperature": "hot"}, {"top_k": 1.5}, {"top_p": True}, {"do_sample": "yes"}, {"min_p": -1}],
+    [{"temperature": "hot"}, {"top_k": 1.5}, {"top_p": True}, {"do_sample": "yes"}, {"top_p": 0}],
 )
-def test_a_wrong_generation_config_is_named(config):
-    with pytest.raises(UserError, match=r"^generation_config.json: "):
-        Sampling.from_generation_config(config)
+def test_a_wrong_generation_config_is_named(tmp_path, config):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"generation_config.json: "):
+        Sampling.of(generation_of(tmp_path))
 
 
 def test_models_trained_to_recall_are_greedy_and_their_folders_say_so():
-    assert Sampling.from_generation_config(read_generation_config(EMBEDDED)) == Sampling()
+    assert Sampling.of(generation_of(EMBEDDED)) == Sampling()
     adapter = EMBEDDED.parent / "adapters" / "smollm2"
     assert open_adapter(adapter).generation == {"do_sample": False}
-    assert Sampling.from_generation_config(read_generation_config(EMBEDDED, adapter)).temp == 0
+    assert Sampling.of(generation_of(EMBEDDED, adapter)).temp == 0
 
 
 def draws(sampling, logits, tokens=(), n=200):

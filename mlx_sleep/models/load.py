@@ -26,6 +26,7 @@ from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
 from .compat import has_mlx_lm_model
+from .config import Generation, check_quantization, read_config, read_generation_config
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
@@ -75,9 +76,10 @@ def load(
     model, config = load_model(path, adapter_path=adapter, lazy=lazy)
     if not lazy:
         suit_device(model)
-    defaults = {**config, **read_generation_config(path)}
-    eos = defaults.get("eos_token_id")
-    tokenizer = chat_template.load(path, [eos] if isinstance(eos, int) else eos)
+    eos = read_generation_config(path).eos_token_ids
+    if eos is None:
+        eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
+    tokenizer = chat_template.load(path, eos)
     if tokenizer.largest_id >= model.vocab_rows:
         raise UserError(
             f"the tokenizer in {path} is of another model: its ids go up to "
@@ -86,14 +88,11 @@ def load(
     return model, tokenizer, config
 
 
-def read_generation_config(path: str | Path, adapter: str | Path | None = None) -> dict:
-    """The contents of a model's generation_config.json, with an adapter's `generation` over it.
-
-    Empty where there is no such file. UserError when it is no JSON object.
-    """
-    file = Path(path).expanduser() / "generation_config.json"
-    found = read_json(file) if file.is_file() else {}
-    return found if adapter is None else {**found, **adapters.open_adapter(adapter).generation}
+def generation_of(path: str | Path, adapter: str | Path | None = None) -> Generation:
+    """A model's generation_config.json, with an adapter's `generation` over it. UserError for a
+    wrong type, by the field's name."""
+    mine = {} if adapter is None else adapters.open_adapter(adapter).generation
+    return read_generation_config(Path(path).expanduser(), mine)
 
 
 def load_model(
@@ -166,8 +165,8 @@ def fuse(path: str | Path, adapter_path: str | Path, dest: str | Path) -> None:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         copy_tokenizer(Path(path).expanduser(), folder)
         seal(folder, config)
-        generation = read_generation_config(folder, adapter_path)
-        write_json(folder / "generation_config.json", generation)
+        file = folder / "generation_config.json"
+        write_json(file, {**read_json(file), **adapters.open_adapter(adapter_path).generation})
 
 
 def suit_device(model: nn.Module) -> None:
@@ -309,16 +308,6 @@ def _spaced(first: int, last: int, count: int) -> Iterator[int]:
     return (first + i * (last - first) // (count - 1) for i in range(count))
 
 
-def read_config(path: Path) -> dict:
-    """The contents of config.json. UserError when there is none or it is no JSON object."""
-    if not path.is_dir():
-        raise UserError(f"no model folder at {path}; give the path of a folder with a config.json")
-    file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"{path} has no config.json: it is not a model folder")
-    return read_json(file)
-
-
 def build(
     config: dict, tensors: Collection[str] = (), *, where: str | Path = "config.json"
 ) -> SleepModel:
@@ -341,11 +330,12 @@ def build(
         if model.sleep.fold == "user" and not model.can_fold_user:
             raise UserError('fold "user" needs sleep layers, all of kind delta_attention')
         if (quantization := config.get("quantization")) is not None:
+            common = check_quantization(quantization)
             nn.quantize(
                 model,
-                group_size=quantization["group_size"],
-                bits=quantization["bits"],
-                mode=quantization.get("mode", "affine"),
+                group_size=common.group_size,
+                bits=common.bits,
+                mode=common.mode,
                 class_predicate=lambda name, module: (
                     hasattr(module, "to_quantized")
                     and f"{name}.scales" in tensors
