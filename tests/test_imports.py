@@ -1,5 +1,5 @@
-"""Imports run one way: cli -> session -> sleep -> models -> ops -> kernels, cli -> lab -> training
--> sleep, and cli -> convert -> models."""
+"""Imports run one way: cli -> server -> session -> sleep -> models -> ops -> kernels, cli -> lab ->
+training -> sleep, and cli -> convert -> models."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ ALLOWED = {
     "sampling": "models",
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template",
+    "server": "session memory sleep",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models
