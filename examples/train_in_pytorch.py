@@ -92,6 +92,7 @@ def save(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / "model.safetensors"))  # tied weights are saved once
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

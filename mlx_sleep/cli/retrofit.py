@@ -115,6 +115,7 @@ def retrofit(
         {
             "sleep_layers": configs,
             "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
+            "generation": {"do_sample": False},
             "lora_rank": lora_rank,
             "base": {"weights": weights_digest(folder), "name": folder.name},
         },
