@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
 
 from mlx_sleep.manners import Conditions, Manners, conditions, linux, macos
@@ -91,6 +94,38 @@ def test_a_mac_by_its_tools():
 def test_a_mac_by_its_process_info(state):
     found = macos.conditions(mac(therm=INTEL_HOT), lambda: Info(True, state))
     assert found.low_power and found.hot == (state > 0)
+
+
+RUNTIME = r"""
+#include <cstring>
+extern "C" {
+void *objc_getClass(const char *name) {
+    return strcmp(name, "NSProcessInfo") ? nullptr : (void *)"class";
+}
+void *sel_registerName(const char *name) { return (void *)name; }
+void *objc_msgSend(void *receiver, const char *selector) {
+    if (!strcmp(selector, "processInfo"))
+        return strcmp((char *)receiver, "class") ? nullptr : (void *)"info";
+    if (strcmp((char *)receiver, "info")) return nullptr;
+    if (!strcmp(selector, "isLowPowerModeEnabled")) return (void *)0x7f01;  // a bool is one byte
+    return (void *)(strcmp(selector, "thermalState") ? 0 : 2);
+}
+}
+"""
+
+
+def test_the_runtime_is_called_as_it_wants(tmp_path, monkeypatch):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    library = tmp_path / "objc.so"
+    command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", library]
+    subprocess.run(command, input=RUNTIME, text=True, check=True)
+    monkeypatch.setattr(macos, "OBJC", str(library))
+    monkeypatch.setattr(macos, "FOUNDATION", str(library))
+    info = macos.ProcessInfo()
+    assert info.low_power is True and info.thermal_state == 2
+    assert macos.conditions(mac()).hot
 
 
 def test_each_tool_s_output():

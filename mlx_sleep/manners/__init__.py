@@ -44,15 +44,15 @@ class Manners:
 
     on_battery  sleep on battery too
     quiet       seconds for which nobody must have touched the keyboard
-    look        what tells the conditions
+    look        what tells the conditions; None is `conditions`
     """
 
     on_battery: bool = False
     quiet: float = 0.0
-    look: Callable[[], Conditions] = conditions
+    look: Callable[[], Conditions] | None = None
 
     def __call__(self) -> str:
-        now = self.look()
+        now = (self.look or conditions)()
         if now.low_power:
             return "the machine saves power"
         if now.hot:

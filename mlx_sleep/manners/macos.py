@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from . import Conditions
 
+FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Foundation"
+OBJC = "/usr/lib/libobjc.A.dylib"
 PMSET, IOREG = "/usr/bin/pmset", "/usr/sbin/ioreg"
 
 Run = Callable[..., str]
@@ -34,7 +36,7 @@ def conditions(run: Run = run, process_info: Callable[[], ProcessInfo] | None = 
     try:
         info = (process_info or ProcessInfo)()
         low_power, hot = info.low_power, info.thermal_state > 0
-    except (OSError, AttributeError, ValueError):
+    except (OSError, AttributeError):
         low_power, hot = low_power_mode(run(PMSET, "-g")), throttled(run(PMSET, "-g", "therm"))
     return Conditions(
         low_power=low_power,
@@ -78,8 +80,8 @@ class ProcessInfo:
     """
 
     def __init__(self) -> None:
-        ctypes.CDLL("/System/Library/Frameworks/Foundation.framework/Foundation")
-        self._objc = ctypes.CDLL("/usr/lib/libobjc.A.dylib")
+        ctypes.CDLL(FOUNDATION)
+        self._objc = ctypes.CDLL(OBJC)
         for name in ("objc_getClass", "sel_registerName"):
             function = getattr(self._objc, name)
             function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
