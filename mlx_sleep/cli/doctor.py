@@ -109,10 +109,10 @@ def _calibrate(model: str | None) -> str:
         return f"nothing, because {VARIABLE} decides; unset it"
     if not by_verdict():
         return "nothing: this machine has no Metal GPU"
-    path, adapter, name = choose(model)
-    loaded, _ = load.load_model(load.EMBEDDED if path is None else path, adapter_path=adapter)
+    chosen = choose(model)
+    loaded, _ = load.load_model(chosen.open(), adapter_path=chosen.adapter)
     calibrate.calibrate(cast("SleepModel", loaded), gradients=True, again=True)
-    return f"for {name}"
+    return f"for {chosen.name}"
 
 
 def _verdicts() -> dict[str, dict]:
