@@ -2,7 +2,7 @@
 
     from mlx_sleep import Session, consolidate, load, open_model
 
-Importing the package loads OpenBLAS on Linux (utils/platform.py), which must come before MLX, and
+Importing the package loads a BLAS on Linux (utils/blas.py), which must come before MLX, and
 nothing else: these names import MLX when they are first used.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .utils.platform import load_blas
+from .utils.blas import load_blas
 
 if TYPE_CHECKING:
     from .convert.opening import open_model
