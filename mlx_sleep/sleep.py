@@ -169,6 +169,12 @@ def consolidate(
     return new, SleepReport(tokens_in, passes, seconds, tuple(moved), held - kv_bytes(new))
 
 
+def count_steps(model, passes: int) -> int:
+    """How often a whole sleep of so many passes asks should_stop: once after every block."""
+    lo, hi = model.sleep.loop_range or (0, model.num_layers)
+    return model.num_layers + (passes - 1) * (hi - lo)
+
+
 def _arrays(layer):
     return [x for x in layer.values() if isinstance(x, mx.array) and x.dtype != mx.bool_]
 

@@ -1,5 +1,5 @@
-"""Imports run one way: cli -> session -> sleep -> models -> ops -> kernels, cli -> lab -> training
--> sleep, and cli -> convert -> models."""
+"""Imports run one way: cli -> server -> session -> sleep -> models -> ops -> kernels, cli -> lab ->
+training -> sleep, and cli -> convert -> models."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ALLOWED = {
     "sleep": "models",
     "memory": "models",
     "session": "memory sleep models chat_template",
+    "server": "session memory sleep",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models

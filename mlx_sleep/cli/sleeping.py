@@ -71,9 +71,10 @@ class SleepProgress:
     """
 
     def __init__(self, session: Session, show: Callable[[str], None]):
-        model, self._passes = session.model, session.passes
-        lo, hi = model.sleep.loop_range or (0, model.num_layers)
-        self._blocks = model.num_layers + (self._passes - 1) * (hi - lo)
+        from ..sleep import count_steps
+
+        self._passes = session.passes
+        self._blocks = count_steps(session.model, self._passes)
         self._show = show
         self._pass, self._done = 1, 0
         self._started, self._shown = time.monotonic(), 0.0
