@@ -97,6 +97,7 @@ def save(model, folder, tokens):
     (folder / "config.json").write_text(
         json.dumps({**CONFIG, "sleep_training": {"tokens": tokens}}, indent=2)
     )
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

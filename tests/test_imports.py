@@ -22,14 +22,16 @@ ALLOWED = {
     "chat_template": "tokens",
     "models": "ops chat_template",
     "sleep": "models",
+    "wake": "models",
+    "sampling": "models",
     "memory": "models",
-    "session": "memory sleep models chat_template",
+    "session": "memory sleep wake sampling models chat_template",
     "server": "session memory sleep",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models
     "lab.tasks": "",
-    "lab.bench": "lab sleep models ops kernels",
+    "lab.bench": "lab session sleep models ops kernels chat_template",
     "lab.study": "lab lab.tasks memory training sleep models",
     "lab": "lab.bench lab.study lab.tasks training sleep models",
 }

@@ -105,11 +105,27 @@ class SessionOptions:
         int, typer.Option("--max-tokens", "-m", help="Longest reply, in tokens.")
     ] = 256
     temp: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
-    ] = 0.0
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = (
-        1.0
-    )
+        float | None,
+        typer.Option(
+            help="Sampling temperature; 0 takes the likeliest token. (default: the model's)"
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens of this mass. (default: the model's)"),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Sample from so many of the likeliest; 0 is all. (default: the model's)"),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Least probability, relative to the likeliest. (default: the model's)"),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Of the last 20 tokens; 1 is none. (default: the model's)"),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
 
     @cached_property

@@ -119,6 +119,7 @@ def retrofit(
         {
             "sleep_layers": configs,
             "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
+            "generation": {"do_sample": False},
             "lora_rank": lora_rank,
             "base": {"weights": opened.digest(), "name": Path(opened.name).name},
         },

@@ -8,6 +8,7 @@ A folder of adapters.safetensors and adapter_config.json:
     sleep         the fields of SleepConfig that it was trained with; loop_range is the blocks from
                   the first sleep layer on where it isn't given
     quantization  of its matrices, by MLX: {"group_size": 64, "bits": 8}; absent when not quantized
+    generation    fields of a generation_config.json: {"do_sample": false} for a model that recalls
     lora_rank     of low-rank changes of the base's attention; 0 is none
     trained       what the trainer says about the run; tokens, at least
 
@@ -47,6 +48,10 @@ class Adapter:
     @property
     def lora_rank(self) -> int:
         return self.config.get("lora_rank", 0)
+
+    @property
+    def generation(self) -> dict:
+        return self.config.get("generation", {})
 
     @property
     def base(self) -> dict:
@@ -112,6 +117,7 @@ def open_adapter(path: str | Path) -> Adapter:
         "sleep_layers": (list, None),
         "sleep": (dict, {}),
         "quantization": (dict, {}),
+        "generation": (dict, {}),
         "lora_rank": (int, 0),
     }
     for name, (kind, default) in kinds.items():

@@ -254,6 +254,18 @@ def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
     return grown if valid is None else {**grown, "valid": valid}
 
 
+def lend_kv(state: State, after: State) -> State:
+    """`state`, with its KV in the buffers of a state `after` that has read on from it.
+
+    The same values: a buffer's first `length` slots are those of the older state. So nothing holds
+    the older buffers, and MLX can append to them in place.
+    """
+    return [
+        {**old, **{name: new[name] for name in (*_KV, "valid") if name in old}}
+        for old, new in zip(state, after, strict=True)
+    ]
+
+
 _KV = ("keys", "values")
 _KV_ENTRIES = (*_KV, "length", "offset", "valid")
 

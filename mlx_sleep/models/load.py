@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..utils.errors import UserError
-from ..utils.files import one_line, reading
+from ..utils.files import one_line, read_json, reading
 from ..utils.safetensors import read_metadata
 from . import adapter as adapters
 from . import layers, lora
@@ -121,6 +121,13 @@ def load(
     return model, tokenizer, config
 
 
+def generation_of(path: str | Path, adapter: str | Path | None = None) -> Generation:
+    """A model's generation_config.json, with an adapter's `generation` over it. UserError for a
+    wrong type, by the field's name."""
+    mine = {} if adapter is None else adapters.open_adapter(adapter).generation
+    return read_generation_config(Path(path).expanduser(), mine)
+
+
 def load_model(
     source: Source, *, adapter_path: str | Path | None = None, lazy: bool = False
 ) -> tuple[nn.Module, dict]:
@@ -189,6 +196,8 @@ def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         copy_tokenizer(opened.path, folder)
         seal(folder, config)
+        file = folder / "generation_config.json"
+        write_json(file, {**read_json(file), **adapters.open_adapter(adapter_path).generation})
 
 
 def suit_device(model: nn.Module) -> None:
