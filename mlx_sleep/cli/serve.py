@@ -9,6 +9,7 @@ import typer
 from ..utils.errors import UserError
 from . import output
 from .options import SessionOptions, SleepOnBattery, with_session_options
+from .sleeping import IDLE, kind, may_sleep
 
 QUIET = 5.0
 """Seconds without a key press on the machine before a memory sleeps, where the machine tells."""
@@ -31,8 +32,13 @@ def serve(
         typer.Option(help="A web page's origin that may ask, as https://app.example; repeatable."),
     ] = None,
     idle: Annotated[
-        float, typer.Option(help="Seconds without a request before a memory sleeps; 0 is never.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            help="Seconds without a request before a memory sleeps; 0 is never. "
+            "(default: 10; 0 for a model that was not trained to sleep)",
+            show_default=False,
+        ),
+    ] = None,
     sleep_on_battery: SleepOnBattery = False,
     memories: Annotated[
         int, typer.Option(min=4, help="Sessions kept in RAM; the others wait on the disk.")
@@ -46,7 +52,7 @@ def serve(
 
     Example: mlx-sleep serve --port 8080
     """
-    if not 0 <= idle < float("inf"):
+    if idle is not None and not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
     from ..manners import Manners
 
@@ -68,7 +74,10 @@ def serve(
             )
         # The chat's user has left the keyboard when it sleeps; a server's may be working.
         manners = Manners(on_battery=sleep_on_battery, quiet=QUIET)
-        runs = engine.Engine(made, idle=idle, may_sleep=manners)
+        if not may_sleep(like.model, idle):
+            output.note(kind(like.model))
+            idle = 0
+        runs = engine.Engine(made, idle=IDLE if idle is None else idle, may_sleep=manners)
         served = app.make_app(runs, host=host, key=api_key, origins=allow_origin or ())
         name = f"[{host}]" if ":" in host else host
         port = listener.getsockname()[1]
@@ -78,7 +87,6 @@ def serve(
 
 
 def _fingerprint(options: SessionOptions) -> str:
-    from ..models.load import EMBEDDED, fingerprint
+    from ..models.load import fingerprint
 
-    path, adapter, _ = options.chosen
-    return fingerprint(path or EMBEDDED, adapter)
+    return fingerprint(options.chosen.open(), options.chosen.adapter)
