@@ -12,15 +12,17 @@ compared with mlx-lm's own forward pass, on a few tokens, before its first use.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..utils import schema
 from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .compat import before_0_32, mlx_lm_classes
@@ -101,6 +103,12 @@ def untagged(value):
     return [untagged(x) for x in value] if isinstance(value, list | tuple) else value
 
 
+def _without_nulls(args_class: Any, config: dict) -> dict:
+    """Without fields that are null where mlx-lm has a default: libraries write null for unset."""
+    own = {f.name for f in dataclasses.fields(args_class) if f.default not in (None, MISSING)}
+    return {name: x for name, x in config.items() if x is not None or name not in own}
+
+
 def _classes(config: dict) -> tuple[Any, Any]:
     """mlx-lm's (Model, ModelArgs) for a config. No code of a model folder is ever run."""
     model_type = config.get("model_type")
@@ -126,13 +134,15 @@ class Model(SleepModel):
     def __init__(self, args: ModelArgs):
         config = copy.deepcopy(args.config)  # mlx-lm's argument classes change it
         model_class, args_class = _classes(config)
+        config = _without_nulls(args_class, config)
+        schema.check_fields(args_class, config)
         try:
             inner = model_class(args_class.from_dict(config))
         except TypeError as error:
             raise UserError(f"mlx-lm cannot build this model: {error}") from error
         if config.get("tie_word_embeddings", True) and inner.get("lm_head") is not None:
             tie_head(inner)
-        super().__init__(SleepConfig(**args.sleep), len(inner.layers))
+        super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
         set_latent_eps(inner, config)
         use_short_factors(inner, config, self.sleep)
         self.args = args
