@@ -13,13 +13,13 @@ import mlx.core as mx
 from ...models import mlx_lm_model
 from ...utils.errors import UserError
 from .base import Architecture, Weights
-from .fields import flat_rope, only
+from .fields import complete, flat_rope, only
 
 _ROTARY = r".*rotary_emb\.inv_freq"
 
 
 def _kimi(config: dict) -> dict:
-    config = only(config, hidden_act="silu", q_lora_rank=None, attention_bias=False)
+    config = only(complete(config), hidden_act="silu", q_lora_rank=None, attention_bias=False)
     n = config["num_hidden_layers"]
     if "linear_attn_config" not in config:  # as transformers writes it
         kinds = config.get("layer_types") or [
@@ -34,7 +34,7 @@ def _kimi(config: dict) -> dict:
         }
     config["first_k_dense_replace"] = _dense_layers(config, config.get("first_k_dense_replace", 1))
     config.setdefault("rope_theta", 10_000.0)  # mlx-lm wants one, and turns nothing
-    config.setdefault("head_dim", config.get("qk_rope_head_dim", 64))
+    config.setdefault("head_dim", config["qk_rope_head_dim"])
     if config.get("moe_layer_freq", 1) != 1:
         raise UserError("kimi_linear with moe_layer_freq is not known to transformers")
     if config.get("num_expert_group", 1) == config.get("topk_group", 1):
@@ -47,16 +47,7 @@ def _bailing(config: dict) -> dict:
     names = config.get("architectures") or ["BailingHybridForCausalLM"]
     if "V2" in names[0]:
         return flat_rope(only(config, hidden_act="silu"))
-    config = flat_rope(
-        only(
-            config,
-            hidden_act="silu",
-            attention_bias=False,
-            kda_safe_gate=True,
-            moe_renormalize=True,
-            norm_topk_prob=True,
-        )
-    )
+    config = dict(config)
     for theirs, ours in (
         ("num_experts_per_token", "num_experts_per_tok"),
         ("num_expert_group", "n_group"),
@@ -64,9 +55,19 @@ def _bailing(config: dict) -> dict:
     ):
         if theirs in config:
             config.setdefault(ours, config[theirs])
+    config = flat_rope(
+        only(
+            complete(config),
+            hidden_act="silu",
+            attention_bias=False,
+            kda_safe_gate=True,
+            moe_renormalize=True,
+            norm_topk_prob=True,
+        )
+    )
     config.setdefault("moe_shared_expert_intermediate_size", config["moe_intermediate_size"])
-    config["first_k_dense_replace"] = _dense_layers(config, config.get("first_k_dense_replace", 2))
-    group, n = config.get("layer_group_size", 6), config["num_hidden_layers"]
+    config["first_k_dense_replace"] = _dense_layers(config, config["first_k_dense_replace"])
+    group, n = config["layer_group_size"], config["num_hidden_layers"]
     whole = n // group * group
     kinds = [
         f"{'full' if i % group == 0 or i > whole else 'linear'}_attention" for i in range(1, n + 1)
