@@ -1,4 +1,4 @@
-"""Fields that a config.json leaves out take the maker's defaults: those of transformers' classes."""
+"""Fields that a config.json leaves out take the maker's defaults, as in transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ ELSEWHERE |= {"mamba_d_head", "model_type"}
 ALL = {
     a.model_type: a
     for a in architectures()
-    if a.sources[0] in CONFIG_MAPPING and has_mlx_lm_model(a.model_type) and a.model_type != "mamba2"
+    if a.sources[0] in CONFIG_MAPPING
+    and has_mlx_lm_model(a.model_type)
+    and a.model_type != "mamba2"
 }
 
 

@@ -400,7 +400,7 @@ def test_every_sleep_leaves_a_state_of_the_same_arrays(rng, name, eviction):
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_without_fast_weights_there_is_nothing_to_sleep_into(rng, name):
     model = make(name)
-    with pytest.raises(UserError, match="--insert"):
+    with pytest.raises(UserError, match="retrofit"):
         consolidate(model, model.init_state(), tokens(rng, 1, 5), 1)
 
 

@@ -1,8 +1,8 @@
 """Fields of a config.json of transformers, brought to what mlx-lm reads.
 
 Fields left out take the maker's defaults, which are those of transformers' config classes and not
-always mlx-lm's: defaults.json has them, and a test holds it to transformers. A value that mlx-lm would ignore is refused, since its model would compute something else than
-PyTorch's.
+always mlx-lm's: defaults.json has them, and a test holds it to transformers. A value that mlx-lm
+would ignore is refused, since its model would compute something else than PyTorch's.
 """
 
 from __future__ import annotations
