@@ -129,6 +129,16 @@ def _entries(file: Path, header: Any) -> dict[str, _Listed]:
         return {name: schema.read(_Listed, x, f"{name}: ") for name, x in header.items()}
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file says of itself: {"format": "mlx"}. Empty where it says nothing sound."""
+    try:
+        with open(file, "rb") as stream:
+            found = json.loads(read_json_header(stream)).get("__metadata__")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return {}  # `read_header` says what is wrong with it
+    return found if isinstance(found, dict) else {}
+
+
 def _without_repeats(pairs: list) -> dict:
     # A dict would keep the last of two tensors of one name, and say nothing.
     names = [name for name, _ in pairs]
