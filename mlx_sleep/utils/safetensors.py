@@ -96,12 +96,14 @@ def read_header(
         if stop - start != math.prod(entry.shape) * sizes[entry.dtype] or start < 0:
             raise UserError(f"{file} has a damaged header ({name}: data_offsets); {_AGAIN}")
         tensors[name] = entry.dtype, entry.shape
-    for entry in sorted(entries.values(), key=lambda entry: entry.data_offsets):
-        if entry.data_offsets[0] != end:
+    places = sorted(entry.data_offsets for entry in entries.values())
+    last = max((stop for _, stop in places), default=0)
+    if data_bytes < last:
+        raise UserError(f"{file} is truncated: {last - data_bytes} bytes are missing; {_AGAIN}")
+    for start, stop in places:
+        if start != end:
             raise UserError(damaged)  # tensors that overlap, or a hole
-        end = entry.data_offsets[1]
-    if data_bytes < end:
-        raise UserError(f"{file} is truncated: {end - data_bytes} bytes are missing; {_AGAIN}")
+        end = stop
     if data_bytes > end:
         raise UserError(f"{file} has {data_bytes - end} bytes that are of no tensor; {_AGAIN}")
     return tensors
