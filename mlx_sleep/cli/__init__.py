@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": ("chat", "chat"),
     "generate": ("chat", "generate"),
     "serve": ("serve", "serve"),
+    "service": ("service", "app"),
     "sleep": ("memory", "sleep"),
     "memory": ("memory", "app"),
     "train": ("train", "train"),
