@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": ("chat", "chat"),
     "generate": ("chat", "generate"),
     "serve": ("serve", "serve"),
+    "service": ("service", "app"),
     "sleep": ("memory", "sleep"),
     "memory": ("memory", "app"),
     "train": ("train", "train"),
