@@ -166,6 +166,10 @@ def _of_peft(config: dict) -> Scale:
 def _matching(patterns: dict, layer: str, otherwise: Any) -> Any:
     """As PEFT: a pattern fits the end of a layer's name, after a dot."""
     for pattern, value in patterns.items():
+        if re.search(r"[*+?{]", pattern):  # nothing from a file may run for ever
+            raise UserError(f"the pattern {pattern!r} is not understood, only names are")
+        if type(value) not in (int, float):
+            raise UserError(f"the pattern {pattern!r} must have a number, not {value!r}")
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value
     return otherwise
@@ -176,9 +180,10 @@ def _of_mlx_lm(config: dict) -> Scale:
     if fields.fine_tune_type not in ("lora", None):
         raise UserError(f"fine_tune_type {fields.fine_tune_type!r} can't be merged, only lora")
     scale = fields.lora_parameters.get("scale")
-    if type(scale) not in (int, float):
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise UserError(f"lora_parameters.scale must be a number, not {scale!r}")
-    return lambda layer, rank: float(scale)
+    factor = float(scale)
+    return lambda layer, rank: factor
 
 
 def _collect(adapter: Adapter, arrays: dict[str, mx.array], scale_of: Scale) -> Adapter:
