@@ -170,7 +170,11 @@ def _matching(patterns: dict, layer: str, otherwise: Any) -> Any:
             raise UserError(f"the pattern {pattern!r} is not understood, only names are")
         if type(value) not in (int, float):
             raise UserError(f"the pattern {pattern!r} must have a number, not {value!r}")
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", layer)
+        except re.error as error:
+            raise UserError(f"the pattern {pattern!r} is not understood: {error}") from error
+        if fits:
             return value
     return otherwise
 
