@@ -39,12 +39,14 @@ def grouped_scores(layer: nn.Module) -> bool:
     return isinstance(attention, gemma2.Attention) and attention.repeats > 1
 
 
-def tie_head(inner: Any) -> None:
-    """Takes away the head of a model whose config ties it to the embedding, where mlx-lm waits for
-    the weights to say so (Gemma 3)."""
-    if getattr(inner, "tie_word_embeddings", None) is False:
-        inner.tie_word_embeddings = True
-        inner.pop("lm_head")
+def tie_head(inner: Any, config: dict) -> None:
+    """Takes away the head of a model whose config ties it to the embedding, or says nothing, where
+    mlx-lm waits for the weights to say so (Gemma 3)."""
+    owner = inner.get("language_model", inner)
+    tied = config.get("tie_word_embeddings", True) and owner.get("lm_head") is not None
+    if tied and getattr(owner, "tie_word_embeddings", None) is False:
+        owner.tie_word_embeddings = True
+        owner.pop("lm_head")
 
 
 def set_latent_eps(inner: Any, config: dict) -> None:

@@ -105,7 +105,11 @@ def untagged(value):
 
 def _without_nulls(args_class: Any, config: dict) -> dict:
     """Without fields that are null where mlx-lm has a default: libraries write null for unset."""
-    own = {f.name for f in dataclasses.fields(args_class) if f.default not in (None, MISSING)}
+    own = {
+        f.name
+        for f in dataclasses.fields(args_class)
+        if f.default not in (None, MISSING) and not re.search("None|Optional", str(f.type))
+    }
     return {name: x for name, x in config.items() if x is not None or name not in own}
 
 
@@ -140,8 +144,7 @@ class Model(SleepModel):
             inner = model_class(args_class.from_dict(config))
         except TypeError as error:
             raise UserError(f"mlx-lm cannot build this model: {error}") from error
-        if config.get("tie_word_embeddings", True) and inner.get("lm_head") is not None:
-            tie_head(inner)
+        tie_head(inner, config)
         super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
         set_latent_eps(inner, config)
         use_short_factors(inner, config, self.sleep)
