@@ -86,7 +86,9 @@ def open_folder(path: str | Path) -> Checkpoint:
         tensors = {name: x for name, x in tensors.items() if is_of_text_model(name)}
         arrays = Checkpoint(str(path), path, config, tensors, files).arrays()
         mapped = {name: arrays[name] for name in tensors}
-    gemma = str(config.get("model_type")).startswith("gemma3") and "tie_word_embeddings" not in config
+    gemma = (
+        str(config.get("model_type")).startswith("gemma3") and "tie_word_embeddings" not in config
+    )
     if gemma and any(name.endswith("lm_head.weight") for name in tensors):
         config["tie_word_embeddings"] = False  # mlx-lm, too, lets the weights say it
     return Checkpoint(str(path), path, config, tensors, files, mapped)

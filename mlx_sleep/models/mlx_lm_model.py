@@ -27,7 +27,14 @@ from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .compat import before_0_32, mlx_lm_classes
 from .mlx_lm_cache import LayerCache
-from .mlx_lm_details import grouped_scores, set_latent_eps, tie_head, use_short_factors, windows
+from .mlx_lm_details import (
+    group_norms,
+    grouped_scores,
+    set_latent_eps,
+    tie_head,
+    use_short_factors,
+    windows,
+)
 
 TESTED = (
     "bailing_hybrid",
@@ -147,6 +154,7 @@ class Model(SleepModel):
         tie_head(inner, config)
         super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
         set_latent_eps(inner, config)
+        group_norms(inner, config)
         use_short_factors(inner, config, self.sleep)
         self.args = args
         self.model_type = config["model_type"]
