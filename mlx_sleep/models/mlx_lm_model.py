@@ -62,7 +62,7 @@ TESTED = (
 
 OLD = before_0_32()
 """Whether this is an mlx-lm before 0.32, as Python 3.10 has it."""
-NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
+NOT_IN_OLD = ("bailing_hybrid", "falcon_h1", "olmo_hybrid")
 """What such an mlx-lm lacks, or reads otherwise."""
 
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
