@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..models.config import read_config
 from ..models.folder import copy_tokenizer, new_folder, write_json
-from ..models.load import read_config
 from ..models.weights import read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.safetensors import load

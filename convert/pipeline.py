@@ -125,7 +125,7 @@ def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None
         if loop_range is not None:
             default["loop_range"] = list(loop_range)
     config["sleep"] = {**default, **(theirs.get("sleep") or {}), **(sleep or {})}
-    SleepConfig(**config["sleep"])
+    SleepConfig.from_dict(config["sleep"])
     return architecture, config, build(config, source.tensors)
 
 
@@ -146,7 +146,7 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
         if theirs.get(name) is not None:
             config.setdefault(name, theirs[name])
     if any(config.get(name) != x for name, x in theirs.items() if name != "sleep"):
-        config["source_config"] = theirs  # for the way back
+        config.setdefault("source_config", theirs)  # for the way back
     return config
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..models.config import read_config
 from ..models.folder import TOKENIZER_FILES
-from ..models.load import read_config
 from ..models.weights import INDEX, read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading

@@ -194,6 +194,32 @@ class Session:
         on_pass and should_stop are those of `sleep`, for a window that fills up on the way.
         SleepCancelled here means that the turn was not taken; from the reply, that it ends there.
         """
+        self._take(text, [], on_pass, should_stop)
+        self._open_reply = reply = object()
+        self._sync()
+        return self._reply(reply, on_pass, should_stop)
+
+    def hear(
+        self,
+        text: str,
+        reply: str,
+        on_pass: OnPass | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> None:
+        """Takes a user's turn with its reply, said in some other place. "" is a reply cut at once.
+
+        Both are in the journal and on the disk when this returns, and read through the model.
+        Errors are those of `say`; SleepCancelled may leave the turn to be read by the next call.
+        """
+        end = self.tokenizer.encode_text(reply.strip()) + self.tokenizer.end_ids
+        self._take(text, end, on_pass, should_stop)
+        self._sync()
+        self._feed(on_pass, should_stop)
+
+    def _take(
+        self, text: str, reply: list[int], on_pass: OnPass | None, should_stop: ShouldStop | None
+    ) -> None:
+        """Puts a user's turn, and what is known of its reply, into the window and the journal."""
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
@@ -202,20 +228,17 @@ class Session:
         except UnicodeEncodeError:
             raise UserError("the text is not valid UTF-8; check the encoding") from None
         self._end_reply()
-        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
+        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending) + reply
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
                 f"the window of {self.window} tokens is full, and {NOTHING_TO_SLEEP_INTO}, "
                 "forget, or take a longer --window"
             )
-        room = len(ids) + self.window // 8
+        room = len(ids) + (0 if reply else self.window // 8)
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
         self._record(ids)
-        self._open_reply = reply = object()
-        self._sync()
-        return self._reply(reply, on_pass, should_stop)
 
     def ask(self, text: str) -> str:
         """`say`, with the whole reply at once."""

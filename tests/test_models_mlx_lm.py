@@ -113,10 +113,15 @@ CONFIGS = {
         "lm_head_multiplier": 4.0,
     },
     "llama": {**BASE, "tie_word_embeddings": True},
+    "mistral": BASE,
     "qwen2": BASE,
     "qwen3": BASE,
+    "smollm3": {**BASE, "num_hidden_layers": 4},
+    "phi3": BASE,
+    "gemma2": {**BASE, "tie_word_embeddings": True},
+    "gemma3_text": {**BASE, "sliding_window_pattern": 2, "sliding_window": 64},
 }
-ATTENTION_ONLY = ("llama", "qwen2", "qwen3")
+ATTENTION_ONLY = tuple(list(CONFIGS)[-8:])
 SLEEPERS = [name for name in CONFIGS if name not in ATTENTION_ONLY]
 OTHERS = {  # of the usual structure, not in TESTED
     "jamba": {

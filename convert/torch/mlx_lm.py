@@ -30,7 +30,10 @@ class Reference:
     def __init__(self, config: dict, sleep: dict):
         fields = {name: value for name, value in config.items() if name != "model_type"}
         self.config = AutoConfig.for_model(config["model_type"], **fields)
-        self.net = AutoModelForCausalLM.from_config(self.config).eval()
+        self.net = AutoModelForCausalLM.from_config(
+            self.config,
+            attn_implementation="eager",  # sdpa has no softcapping
+        ).eval()
         self.transposed = config["model_type"] in _DELTA
         self.keep = sleep["window"] - 1 if sleep.get("eviction") == "sliding" else None
 

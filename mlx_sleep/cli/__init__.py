@@ -16,6 +16,7 @@ import typer
 import typer.core
 
 from .. import __version__
+from ..utils import limits
 from ..utils.errors import UserError
 from . import output
 
@@ -71,11 +72,17 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
     ] = False,
+    no_limits: Annotated[
+        bool,
+        typer.Option("--no-limits", help="Read files that ask for more than any known model has."),
+    ] = False,
 ):
     """A language model that sleeps: it folds what it hears into its fast weights.
 
     Example: mlx-sleep chat
     """
+    if no_limits:
+        limits.lift()
 
 
 # typer's own class, or click's in a typer that has none: what both raise for a wrong option.

@@ -17,13 +17,13 @@ SSM side by side has the entries of both.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..utils import limits, schema
 from ..utils.errors import UserError
 
 LayerState = dict[str, Any]
@@ -56,6 +56,8 @@ class SleepConfig:
             raise UserError(f"sleep passes must be a whole number >= 1, not {self.passes!r}")
         if not isinstance(self.window, int) or self.window < 2:
             raise UserError(f"the sleep window must be a whole number >= 2, not {self.window!r}")
+        limits.check("the number of sleep passes", self.passes, limits.PASSES)
+        limits.check("the sleep window", self.window, limits.WINDOW)
         if self.eviction not in ("hard", "sliding"):
             raise UserError(f'eviction must be "hard" or "sliding", not {self.eviction!r}')
         if self.fold not in ("all", "user"):
@@ -68,6 +70,11 @@ class SleepConfig:
         if self.carry_conv is None:
             object.__setattr__(self, "carry_conv", self.eviction == "sliding")
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> SleepConfig:
+        """From the field `sleep` of a config.json. UserError for one that is wrong or unknown."""
+        return schema.read(cls, fields, "sleep.", closed=True)
+
     def attention_window(self, own: int | None = None) -> int | None:
         """Newest tokens that a token sees, itself included: a layer's own limit (None is none),
         and the window's under a sliding eviction."""
@@ -78,25 +85,13 @@ class SleepConfig:
 T = TypeVar("T")
 
 
-def from_config(cls: type[T], config: dict) -> T:
-    """An instance of the dataclass cls from the contents of config.json.
-
-    Fields that cls doesn't have are left out. UserError names the missing ones.
-    """
-    names = inspect.signature(cls).parameters
-    missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-    if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
-    return cls(**{name: value for name, value in config.items() if name in names})
-
-
 class Config:
     """A dataclass whose fields are those of a config.json."""
 
     @classmethod
-    def from_dict(cls: type[T], config: dict) -> T:
-        """See `from_config`."""
-        return from_config(cls, config)
+    def from_dict(cls: type[T], config: dict, where: str = "") -> T:
+        """See `schema.read`: UserError for a field that is missing or of another type."""
+        return schema.read(cls, config, where)
 
 
 class SleepModel(nn.Module):

@@ -21,11 +21,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json, reading
+from ..utils.files import one_line, reading
 from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
 from .compat import has_mlx_lm_model
+from .config import Generation, check_quantization, read_config, read_generation_config
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
@@ -75,10 +76,10 @@ def load(
     model, config = load_model(path, adapter_path=adapter, lazy=lazy)
     if not lazy:
         suit_device(model)
-    generation = path / "generation_config.json"
-    defaults = {**config, **(read_json(generation) if generation.is_file() else {})}
-    eos = defaults.get("eos_token_id")
-    tokenizer = chat_template.load(path, [eos] if isinstance(eos, int) else eos)
+    eos = read_generation_config(path).eos_token_ids
+    if eos is None:
+        eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
+    tokenizer = chat_template.load(path, eos)
     if tokenizer.largest_id >= model.vocab_rows:
         raise UserError(
             f"the tokenizer in {path} is of another model: its ids go up to "
@@ -298,16 +299,6 @@ def _spaced(first: int, last: int, count: int) -> Iterator[int]:
     return (first + i * (last - first) // (count - 1) for i in range(count))
 
 
-def read_config(path: Path) -> dict:
-    """The contents of config.json. UserError when there is none or it is no JSON object."""
-    if not path.is_dir():
-        raise UserError(f"no model folder at {path}; give the path of a folder with a config.json")
-    file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"{path} has no config.json: it is not a model folder")
-    return read_json(file)
-
-
 def build(
     config: dict, tensors: Collection[str] = (), *, where: str | Path = "config.json"
 ) -> SleepModel:
@@ -330,11 +321,12 @@ def build(
         if model.sleep.fold == "user" and not model.can_fold_user:
             raise UserError('fold "user" needs sleep layers, all of kind delta_attention')
         if (quantization := config.get("quantization")) is not None:
+            common = check_quantization(quantization)
             nn.quantize(
                 model,
-                group_size=quantization["group_size"],
-                bits=quantization["bits"],
-                mode=quantization.get("mode", "affine"),
+                group_size=common.group_size,
+                bits=common.bits,
+                mode=common.mode,
                 class_predicate=lambda name, module: (
                     hasattr(module, "to_quantized")
                     and f"{name}.scales" in tensors

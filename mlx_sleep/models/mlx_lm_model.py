@@ -12,30 +12,38 @@ compared with mlx-lm's own forward pass, on a few tokens, before its first use.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..utils import schema
 from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .compat import before_0_32, mlx_lm_classes
 from .mlx_lm_cache import LayerCache
+from .mlx_lm_details import grouped_scores, tie_head, use_short_factors, windows
 
 TESTED = (
     "falcon_h1",
+    "gemma2",
+    "gemma3_text",
     "granitemoehybrid",
     "llama",
+    "mistral",
     "nemotron_h",
     "olmo_hybrid",
+    "phi3",
     "qwen2",
     "qwen3",
     "qwen3_5",
     "qwen3_next",
+    "smollm3",
 )
 
 OLD = before_0_32()
@@ -45,6 +53,8 @@ NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
 
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
 _READ_LENGTHS = () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_next")
+# Tested layers that take no "causal" in place of an attention mask.
+_TAKE_ARRAYS = ("gemma2",)
 _DECODERS = ("model", "backbone", "language_model.model", "transformer")
 _NORMS = ("norm", "norm_f", "final_layernorm", "embedding_norm", "final_norm", "ln_f")
 _MASKS = {"mask", "attn_mask", "mamba_mask"}
@@ -83,6 +93,12 @@ def untagged(value):
     return [untagged(x) for x in value] if isinstance(value, list | tuple) else value
 
 
+def _without_nulls(args_class: Any, config: dict) -> dict:
+    """Without fields that are null where mlx-lm has a default: libraries write null for unset."""
+    own = {f.name for f in dataclasses.fields(args_class) if f.default not in (None, MISSING)}
+    return {name: x for name, x in config.items() if x is not None or name not in own}
+
+
 def _classes(config: dict) -> tuple[Any, Any]:
     """mlx-lm's (Model, ModelArgs) for a config. No code of a model folder is ever run."""
     model_type = config.get("model_type")
@@ -108,11 +124,16 @@ class Model(SleepModel):
     def __init__(self, args: ModelArgs):
         config = copy.deepcopy(args.config)  # mlx-lm's argument classes change it
         model_class, args_class = _classes(config)
+        config = _without_nulls(args_class, config)
+        schema.check_fields(args_class, config)
         try:
             inner = model_class(args_class.from_dict(config))
         except TypeError as error:
             raise UserError(f"mlx-lm cannot build this model: {error}") from error
-        super().__init__(SleepConfig(**args.sleep), len(inner.layers))
+        if config.get("tie_word_embeddings", True) and inner.get("lm_head") is not None:
+            tie_head(inner)
+        super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
+        use_short_factors(inner, config, self.sleep)
         self.args = args
         self.model_type = config["model_type"]
         object.__setattr__(self, "_inner", inner)  # hidden, so that parameters appear once
@@ -198,8 +219,9 @@ class Model(SleepModel):
         self._norm = norms[0]
         # Never written to: `embed` runs no layer.
         self._blank = tuple(make_prompt_cache(self._inner))
-        self._caches = _layer_caches(self.layers, self._blank)
+        self._caches = _layer_caches(self.layers, self._blank, windows(self.args.config))
         self._reads_lengths = self.model_type in _READ_LENGTHS
+        self._takes_arrays = not self._is_tested or self.model_type in _TAKE_ARRAYS
         self._takes = tuple(_masks_of(layer) for layer in self.layers)
         h = self.embed(mx.zeros((1, 1), mx.int32))
         for i, cache in enumerate(self._caches):
@@ -215,7 +237,10 @@ class Model(SleepModel):
         for name in self._takes[i]:
             attends = kv and name == "attn_mask" or kv and name == "mask" and not cache.recurrent
             if attends:
-                masks[name] = kv.mask(layer_state, h, mask, sliding, arrays=not self._is_tested)
+                sees = kv.mask(layer_state, h, mask, sliding, arrays=self._takes_arrays)
+                if getattr(sees, "ndim", 0) == 4 and grouped_scores(self.layers[i]):
+                    sees = sees[:, :, None]
+                masks[name] = sees
             else:
                 masks[name] = mask
         return self.layers[i](h, cache=cache.argument(views), **masks)
@@ -277,7 +302,7 @@ class _OnlyNorm:
         return getattr(self._decoder, name)
 
 
-def _layer_caches(layers, caches) -> tuple[LayerCache, ...]:
+def _layer_caches(layers, caches, limits: list[int | None]) -> tuple[LayerCache, ...]:
     """One for each layer. Nemotron-H makes caches for its mixers alone."""
     if len(caches) != len(layers):
         mixers = [getattr(layer, "block_type", None) in ("M", "*") for layer in layers]
@@ -285,7 +310,11 @@ def _layer_caches(layers, caches) -> tuple[LayerCache, ...]:
             raise ValueError(f"{len(caches)} caches for {len(layers)} layers")
         rest = iter(caches)
         caches = [next(rest) if mixer else None for mixer in mixers]
-    return tuple(LayerCache(cache) for cache in caches)
+    found = tuple(LayerCache(cache) for cache in caches)
+    for cache, limit in zip(found, limits, strict=False):
+        if cache.kv and limit is not None:
+            cache.kv.sliding = limit
+    return found
 
 
 def _masks_of(layer: nn.Module) -> list[str]:
