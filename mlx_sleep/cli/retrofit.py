@@ -1,4 +1,4 @@
-"""`mlx-sleep retrofit`: train sleep layers in a model that stays as it is."""
+"""`mlx-sleep retrofit`: train a model to remember what it is told; the model itself stays."""
 
 from __future__ import annotations
 
@@ -48,8 +48,14 @@ def retrofit(
         str, typer.Option(help="Where the layers start: host (as its attention) or random.")
     ] = "host",
     lora_rank: Annotated[
-        int, typer.Option(min=0, help="Rank of changes of the model's attention; 0 is none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of changes of the model's attention (0: none); of its mixers too where it "
+            "has fast weights.",
+            show_default="0, with fast weights 16",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=64, help="Tokens a step, padding included.")] = 4096,
     ordinary: Annotated[
         int, typer.Option(min=0, help="Ordinary chats to sample from the model and hold it to.")
@@ -59,7 +65,9 @@ def retrofit(
 ):
     """Train sleep layers in a model, so that it remembers what it is told.
 
-    The model stays as it is. Ctrl-C stops with a checkpoint; --resume goes on to the same losses.
+    The model stays as it is. One that has fast weights of its own (Qwen3.5, Granite-4) gets
+    low-rank changes of its mixers and attention, and no new layers. Ctrl-C stops with a
+    checkpoint; --resume goes on to the same losses.
     OUT gets metrics.jsonl, and recall.png where matplotlib is installed: value tokens recalled in
     lives of unseen names, with the fast weights kept and with S = 0.
 
@@ -81,18 +89,23 @@ def retrofit(
     from ..models.load import load
     from ..models.weights import weights_digest
     from ..training.refusals import REFUSAL, mark_refusals
-    from ..training.retrofit import Retrofit, prepare
+    from ..training.retrofit import Retrofit, prepare, prepare_hybrid
     from ..training.schedule import Budget
 
     places = None if before is None else list(before)
     folder = folder_named(model)
     loaded, tokenizer, config = load(folder)
     host = cast("SleepModel", loaded)
+    sleep = {"passes": passes, "window": window, "eviction": "hard", "fold": fold}
     if host.has_fast_weights:
-        raise UserError(f"{model} has fast weights already; retrofit takes models without")
-    configs = plan(host, kind="delta_attention", count=layers, before=places)
-    loop_range = (min(configs[0]["before"], host.num_layers - 1), host.num_layers)
-    host.sleep = SleepConfig(passes, window, "hard", loop_range, fold=fold)
+        configs, rank = [], 16 if lora_rank is None else lora_rank
+        _check_hybrid(model, config, places, rank, fold)
+        host.sleep = SleepConfig(**sleep, loop_range=host.sleep.loop_range)
+    else:
+        configs = plan(host, kind="delta_attention", count=layers, before=places)
+        rank = lora_rank or 0
+        first = min(configs[0]["before"], host.num_layers - 1)
+        host.sleep = SleepConfig(**sleep, loop_range=(first, host.num_layers))
     pad = config.get("pad_token_id") or 0
     chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed)
     train, valid = (
@@ -105,17 +118,20 @@ def retrofit(
         for arrays in made:
             yield {**arrays, "refusal": mark_refusals(arrays, opening)}
 
+    if configs:
+        modules = new_layers(host, configs, seed, init == "host")
+        trained = prepare(host, configs, modules, lora_rank=rank)
+    else:
+        trained = prepare_hybrid(host, lora_rank=rank)
     run = Retrofit(
-        prepare(
-            host, configs, new_layers(host, configs, seed, init == "host"), lora_rank=lora_rank
-        ),
+        trained,
         out,
         lambda jobs: marked(batches(train, jobs, batch)),
         Budget(tokens=tokens, seconds=hours and 3600 * hours),
         {
             "sleep_layers": configs,
-            "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
-            "lora_rank": lora_rank,
+            "sleep": sleep,
+            "lora_rank": rank,
             "base": {"weights": weights_digest(folder), "name": folder.name},
         },
         shares=SHARES,
@@ -129,6 +145,21 @@ def retrofit(
         note(f"stopped after step {run.step}; --resume goes on")
         raise typer.Exit(130)
     line(f"wrote {out}; try: mlx-sleep chat --model {model} --adapter-path {out}")
+
+
+def _check_hybrid(model: str, config: dict, before, rank: int, fold: str) -> None:
+    """UserError for what a model with fast weights of its own cannot be given."""
+    if config.get("sleep_layers"):
+        raise UserError(
+            f"{model} has sleep layers already; train an adapter for the model that they were put "
+            "into"
+        )
+    if before is not None:
+        raise UserError(f"{model} has fast weights already and gets no new layers; omit --before")
+    if rank < 1:
+        raise UserError(f"{model} has fast weights already: --lora-rank must be at least 1")
+    if fold != "all":
+        raise UserError(f"{model} folds in all that was said; omit --fold")
 
 
 def _ordinary(model, tokenizer, file: Path, count: int, seed: int) -> list[list[tuple[str, str]]]:

@@ -1,4 +1,5 @@
-"""Trains sleep layers in a model that stays as it is: a run is a folder, and can be gone on with.
+"""Trains sleep layers in a model that stays as it is, or low-rank changes of one that has fast
+weights: a run is a folder, and can be gone on with.
 
     recipe.json                 the settings; a folder goes on with the same ones alone
     metrics.jsonl               a line for every step, and one for every evaluation
@@ -57,14 +58,31 @@ def prepare(host, layers: list[dict], modules: list, *, gain: float = 0.05, lora
     for layer in modules:
         layer.gain = mx.full(layer.gain.shape, gain)
     if lora_rank:
-        blocks = range(layers[0]["before"], host.num_layers)
-        names = [
-            f"layers.{i}.self_attn.{n}_proj.lora_{ab}"
-            for i in blocks
-            for n in "qkvo"
-            for ab in "ab"
-        ]
-        lora.attach(host.block_modules, lora_rank, names)
+        _change(host, lora_rank, layers[0]["before"])
+    return _frozen_but(model, modules)
+
+
+def prepare_hybrid(host, *, lora_rank: int):
+    """A model with fast weights of its own, to train: low-rank changes of its mixers and its
+    attention from the first looped block on, in float32; all else frozen."""
+    _change(host, lora_rank, (host.sleep.loop_range or (0,))[0])
+    return _frozen_but(host, [])
+
+
+def _change(host, rank: int, first: int) -> None:
+    names = [
+        f"layers.{i}.{name}.lora_{part}"
+        for i, block in enumerate(host.block_modules)
+        if i >= first
+        for name in lora.projections(block)
+        for part in "ab"
+    ]
+    if not names:
+        raise UserError("the model has no linear layers in its mixers that could be changed")
+    lora.attach(host.block_modules, rank, names)
+
+
+def _frozen_but(model, modules: list):
     model.freeze()
     for layer in modules:
         layer.unfreeze()
