@@ -141,10 +141,10 @@ def test_gradients_by_finite_differences(rng):
         assert slope == pytest.approx(mx.linalg.norm(grads[name]).item(), rel=0.05)
 
 
-def trainer_of(folder, tokens, rank=0, passes=1, **options):
+def trainer_of(folder, tokens, rank=0, passes=1, data_seed=0, **options):
     def batches(jobs):
         for step, _ in jobs:
-            yield lives(np.random.default_rng(step))
+            yield lives(np.random.default_rng(data_seed + step))
 
     config = {"sleep_layers": [], "sleep": SLEEP, "lora_rank": rank, "base": {"fingerprint": "x"}}
     model = model_of(gain=0.05, lora_rank=rank, passes=passes)

@@ -17,6 +17,7 @@ from .options import Numbers, numbers
 from .output import line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
+    from ..lab.tasks.life import CHAT
     from ..lab.tasks.life_batches import Source
     from ..models.base import SleepModel
 
@@ -71,6 +72,8 @@ def retrofit(
     OUT gets metrics.jsonl, and recall.png where matplotlib is installed: value tokens recalled in
     lives of unseen names, with the fast weights kept and with S = 0.
 
+    Several processes or machines train together when mlx.launch starts them.
+
     Example: mlx-sleep retrofit smollm2 --out my-adapter --hours 8
     """
     if (hours is None) == (tokens is None):
@@ -81,6 +84,8 @@ def retrofit(
         raise UserError(f"--tokens must be at least 1, not {tokens}")
     if init not in ("host", "random"):
         raise UserError(f"--init must be host or random, not {init!r}")
+
+    import mlx.core as mx
 
     from ..convert.insert import new_layers, plan
     from ..lab.tasks.chat_source import ChatSource
@@ -107,10 +112,12 @@ def retrofit(
         first = min(configs[0]["before"], host.num_layers - 1)
         host.sleep = SleepConfig(**sleep, loop_range=(first, host.num_layers))
     pad = config.get("pad_token_id") or 0
-    chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed)
+    group = mx.distributed.init()
+    chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed, group)
+    # Each process of several makes lives of its own.
     train, valid = (
-        cast("Source", ChatSource(tokenizer, split, seed, chat, pad))
-        for split in ("train", "valid")
+        cast("Source", ChatSource(tokenizer, split, own, chat, pad))
+        for split, own in (("train", seed + (group.rank() << 32)), ("valid", seed))
     )
     opening = tokenizer.encode_text(REFUSAL)
 
@@ -140,6 +147,8 @@ def retrofit(
     )
     with _progress(run) as on_row:
         run.run(resume, on_row)
+    if not run.leads:
+        return
     _draw(out)
     if run.stopped:
         note(f"stopped after step {run.step}; --resume goes on")
@@ -162,13 +171,18 @@ def _check_hybrid(model: str, config: dict, before, rank: int, fold: str) -> Non
         raise UserError(f"{model} folds in all that was said; omit --fold")
 
 
-def _ordinary(model, tokenizer, file: Path, count: int, seed: int) -> list[list[tuple[str, str]]]:
-    """Chats that the model makes of itself, or those that an earlier start of the run made."""
+def _ordinary(model, tokenizer, file: Path, count: int, seed: int, group) -> CHAT:
+    """Chats that the model makes of itself, or those that an earlier start of the run made.
+
+    The first process makes them, and the others of `group` wait.
+    """
+    import mlx.core as mx
+
     from ..lab.tasks.life_batches import read_chat
     from ..training.ordinary import sample_chat
 
     tokenizer.parts  # noqa: B018 - a template that can't be used shows before the wait
-    if count and not file.exists():
+    if count and not file.exists() and group.rank() == 0:
         with progress_bar("sampling ordinary chat", total=count, unit="chats") as update:
             pairs = sample_chat(model, tokenizer, count, seed, on_done=update)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +190,8 @@ def _ordinary(model, tokenizer, file: Path, count: int, seed: int) -> list[list[
         new = file.with_suffix(".new")
         new.write_text("".join(lines), encoding="utf-8")
         new.replace(file)
+    if group.size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
     return read_chat(file) if count else []
 
 
@@ -184,6 +200,9 @@ def _progress(run) -> Iterator[Callable[[dict], None]]:
     """A bar on a terminal, a line now and then in a log; every evaluation is a point of the
     picture."""
     terminal, recall = sys.stderr.isatty(), ""
+    if not run.leads:
+        yield lambda row: None
+        return
     with progress_bar("training", total=100, unit="%") as update:
 
         def on_row(row):

@@ -7,7 +7,8 @@ weights: a run is a folder, and can be gone on with.
     adapters.safetensors, adapter_config.json    what came of it (models/adapter.py)
 
 Muon for the matrices of the sleep layers, AdamW for the rest, low-rank changes at a rate of their
-own. Nothing here knows where the lives come from, or a terminal.
+own. Several processes (mlx.launch) average their gradients; the first one alone evaluates and
+writes. Nothing here knows where the lives come from, or a terminal.
 """
 
 from __future__ import annotations
@@ -138,10 +139,16 @@ class Retrofit:
         self.optimizer = optim.MultiOptimizer([muon, *adamws], [is_projection, is_low_rank])
         self.optimizer.init(model.trainable_parameters())
         self.passes, self.fold = model.sleep.passes, model.sleep.fold
+        self.group = mx.distributed.init()
         self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
         self.figures: dict[str, float] = {}
         self.asked: deque[int] = deque()  # stages of the batches that are under way
-        self.stopped = False
+        self.told_to_stop = self.stopped = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that evaluates and writes: the only one, or the first."""
+        return self.group.rank() == 0
 
     @property
     def progress(self) -> float:
@@ -156,6 +163,7 @@ class Retrofit:
         isn't finite: the checkpoint before it stays.
         """
         self._open(resume)
+        self._agree_on_start()
         before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._train(on_row)
@@ -164,7 +172,12 @@ class Retrofit:
                 signal.signal(number, handler)
 
     def _interrupted(self, *_) -> None:
-        self.stopped = True
+        self.told_to_stop = True
+
+    def _stops(self) -> bool:
+        if self.group.size() == 1:  # several agree on it in `_agree`
+            self.stopped = self.told_to_stop
+        return self.stopped
 
     def _train(self, on_row: Callable[[dict], None]) -> None:
         calibrate(self.model, gradients=True)
@@ -173,16 +186,19 @@ class Retrofit:
         metrics = Metrics(self.folder)
 
         def note(row):
-            metrics.append(row)
-            on_row(row)
+            if self.leads:
+                metrics.append(row)
+                on_row(row)
 
-        while self.progress < 1 and not self.stopped:
+        while self.progress < 1 and not self._stops():
             started = time.perf_counter()
             note(self._update(life_batch(next(made), self.fold), started))
-            if time.perf_counter() - evaluated > self.every:
+            if self.leads and time.perf_counter() - evaluated > self.every:
                 self.save()
                 note(self.evaluate())
                 evaluated = time.perf_counter()
+        if not self.leads:
+            return
         self.save()
         if not self.stopped:
             note(self.evaluate())
@@ -205,6 +221,7 @@ class Retrofit:
         base = base_hidden(self.model, batch)
         grad = nn.value_and_grad(self.model, life_loss)
         (loss, hits, kl), grads = grad(self.model, batch, base, self.passes)
+        grads = nn.average_gradients(grads, self.group)
         grads, norm = optim.clip_grad_norm(grads, self.clip)
         for what, x in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(x.item()):
@@ -214,8 +231,8 @@ class Retrofit:
                 )
         self.optimizer.update(self.model, grads)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        seconds = time.perf_counter() - started
-        self.step, self.tokens = self.step + 1, self.tokens + batch.real
+        real, seconds = self._agree(batch.real, time.perf_counter() - started)
+        self.step, self.tokens = self.step + 1, self.tokens + real
         self.seconds += seconds
         values = int(np.array(batch.value).sum())
         return {
@@ -227,8 +244,30 @@ class Retrofit:
             "kl": kl.item(),
             "accuracy": hits.item() / values if values else None,
             "grad_norm": norm.item(),
-            "tokens_per_second": batch.real / seconds,
+            "tokens_per_second": real / seconds,
         }
+
+    def _agree_on_start(self) -> None:
+        """The first process's parameters in all of them."""
+        if self.group.size() == 1:
+            return
+        named = tree_flatten(self.model.trainable_parameters())
+        own = [(n, x if self.leads else mx.zeros_like(x)) for n, x in named]
+        same = [(n, mx.distributed.all_sum(x, group=self.group)) for n, x in own]
+        self.model.load_weights(same, strict=False)
+        mx.eval(self.model.trainable_parameters())
+
+    def _agree(self, real: int, seconds: float) -> tuple[int, float]:
+        """(tokens of a step in all processes, its mean seconds); all stop where one was told to.
+
+        They must spend the budget alike: rates, stages and the last step follow from it.
+        """
+        if self.group.size() == 1:
+            return real, seconds
+        own = mx.array([real, seconds, self.told_to_stop], mx.float32)
+        tokens, total, stops = mx.distributed.all_sum(own, group=self.group).tolist()
+        self.stopped = stops > 0
+        return round(tokens), total / self.group.size()
 
     def evaluate(self) -> dict:
         """Shares of tokens predicted right in the unseen lives: of values, with S kept from window
@@ -254,6 +293,10 @@ class Retrofit:
 
     def _open(self, resume: bool) -> None:
         recipe = self.folder / "recipe.json"
+        if not self.leads:
+            if resume:
+                self._load()
+            return
         if resume and not recipe.exists():
             raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
         if not resume and recipe.exists():
