@@ -58,6 +58,10 @@ APT_INSTALL = apt_install() { \
 	  $$get install $$1 >/dev/null 2>&1 || \
 	    { $$get update >/dev/null 2>&1; $$get install $$1 >/dev/null 2>&1; }; }
 
+# Needs no root, but 1 GB. Fails on ARM, for which there is none.
+INSTALL_MKL = { [ "$$(uname -m)" = x86_64 ] && echo "installing MKL" && \
+	  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mkl]'; }
+
 .venv/bin/python:
 	@set -e; $(APT_INSTALL); python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
@@ -75,8 +79,13 @@ $(READY): pyproject.toml .venv/bin/python
 	PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
 	if [ "$$(uname)" = Linux ] && ! .venv/bin/python -c \
 	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
-	  apt_install libopenblas0-pthread || echo "going on without OpenBLAS, up to 30 times" \
-	    "slower; on Debian: sudo apt-get install libopenblas0-pthread"; fi; \
+	  apt_install libopenblas0-pthread || $(INSTALL_MKL) || \
+	    echo "going on without OpenBLAS, up to 30 times slower;" \
+	      "on Debian: sudo apt-get install libopenblas0-pthread"; fi; \
+	if [ "$$(uname)" = Linux ]; then \
+	  echo "measuring which matrix products are fastest here"; \
+	  if .venv/bin/mlx-sleep doctor --calibrate 2>/dev/null | grep -q 'mlx-sleep\[mkl\]'; then \
+	    $(INSTALL_MKL) && .venv/bin/mlx-sleep doctor --calibrate >/dev/null || true; fi; fi; \
 	command -v g++ >/dev/null || command -v clang++ >/dev/null || apt_install g++ || \
 	  echo "the Metal kernels will not be tested: there is no C++ compiler"; \
 	touch $@

@@ -24,6 +24,7 @@ from . import output
 COMMANDS = {
     "chat": ("chat", "chat"),
     "generate": ("chat", "generate"),
+    "serve": ("serve", "serve"),
     "sleep": ("memory", "sleep"),
     "memory": ("memory", "app"),
     "train": ("train", "train"),

@@ -101,10 +101,12 @@ class SleepModel(nn.Module):
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
     `can_fold_user` says whether `hidden` and `block` take `write`, which SleepConfig.fold needs.
+    `trained_to_sleep` is set when the model is loaded (`checkpoint.TRAINING`).
     """
 
     loops: int = 1
     can_fold_user: bool = False
+    trained_to_sleep: bool = False
 
     def __init__(self, sleep: SleepConfig, blocks: int):
         super().__init__()
@@ -250,6 +252,18 @@ def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
         values = mx.slice_update(old["values"], values, at, axes=(2,))
     grown = {"keys": keys, "values": values, "length": length + T, "offset": offset + seen}
     return grown if valid is None else {**grown, "valid": valid}
+
+
+def lend_kv(state: State, after: State) -> State:
+    """`state`, with its KV in the buffers of a state `after` that has read on from it.
+
+    The same values: a buffer's first `length` slots are those of the older state. So nothing holds
+    the older buffers, and MLX can append to them in place.
+    """
+    return [
+        {**old, **{name: new[name] for name in (*_KV, "valid") if name in old}}
+        for old, new in zip(state, after, strict=True)
+    ]
 
 
 _KV = ("keys", "values")

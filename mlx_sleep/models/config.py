@@ -80,6 +80,7 @@ class Fields:
     quantization: dict | None = None
     quantization_config: dict | None = None
     sleep: dict | None = None
+    sleep_training: dict | None = None
     sleep_layers: Annotated[list[dict], Range(0, limits.LAYERS)] | None = None
     source_config: dict | None = None
     fingerprint: str | None = None
@@ -101,6 +102,12 @@ class Generation:
     bos_token_id: _Ids | None = None
     eos_token_id: _Ids | None = None
     pad_token_id: _Ids | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Range(0)] | None = None
+    top_p: Annotated[float, Range(0, 1)] | None = None
+    top_k: CountOrZero | None = None
+    min_p: Annotated[float, Range(0, 1)] | None = None
+    repetition_penalty: Positive | None = None
 
     @property
     def eos_token_ids(self) -> list[int] | None:
@@ -122,10 +129,12 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def read_generation_config(path: Path) -> Generation:
-    """Of the folder's generation_config.json; empty where there is none."""
+def read_generation_config(path: Path, over: dict | None = None) -> Generation:
+    """Of the folder's generation_config.json, with the fields `over` it; empty without either."""
     file = path / "generation_config.json"
-    return schema.read_file(Generation, file) if file.is_file() else Generation()
+    fields = read_json(file) if file.is_file() else {}
+    with schema.naming(file):
+        return schema.read(Generation, {**fields, **(over or {})})
 
 
 def check_quantization(quantization: Any) -> Quantization:
