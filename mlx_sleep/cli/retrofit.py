@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -105,7 +105,12 @@ def retrofit(
     opened = choose(model, None, revision, local_files_only).open()
     loaded, tokenizer, config = load(opened)
     host = cast("SleepModel", loaded)
-    sleep = {"passes": passes, "window": window, "eviction": "hard", "fold": fold}
+    sleep: dict[str, Any] = {
+        "passes": passes,
+        "window": window,
+        "eviction": "hard",
+        "fold": fold,
+    }
     if host.has_fast_weights:
         configs, rank = [], 16 if lora_rank is None else lora_rank
         _check_hybrid(model, config, places, rank, fold)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..models.base import SleepModel, evict
+from ..models.base import evict
 from ..models.inserted import Inserted
 from ..models.lora import left_out
 from ..sleep import passes_over
@@ -81,8 +81,8 @@ def life_batch(arrays: dict[str, np.ndarray], fold: str = "all") -> LifeBatch:
     )
 
 
-def life_hidden(model: SleepModel, tokens, write, passes: int = 1):
-    """h [B, W, T, hidden] of the wake pass over each window, with a sleep after each.
+def life_hidden(model, tokens, write, passes: int = 1):
+    """h [B, W, T, hidden] of a SleepModel's wake pass over each window, with a sleep after each.
 
     tokens [B, W, T] int32, write [B, W, T] bool (False at padding too, and nowhere else in models
     that fold all); S is zero at first. The model's eviction is hard.

@@ -251,9 +251,9 @@ class Retrofit:
         """The first process's parameters in all of them."""
         if self.group.size() == 1:
             return
-        named = tree_flatten(self.model.trainable_parameters())
-        own = [(n, x if self.leads else mx.zeros_like(x)) for n, x in named]
-        same = [(n, mx.distributed.all_sum(x, group=self.group)) for n, x in own]
+        named = dict(tree_flatten(self.model.trainable_parameters()))
+        own = {n: x if self.leads else mx.zeros_like(x) for n, x in named.items()}
+        same = [(n, mx.distributed.all_sum(x, group=self.group)) for n, x in own.items()]
         self.model.load_weights(same, strict=False)
         mx.eval(self.model.trainable_parameters())
 
@@ -265,9 +265,9 @@ class Retrofit:
         if self.group.size() == 1:
             return real, seconds
         own = mx.array([real, seconds, self.told_to_stop], mx.float32)
-        tokens, total, stops = mx.distributed.all_sum(own, group=self.group).tolist()
-        self.stopped = stops > 0
-        return round(tokens), total / self.group.size()
+        tokens, total, stops = np.array(mx.distributed.all_sum(own, group=self.group))
+        self.stopped = bool(stops)
+        return int(tokens), float(total) / self.group.size()
 
     def evaluate(self) -> dict:
         """Shares of tokens predicted right in the unseen lives: of values, with S kept from window
