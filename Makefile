@@ -4,6 +4,7 @@
 #   make lint | types | wheel | clean
 #   make parity [ARGS="NAME --json"]    compare the architectures with PyTorch's; needs torch
 #   make kernel-report                  count what the kernels ask of a GPU, without one
+#   make fuzz [ARGS="--count 20000"]    damage files in many ways; none may crash or pass for sound
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
 
 READY := .venv/.ready
@@ -29,6 +30,9 @@ types: $(READY)
 mutants: $(READY)
 	@.venv/bin/python -m tests.metal.mutants $(ARGS)
 
+fuzz: $(READY)
+	@.venv/bin/python -m tests.fuzz $(ARGS)
+
 kernel-report: $(READY)
 	@.venv/bin/python -m tests.metal.report $(ARGS)
 
@@ -41,7 +45,7 @@ wheel: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint types parity kernel-report mutants wheel clean
+.PHONY: chat test lint types parity fuzz kernel-report mutants wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \
@@ -57,6 +61,10 @@ APT_INSTALL = apt_install() { \
 	  get="$$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y"; \
 	  $$get install $$1 >/dev/null 2>&1 || \
 	    { $$get update >/dev/null 2>&1; $$get install $$1 >/dev/null 2>&1; }; }
+
+# Needs no root, but 1 GB. Fails on ARM, for which there is none.
+INSTALL_MKL = { [ "$$(uname -m)" = x86_64 ] && echo "installing MKL" && \
+	  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mkl]'; }
 
 .venv/bin/python:
 	@set -e; $(APT_INSTALL); python=$$($(FIND_PYTHON)); \
@@ -75,8 +83,13 @@ $(READY): pyproject.toml .venv/bin/python
 	PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
 	if [ "$$(uname)" = Linux ] && ! .venv/bin/python -c \
 	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
-	  apt_install libopenblas0-pthread || echo "going on without OpenBLAS, up to 30 times" \
-	    "slower; on Debian: sudo apt-get install libopenblas0-pthread"; fi; \
+	  apt_install libopenblas0-pthread || $(INSTALL_MKL) || \
+	    echo "going on without OpenBLAS, up to 30 times slower;" \
+	      "on Debian: sudo apt-get install libopenblas0-pthread"; fi; \
+	if [ "$$(uname)" = Linux ]; then \
+	  echo "measuring which matrix products are fastest here"; \
+	  if .venv/bin/mlx-sleep doctor --calibrate 2>/dev/null | grep -q 'mlx-sleep\[mkl\]'; then \
+	    $(INSTALL_MKL) && .venv/bin/mlx-sleep doctor --calibrate >/dev/null || true; fi; fi; \
 	command -v g++ >/dev/null || command -v clang++ >/dev/null || apt_install g++ || \
 	  echo "the Metal kernels will not be tested: there is no C++ compiler"; \
 	touch $@

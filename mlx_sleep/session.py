@@ -9,15 +9,16 @@ keeps is evaluated, so that it need not always be the same one).
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chat_template import ChatTokenizer
@@ -33,11 +34,17 @@ from .models.base import (
     unflatten_state,
 )
 from .models.calibrate import calibrate
+from .models.checkpoint import Checkpoint
+from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
 from .utils.errors import UserError
+from .wake import READ, WorkingState
 
 OnPass = Callable[[int, int, float], None]
 ShouldStop = Callable[[], bool]
+OnRead = Callable[[int, int], None]
+
+_UNKNOWN = -1  # in place of a token that is not known yet
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,14 @@ class Session:
 
     passes, window  N and L; None takes the model's own
     max_tokens      longest reply, in tokens
-    temp, top_p     sampling, as in mlx-lm: temp 0 is greedy
+    temp, top_p, top_k, min_p, repetition_penalty
+                    sampling, by mlx-lm's names (`Sampling`): temp 0, the default, is greedy
     seed            of the sampling; None leaves MLX's random state alone
     on_sleep        called with the SleepReport of every sleep, those of a full window included
 
-    `sampler` may be replaced by any of mlx-lm's: log-probabilities [1, V] -> token ids [1].
+    `sampling` may be set to another between turns, and `sampler` to any of mlx-lm's:
+    log-probabilities [1, V] -> token ids [1]. It is called one token ahead of the reply.
+    `cut` says whether the last reply ended because it had max_tokens tokens.
 
     It sleeps by itself when a turn would not fit in the window, and on `close`. A memory with
     tokens that no sleep has folded in yet is replayed through the model. Errors are UserErrors;
@@ -97,6 +107,9 @@ class Session:
         max_tokens: int = 256,
         temp: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
         on_sleep: Callable[[SleepReport], None] | None = None,
     ):
@@ -107,10 +120,7 @@ class Session:
         self.passes, self.window = config.passes, config.window
         if max_tokens < 1:
             raise UserError(f"max tokens must be at least 1, not {max_tokens}")
-        if not 0 <= temp < float("inf"):
-            raise UserError(f"the temperature must be 0 or more, not {temp}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top-p must be above 0 and at most 1, not {top_p}")
+        sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty)
         if seed is not None and not 0 <= seed < 2**64:
             raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
         self.model, self.memory = model, memory
@@ -119,7 +129,9 @@ class Session:
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
         self.max_tokens, self.on_sleep = max_tokens, on_sleep
-        self.sampler: Callable[[mx.array], mx.array] = make_sampler(temp=temp, top_p=top_p)
+        self.sampler: Callable[[mx.array], mx.array]
+        self.sampling = sampling
+        self.cut = False
         if seed is not None:
             mx.random.seed(seed)
         # Loaded weights are lazy, and a lazy array can only be evaluated by its own thread.
@@ -129,6 +141,7 @@ class Session:
         self._tokens = self._sleeps = 0
         self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
         self._snapshot = model.init_state()
+        self._working = WorkingState(model, len(self.tokenizer))
         if memory is not None:
             _check(memory, model)
             self._tokens, self._sleeps = memory.header.tokens, memory.header.sleeps
@@ -136,7 +149,7 @@ class Session:
                 self._snapshot = unflatten_state(memory.arrays, len(self._snapshot))
                 mx.eval(self._snapshot)
             self._pending = list(memory.pending)
-        self._rewind()
+        self._working.rewind(self._snapshot)
         # A process that was killed leaves a journal that may end within a reply.
         end = self.tokenizer.end_ids
         open_end = bool(self._pending) and self._pending[-len(end) :] != end
@@ -147,31 +160,38 @@ class Session:
     @classmethod
     def open(
         cls,
-        model_path: str | Path | None = None,
+        model: str | Path | Checkpoint | None = None,
         memory: str | None = None,
         *,
         adapter: str | Path | None = None,
         home: str | os.PathLike | None = None,
         **options: Any,
     ) -> Session:
-        """Loads a model folder (None is the embedded model) and opens a memory by name.
+        """Loads a model and opens a memory by name.
 
-        adapter is the folder of an adapter for the model; home is the folder of the memories;
-        options are those of `Session`. UserError when a folder or the memory cannot be used.
+        model is a folder of ours or of mlx-lm's, or what `mlx_sleep.open_model` makes of any other
+        and of an id on Hugging Face; None is the embedded model. adapter is the folder of an
+        adapter for it; home is the folder of the memories; options are those of `Session`; sampling
+        that they don't give (or give as None) is as the folder's generation_config.json has it.
+        UserError when a folder or the memory cannot be used.
         """
-        from .models.load import EMBEDDED, fingerprint, load
+        from .models.load import EMBEDDED, fingerprint, generation_of, load, open_folder
 
-        path = EMBEDDED if model_path is None else model_path
-        loaded, tokenizer, _ = load(path, adapter=adapter)
-        model = cast(SleepModel, loaded)
+        source = model if isinstance(model, Checkpoint) else open_folder(model or EMBEDDED)
+        sampling = Sampling.of(generation_of(source.path, adapter))
+        for name, value in asdict(sampling).items():
+            if options.get(name) is None:
+                options[name] = value
+        loaded, tokenizer, _ = load(source, adapter=adapter)
+        loaded = cast(SleepModel, loaded)
         if memory is None:
-            return cls(model, tokenizer, **options)
-        name = "embedded" if model_path is None else str(model_path)
+            return cls(loaded, tokenizer, **options)
+        name = "embedded" if source.path == EMBEDDED else source.name
         if adapter is not None:
             name += f" with {adapter}"
-        opened = Memory.open(memory, fingerprint(path, adapter), model=name, home=home)
+        opened = Memory.open(memory, fingerprint(source, adapter), model=name, home=home)
         try:
-            return cls(model, tokenizer, opened, **options)
+            return cls(loaded, tokenizer, opened, **options)
         except BaseException:
             opened.close()
             raise
@@ -183,6 +203,7 @@ class Session:
         text: str,
         on_pass: OnPass | None = None,
         should_stop: ShouldStop | None = None,
+        on_read: OnRead | None = None,
     ) -> Generator[str]:
         """Takes a user's turn and streams the reply, in pieces of text as they are generated.
 
@@ -193,7 +214,35 @@ class Session:
 
         on_pass and should_stop are those of `sleep`, for a window that fills up on the way.
         SleepCancelled here means that the turn was not taken; from the reply, that it ends there.
+        on_read(done, total) is called while the turn is read, with tokens; what it raises ends the
+        reply.
         """
+        self._take(text, [], on_pass, should_stop)
+        self._open_reply = reply = object()
+        self._sync()
+        return self._reply(reply, on_pass, should_stop, on_read)
+
+    def hear(
+        self,
+        text: str,
+        reply: str,
+        on_pass: OnPass | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> None:
+        """Takes a user's turn with its reply, said in some other place. "" is a reply cut at once.
+
+        Both are in the journal and on the disk when this returns, and read through the model.
+        Errors are those of `say`; SleepCancelled may leave the turn to be read by the next call.
+        """
+        end = self.tokenizer.encode_text(reply.strip()) + self.tokenizer.end_ids
+        self._take(text, end, on_pass, should_stop)
+        self._sync()
+        self._feed(on_pass, should_stop)
+
+    def _take(
+        self, text: str, reply: list[int], on_pass: OnPass | None, should_stop: ShouldStop | None
+    ) -> None:
+        """Puts a user's turn, and what is known of its reply, into the window and the journal."""
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
@@ -202,20 +251,17 @@ class Session:
         except UnicodeEncodeError:
             raise UserError("the text is not valid UTF-8; check the encoding") from None
         self._end_reply()
-        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
+        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending) + reply
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
                 f"the window of {self.window} tokens is full, and {NOTHING_TO_SLEEP_INTO}, "
                 "forget, or take a longer --window"
             )
-        room = len(ids) + self.window // 8
+        room = len(ids) + (0 if reply else self.window // 8)
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
         self._record(ids)
-        self._open_reply = reply = object()
-        self._sync()
-        return self._reply(reply, on_pass, should_stop)
 
     def ask(self, text: str) -> str:
         """`say`, with the whole reply at once."""
@@ -224,22 +270,36 @@ class Session:
     tell = ask
 
     def _reply(
-        self, this: object, on_pass: OnPass | None, should_stop: ShouldStop | None
+        self,
+        this: object,
+        on_pass: OnPass | None,
+        should_stop: ShouldStop | None,
+        on_read: OnRead | None,
     ) -> Generator[str]:
-        """Samples tokens until a stop id, one forward pass each."""
+        """Samples tokens until a stop id, one forward pass each, one token ahead."""
         detokenizer = self.tokenizer.detokenizer
+        self.cut = False
         try:
-            for _ in range(self.max_tokens):
-                if self._open_reply is not this:  # another turn or a sleep came in between
-                    return
-                self._feed(on_pass, should_stop)
-                token = self._sample()
-                if token in self.tokenizer.stop_ids or self._no_room(1):
+            self._feed(on_pass, should_stop, on_read)
+            token = self._sample()
+            for left in reversed(range(self.max_tokens)):
+                following = self._run_ahead(token) if left else None
+                taken = cast(int, token.item())
+                if taken in self.tokenizer.stop_ids or self._no_room(1):
                     break
-                self._record([token])
-                detokenizer.add_token(token)
+                self._record([taken])
+                self.cut = not left
+                detokenizer.add_token(taken)
                 if piece := detokenizer.last_segment:
                     yield piece
+                if self._open_reply is not this:  # another turn or a sleep came in between
+                    return
+                if following is not None:
+                    self._working.take()
+                    token = following
+                elif left:  # the window is full
+                    self._feed(on_pass, should_stop)
+                    token = self._sample()
             detokenizer.finalize()
             if piece := detokenizer.last_segment:
                 yield piece
@@ -247,10 +307,37 @@ class Session:
             if self._open_reply is this:
                 self._end_reply()
 
-    def _sample(self) -> int:
-        assert self._logits is not None  # a turn has been fed
-        logprobs = self._logits - mx.logsumexp(self._logits)
-        return cast(int, self.sampler(logprobs[None]).item())
+    @property
+    def sampling(self) -> Sampling:
+        """How replies are sampled, from the next one on when it is set."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self.sampler = sampling.sampler(len(self.tokenizer))
+        self._processors = sampling.processors()
+
+    def _sample(self, ahead: mx.array | None = None, logits: mx.array | None = None) -> mx.array:
+        """The token [1] after the pending ones and `ahead` [1], from logits [V]; not evaluated."""
+        logits = self._working.logits if logits is None else logits
+        assert logits is not None  # a turn has been fed
+        logits = logits[None]
+        if self._processors:
+            so_far = mx.array(self._pending[-REPETITION_CONTEXT:])
+            so_far = so_far if ahead is None else mx.concatenate([so_far, ahead])
+            for process in self._processors:
+                logits = process(so_far, logits)
+        return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    def _run_ahead(self, token: mx.array) -> mx.array | None:
+        """What follows a token [1] that isn't taken yet; None where the window is full then."""
+        if len(self._pending) >= self.window:
+            return None
+        with self._rewinding():
+            end = len(self._pending)
+            write = self._fold(end, end + 1).get("write")
+            return self._working.run_ahead(token, partial(self._sample, token), write)
 
     def _no_room(self, tokens: int) -> bool:
         """Whether so many and a reply's end don't fit in the window, and no sleep can make room."""
@@ -333,7 +420,7 @@ class Session:
         self._snapshot, self._pending = state, rest
         self._tokens += len(folded)
         self._sleeps += 1
-        self._rewind()
+        self._working.rewind(self._snapshot)
 
     # --- the window ------------------------------------------------------------------------
 
@@ -350,55 +437,57 @@ class Session:
     @property
     def state(self) -> State:
         """The working state. Its KV cache is copied while anybody holds it: don't keep it."""
-        return self._state
+        return self._working.state
 
     def stats(self) -> Stats:
         return Stats(
             window_tokens=len(self._pending),
             window=self.window,
             passes=self.passes,
-            kv_bytes=kv_bytes(self._state),
-            fast_weight_bytes=fast_weight_bytes(self._state),
+            kv_bytes=kv_bytes(self.state),
+            fast_weight_bytes=fast_weight_bytes(self.state),
             tokens=self._tokens,
             sleeps=self._sleeps,
         )
 
-    def _rewind(self) -> None:
-        """The working state goes back to the start of the window."""
-        self._state: State = self._snapshot
-        self._fed = 0  # how many of the pending tokens the working state has seen
-        self._logits: mx.array | None = None  # [V], after the last token fed
+    @contextlib.contextmanager
+    def _rewinding(self) -> Iterator[None]:
+        """What raises in here has lost the working state: the next call reads the window again."""
+        try:
+            yield
+        except BaseException:
+            self._working.rewind(self._snapshot)
+            raise
 
-    def _feed(self, on_pass: OnPass | None = None, should_stop: ShouldStop | None = None) -> None:
-        """Runs the pending tokens that the working state has not seen; keeps the last one's logits.
+    def _feed(
+        self,
+        on_pass: OnPass | None = None,
+        should_stop: ShouldStop | None = None,
+        on_read: OnRead | None = None,
+    ) -> None:
+        """Runs the pending tokens that the working state has not seen.
 
         It sleeps when the window is full and more is to come.
         """
-        while self._fed < len(self._pending):
-            if self._fed == self.window:
+        while (start := self._working.read) < len(self._pending):
+            if start == self.window:
                 self._consolidate(self.window, on_pass, should_stop)
                 continue
-            tokens = self._pending[self._fed : self.window]
-            # MLX appends to a KV cache in place only when nothing else holds the old arrays.
-            state, self._state = self._state, []
-            try:
-                fold = self._fold(self._fed, self._fed + len(tokens))
-                h, state = self.model.hidden(mx.array([tokens]), state, **fold)
-                # Some models have more rows than their tokenizer has tokens.
-                logits = self.model.head(h[:, -1:])[0, -1, : len(self.tokenizer)]
-                logits = logits.astype(mx.float32)
-                mx.eval(logits, state)
-            except BaseException:
-                self._rewind()  # the old state is gone: the next call reads the window again
-                raise
-            self._state, self._logits = state, logits
-            self._fed += len(tokens)
+            if on_read:
+                on_read(start, len(self._pending))
+            end = min(start + READ, self.window, len(self._pending))
+            with self._rewinding():
+                self._working.feed(self._pending[start:end], self._fold(start, end).get("write"))
 
     def _fold(self, start: int, end: int) -> dict[str, mx.array]:
-        """Which of these pending tokens write into S, as `write` [1, n]; nothing when all do."""
+        """Which of these pending tokens write into S, as `write` [1, n]; nothing when all do.
+
+        One more than are pending is the next token of a reply, whatever it is.
+        """
         if self.model.sleep.fold == "all":
             return {}
-        return {"write": ~mx.array([self.tokenizer.in_replies(self._pending)[start:end]])}
+        said = self.tokenizer.in_replies([*self._pending, _UNKNOWN])
+        return {"write": ~mx.array([said[start:end]])}
 
     def _record(self, ids: list[int]) -> None:
         """Puts tokens into the journal and the window. Nothing has changed if it raises."""
@@ -417,6 +506,8 @@ class Session:
     def _end_reply(self) -> None:
         """Closes an open reply, however it came to its end, so that the format stays legal."""
         if self._open_reply is not None:
+            with self._rewinding():
+                self._working.settle()
             self._record(self.tokenizer.end_ids)
             self._open_reply = None
             self._sync()
@@ -430,7 +521,7 @@ class Session:
         self._tokens = self._sleeps = 0
         self._pending, self._open_reply = [], None
         self._snapshot = self.model.init_state()
-        self._rewind()
+        self._working.rewind(self._snapshot)
 
     def close(
         self,

@@ -18,8 +18,8 @@ from .models.base import State, evict, kv_bytes
 from .utils.errors import UserError
 
 NOTHING_TO_SLEEP_INTO = (
-    "this model has attention layers only, so there is nothing to sleep into; add sleep layers "
-    "with mlx-sleep convert --insert"
+    "this model has attention layers only, so there is nothing to sleep into; train sleep layers "
+    "in it with mlx-sleep retrofit"
 )
 
 
@@ -167,6 +167,12 @@ def consolidate(
     tokens_in = tokens.size if mask is None else int(mask.sum())
     seconds = time.perf_counter() - started
     return new, SleepReport(tokens_in, passes, seconds, tuple(moved), held - kv_bytes(new))
+
+
+def count_steps(model, passes: int) -> int:
+    """How often a whole sleep of so many passes asks should_stop: once after every block."""
+    lo, hi = model.sleep.loop_range or (0, model.num_layers)
+    return model.num_layers + (passes - 1) * (hi - lo)
 
 
 def _arrays(layer):

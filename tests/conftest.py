@@ -78,6 +78,7 @@ SLOW = (
     "test_memory_crash",
     "test_packaging",
     "test_parity_",
+    "test_server",
 )
 
 

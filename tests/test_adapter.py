@@ -16,7 +16,7 @@ from mlx_sleep.convert.insert import insert_into, plan
 from mlx_sleep.memory import Memory
 from mlx_sleep.models.adapter import WEIGHTS, open_adapter, save_adapter
 from mlx_sleep.models.layers import dense
-from mlx_sleep.models.load import build, fingerprint, fuse, load, load_model, save
+from mlx_sleep.models.load import build, fingerprint, fuse, generation_of, load, load_model, save
 from mlx_sleep.models.weights import weights_digest
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
@@ -73,6 +73,7 @@ def adapter_folder(path, base, *, bits=None, lora=(), fold="all", change=lambda 
     config = {
         "sleep_layers": layers,
         "sleep": {"passes": 1, "window": 64, "eviction": "hard", "fold": fold},
+        "generation": {"do_sample": False},
         "lora_rank": 2 if lora else 0,
         "base": {"weights": weights_digest(base), "name": "tiny"},
     }
@@ -121,6 +122,7 @@ def test_fused(tmp_path, base, bits, lora):
     fused, config = load_model(tmp_path / "fused")
     assert mx.allclose(logits_after_sleep(apart), logits_after_sleep(fused), atol=1e-4)
     assert config["sleep_layers"] and (tmp_path / "fused" / "tokenizer.json").is_file()
+    assert generation_of(tmp_path / "fused").do_sample is False
     with pytest.raises(UserError, match="exists already"):
         fuse(base, path, tmp_path / "fused")
 

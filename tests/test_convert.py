@@ -466,7 +466,7 @@ def test_configs_that_lack_what_a_mapping_needs(tmp_path):
     source = write(tmp_path / "theirs", config, weights)
     assert "lacks 'layer_types'" in refusal(source, tmp_path / "ours")
     write(source, {**GRANITE, "layer_types": 5}, weights)
-    assert "value that does not fit" in refusal(source, tmp_path / "ours")
+    assert "layer_types must be a list of strings, not 5" in refusal(source, tmp_path / "ours")
 
 
 def test_bad_shards(tmp_path, weights):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sleep.convert.architectures.mlx_lm import _check_scaling, _granite
+from mlx_sleep.convert.architectures.fields import check_scaling
+from mlx_sleep.convert.architectures.mlx_lm import _granite
 from mlx_sleep.utils.errors import UserError
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -22,17 +23,23 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_scaled_rope_that_mlx_lm_ignores_is_refused(rope, message):
     with pytest.raises(UserError, match=message):
-        _check_scaling(rope)
+        check_scaling(rope)
 
 
 def test_scaled_rope_that_mlx_lm_computes_is_not():
     for rope in ({}, {"type": "linear", "factor": 4.0}, YARN, {**YARN, "truncate": True}):
-        _check_scaling(rope)
-    _check_scaling({**YARN, "mscale": 1.0, "mscale_all_dim": 1.0})
-    _check_scaling({**YARN, "factor": 8.0, "attention_factor": 1.2079441541679836})
+        check_scaling(rope)
+    check_scaling({**YARN, "mscale": 1.0, "mscale_all_dim": 1.0})
+    check_scaling({**YARN, "factor": 8.0, "attention_factor": 1.2079441541679836})
 
 
 def test_granite_has_no_scaled_rope():
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     with pytest.raises(UserError, match="granitemoehybrid with scaled RoPE"):
-        _granite({"position_embedding_type": "rope", "rope_parameters": rope})
+        _granite(
+            {
+                "model_type": "granitemoehybrid",
+                "position_embedding_type": "rope",
+                "rope_parameters": rope,
+            }
+        )

@@ -1,5 +1,5 @@
-"""Imports run one way: cli -> session -> sleep -> models -> ops -> kernels, cli -> lab -> training
--> sleep, and cli -> convert -> models."""
+"""Imports run one way: cli -> server -> session -> sleep -> models -> ops -> kernels, cli -> lab ->
+training -> sleep, and cli -> convert -> models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ ALLOWED = {
     "chat_template": "tokens",
     "models": "ops chat_template",
     "sleep": "models",
+    "wake": "models",
+    "sampling": "models",
+    "manners": "",
     "memory": "models",
-    "session": "memory sleep models chat_template",
+    "session": "memory sleep wake sampling models chat_template",
+    "server": "session memory sleep",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models
     "lab.tasks": "",
-    "lab.bench": "lab sleep models ops kernels",
+    "lab.bench": "lab session sleep models ops kernels chat_template",
     "lab.study": "lab lab.tasks memory training sleep models",
     "lab": "lab.bench lab.study lab.tasks training sleep models",
 }

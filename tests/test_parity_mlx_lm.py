@@ -20,9 +20,10 @@ from safetensors.torch import save_file  # noqa: E402
 
 from mlx_sleep.convert.torch.mlx_lm import Reference  # noqa: E402
 from tests.parity import CASES, compared, mlx_lm  # noqa: E402
+from tests.parity.configs import ATTENTION_ONLY  # noqa: E402
 
 AWAKE = ("prefill", "steps", "padded")
-HYBRIDS = [name for name in mlx_lm.CONFIGS if name not in ("llama", "qwen2", "qwen3")]
+HYBRIDS = [name for name in mlx_lm.CONFIGS if name not in ATTENTION_ONLY]
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import mlx_sleep
 from mlx_sleep.cli import doctor as doctor_module
+from mlx_sleep.cli import doctor_blas
 from mlx_sleep.models import load
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
-from mlx_sleep.utils import platform
+from mlx_sleep.utils import blas_choice, platform
+from mlx_sleep.utils.blas import Blas
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="BLAS is loaded on Linux only")
 
@@ -32,7 +34,8 @@ def has_openblas() -> bool:
 
 def fresh(code: str, **environment: str) -> dict:
     """What `code` prints as JSON in a new process, where nothing is imported yet."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MLX_SLEEP_BLAS", *THREADS)}
+    kept = {k: v for k, v in os.environ.items() if k not in BLAS}
+    kept["XDG_CACHE_HOME"] = os.environ["MLX_SLEEP_HOME"]  # nothing was measured there
     done = subprocess.run(
         [sys.executable, "-c", f"import json\n{code}"],
         env={**kept, **environment},
@@ -43,7 +46,13 @@ def fresh(code: str, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
-THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+BLAS = (
+    "MLX_SLEEP_BLAS",
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_NUM_THREADS",
+    "GOTO_NUM_THREADS",
+    "OMP_NUM_THREADS",
+)
 STATUS = "import mlx_sleep; b = mlx_sleep.BLAS; print(json.dumps([b.status, b.detail]))"
 SPEED = (
     "import mlx_sleep.utils.platform as p\n"
@@ -213,8 +222,9 @@ def test_doctor_rejects_wrong_products(embedded, monkeypatch):
 @linux
 def test_doctor_names_one_command_when_openblas_is_missing(embedded, monkeypatch):
     monkeypatch.setattr(doctor_module, "_backend", lambda mx: "CPU")
-    monkeypatch.setattr(doctor_module, "BLAS", platform.Blas("missing"))
+    monkeypatch.setattr(doctor_blas, "BLAS", Blas("missing"))
+    monkeypatch.setattr(blas_choice, "installed", lambda: [])
     monkeypatch.setattr(platform, "nvidia_gpu", lambda: False)
-    monkeypatch.setattr(doctor_module.shutil, "which", lambda tool: tool == "apt-get")
+    monkeypatch.setattr(doctor_blas.shutil, "which", lambda tool: tool == "apt-get")
     report = doctor_module.examine()
     assert report["usable"] and report["advice"].endswith("apt-get install libopenblas0-pthread")

@@ -80,7 +80,8 @@ def test_a_reply_is_one_forward_pass_a_token_over_turn_and_reply(monkeypatch):
     turn = TOKENIZER.turn(said, first=True)
     reply = TOKENIZER.encode_text("I see")
     assert list(session.pending) == turn + reply + END
-    assert calls == [len(turn)] + [1] * len(reply)
+    # One pass ran ahead, of the token that turned out to be the end.
+    assert calls == [len(turn)] + [1] * len(reply) + [1]
 
     # What the next token is predicted from is what the model gives for all of it at once.
     second, seen = text(10), []
@@ -89,8 +90,27 @@ def test_a_reply_is_one_forward_pass_a_token_over_turn_and_reply(monkeypatch):
     monkeypatch.undo()
     everything = turn + reply + END + TOKENIZER.turn(second, first=False)
     logits = MODEL(mx.array([everything]))[0][0, -1, : len(TOKENIZER)]
-    assert len(seen) == 1
+    assert len(seen) == 2  # the other one is ahead
     assert mx.allclose(seen[0][0], logits - mx.logsumexp(logits), rtol=1e-3, atol=1e-4)
+
+
+def test_hearing_a_turn_with_its_reply_is_having_said_it():
+    said, heard = Session(MODEL, TOKENIZER), Session(MODEL, TOKENIZER)
+    script(said, "I see")
+    said.ask("My cat is Zorvi.")
+    heard.hear("My cat is Zorvi.", "I see")
+    assert heard.pending == said.pending
+    said.sleep(), heard.sleep()
+    assert same(said.snapshot, heard.snapshot, tolerance=1e-4)
+
+
+def test_hearing_more_than_a_window_sleeps_on_the_way():
+    session = Session(MODEL, TOKENIZER)
+    session.hear(text(30), text(150))
+    session.hear(text(10), "")
+    stats = session.stats()
+    assert stats.sleeps == 3 and stats.window_tokens < 64
+    assert session.pending[-len(END) :] == tuple(END)
 
 
 def test_a_token_is_added_to_the_kv_cache_in_place():

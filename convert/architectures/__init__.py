@@ -19,10 +19,9 @@ def architectures() -> tuple[Architecture, ...]:
     """All of them, in the order of their modules' names."""
     found: list[Architecture] = []
     for module in sorted(info.name for info in pkgutil.iter_modules(__path__)):
-        if module == "base":
-            continue
         exported = importlib.import_module(f"{__name__}.{module}")
-        found += getattr(exported, "ARCHITECTURES", None) or (exported.ARCHITECTURE,)
+        found += getattr(exported, "ARCHITECTURES", ())
+        found += [exported.ARCHITECTURE] if hasattr(exported, "ARCHITECTURE") else []
     return tuple(found)
 
 

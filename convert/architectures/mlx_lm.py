@@ -8,7 +8,6 @@ is no exact way back, and such a folder can't be exported.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -17,76 +16,68 @@ import mlx.core as mx
 from ...models import mlx_lm_model
 from ...utils.errors import UserError
 from .base import Architecture, Weights
+from .fields import NO_LIMIT, complete, every, finite, flat_rope, only, text_model
 
 _ROTARY = r".*rotary_emb\.inv_freq"
 _MTP = r"(model\.)?mtp\..*"
 _VISION = r"(model\.)?(visual|vision_tower)\..*"
-_NO_LIMIT = (0.0, math.inf)
-
-
-def _llama(config: dict) -> dict:
-    return _flat_rope(_only(config, hidden_act="silu"))
-
-
-def _qwen(config: dict) -> dict:
-    config = _llama(config)
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    last = config.get("max_window_layers", 0)
-    if "sliding_attention" in (config.get("layer_types") or ()) or (
-        window and last < config["num_hidden_layers"]
-    ):
-        raise UserError(f"{config['model_type']} with sliding windows is not known to mlx-lm")
-    return config
 
 
 def _qwen3_5(config: dict) -> dict:
     """The text model of a config with or without a vision tower."""
-    text = config.get("text_config") or config
-    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    tokens = {n: config[n] for n in ("eos_token_id", "bos_token_id") if n in config}
-    text = {**tokens, **text, "model_type": "qwen3_5", "tie_word_embeddings": tied}
-    return _flat_rope(_every(_only(text, hidden_act="silu")))
+    return _qwen_text(text_model(config, "qwen3_5"))
+
+
+def _qwen3_5_moe(config: dict) -> dict:
+    return _qwen_text(text_model(config, "qwen3_5_moe"))
+
+
+def _qwen_text(config: dict) -> dict:
+    config = flat_rope(every(only(complete(config), hidden_act="silu")))
+    names = ("rope_theta", "partial_rotary_factor")  # which mlx-lm reads in rope_parameters alone
+    rope = {"rope_type": "default", **(config.get("rope_parameters") or {})}
+    return {**config, "rope_parameters": {**rope, **{name: config[name] for name in names}}}
 
 
 def _qwen3_next(config: dict) -> dict:
-    if not config.get("num_experts"):
+    if not config.get("num_experts", 1):
         raise UserError("qwen3_next without experts is not known to mlx-lm")
-    return _flat_rope(_every(_only(config, hidden_act="silu")))
+    return flat_rope(every(only(complete(config), hidden_act="silu")))
 
 
 def _olmo_hybrid(config: dict) -> dict:
-    config = _flat_rope(_only(config, hidden_act="silu"))
+    config = flat_rope(only(complete(config), hidden_act="silu"))
     if not config.get("rope_parameters"):
-        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10_000.0)}
+        config["rope_parameters"] = {"rope_theta": config["rope_theta"]}
     if config.get("rope_scaling"):
         raise UserError("olmo_hybrid with scaled RoPE is not known to mlx-lm")
     return config
 
 
 def _nemotron_h(config: dict) -> dict:
-    config = _only(
-        config, mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False
+    config = only(
+        complete(config), mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False
     )
     kinds = config.get("layers_block_type") or config.get("layer_types")
     if kinds and not config.get("hybrid_override_pattern"):
         letters = {"linear_attention": "M", "mamba": "M", "mlp": "-", "moe": "E"}
         letters |= {"full_attention": "*", "attention": "*"}
         config["hybrid_override_pattern"] = "".join(letters[kind] for kind in kinds)
-    config["time_step_limit"] = _finite(config.get("time_step_limit") or _NO_LIMIT)
+    config["time_step_limit"] = finite(config.get("time_step_limit") or NO_LIMIT)
     # PyTorch's in_proj and out_proj have a bias by use_bias, mlx-lm's by mamba_proj_bias.
     config["mamba_proj_bias"] = bool(config.get("use_bias"))
     return config
 
 
 def _granite(config: dict) -> dict:
-    config = _flat_rope(_only(config, hidden_act="silu", mamba_n_groups=1))
+    config = flat_rope(only(complete(config), hidden_act="silu", mamba_n_groups=1))
     if config.get("rope_scaling") and config.get("position_embedding_type") == "rope":
         raise UserError("granitemoehybrid with scaled RoPE is not known to mlx-lm")
     kinds = {"linear_attention": "mamba", "full_attention": "attention"}
     config["layer_types"] = [kinds.get(kind, kind) for kind in config["layer_types"]]
     if config.get("position_embedding_type") != "rope":
         config["position_embedding_type"] = "nope"  # mlx-lm takes a missing one for RoPE
-    config["time_step_limit"] = _finite(config.get("time_step_limit") or _NO_LIMIT)
+    config["time_step_limit"] = finite(config.get("time_step_limit") or NO_LIMIT)
     if config.get("mamba_d_head") in (None, "auto"):
         inner = config.get("mamba_expand", 2) * config["hidden_size"]
         config["mamba_d_head"] = inner // config["mamba_n_heads"]
@@ -96,80 +87,17 @@ def _granite(config: dict) -> dict:
 
 
 def _falcon_h1(config: dict) -> dict:
-    config = _flat_rope(_only(config, hidden_act="silu"))
+    config = flat_rope(only(complete(config), hidden_act="silu"))
     if config.get("mamba_rms_norm"):
-        _only(config, mamba_n_groups=1)
-    limit = mlx_lm_model.untagged(config.get("time_step_limit") or _NO_LIMIT)
-    if tuple(limit) != _NO_LIMIT:
+        only(config, mamba_n_groups=1)
+    limit = mlx_lm_model.untagged(config.get("time_step_limit") or NO_LIMIT)
+    if tuple(limit) != NO_LIMIT:
         raise UserError("falcon_h1 with a time_step_limit is not known to mlx-lm")
     if config.get("mamba_d_ssm") is None:
-        config["mamba_d_ssm"] = int(config.get("mamba_expand", 2) * config["hidden_size"])
+        config["mamba_d_ssm"] = int(config["mamba_expand"] * config["hidden_size"])
+    if config.get("mamba_d_head") in (None, "auto"):
+        config["mamba_d_head"] = config["mamba_d_ssm"] // config["mamba_n_heads"]
     return config
-
-
-def _only(config: dict, **known: Any) -> dict:
-    """A copy. UserError where a field that mlx-lm ignores has another value than the known one."""
-    for name, value in known.items():
-        if config.get(name, value) != value:
-            raise UserError(
-                f"{config.get('model_type')} with {name} {config[name]!r} is not known to mlx-lm, "
-                f"only {value!r}"
-            )
-    return dict(config)
-
-
-def _every(config: dict) -> dict:
-    """UserError unless each n-th layer attends, which is all that mlx-lm can express."""
-    kinds = config.get("layer_types")
-    if not kinds:
-        return config
-    n = config.get("full_attention_interval") or kinds.index("full_attention") + 1
-    if [kind == "full_attention" for kind in kinds] != [
-        not i % n for i in range(1, len(kinds) + 1)
-    ]:
-        raise UserError(f"{config['model_type']}: mlx-lm wants attention in every n-th layer")
-    return {**config, "full_attention_interval": n}
-
-
-def _flat_rope(config: dict) -> dict:
-    """rope_parameters, as transformers 5 writes them, in the fields that mlx-lm reads."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        _check_scaling(config.get("rope_scaling") or {})
-        return config
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError("RoPE that differs from layer to layer is not known to mlx-lm")
-    flat = {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    _check_scaling(rope)
-    return {**config, **flat, "rope_scaling": dict(rope) if scaled else None}
-
-
-def _check_scaling(rope: dict) -> None:
-    """UserError for scaled RoPE that mlx-lm computes otherwise than transformers."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    wrong = None
-    if kind == "yarn":
-        factor, attention = rope.get("factor") or 1.0, rope.get("attention_factor")
-        scales = [bool(rope.get(name)) for name in ("mscale", "mscale_all_dim")]
-        usual = 0.1 * math.log(max(factor, 1.0)) + 1.0
-        if not rope.get("original_max_position_embeddings"):
-            wrong = "without original_max_position_embeddings"
-        elif rope.get("truncate") is False:
-            wrong = "with truncate false"
-        elif scales[0] != scales[1]:
-            wrong = "with one of mscale and mscale_all_dim"
-        elif attention is not None and (all(scales) or not math.isclose(attention, usual)):
-            wrong = f"with attention_factor {attention}"
-    elif kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
-        wrong = "with a short_factor of its own"  # mlx-lm takes long_factor in a short text too
-    if wrong:
-        raise UserError(f"RoPE of type {kind} {wrong} is not known to mlx-lm")
-
-
-def _finite(limit) -> list[float]:
-    """A time_step_limit for a JSON file, which has no infinity: no step reaches 1e30."""
-    return [min(float(x), 1e30) for x in mlx_lm_model.untagged(limit)]
 
 
 def _sanitize(config: dict, weights: Weights) -> Weights:
@@ -178,13 +106,16 @@ def _sanitize(config: dict, weights: Weights) -> Weights:
     return model.inner.sanitize(_as_saved(config, weights))
 
 
+_FUSED = r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)"
+
+
 def _as_saved(config: dict, weights: Weights) -> Weights:
     """The state_dict of a running model of transformers, named as its save_pretrained does it."""
     kind, out = config["model_type"], {}
     for name, x in weights.items():
         if kind == "nemotron_h":
             name = re.sub(r"^model\.", "backbone.", name)
-        experts = re.fullmatch(r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)", name)
+        experts = kind != "qwen3_5_moe" and re.fullmatch(_FUSED, name)
         if kind == "granitemoehybrid":
             name = name.replace("moe.router.weight", "moe.router.layer.weight")
             name = name.replace("moe.experts.gate_up_proj", "moe.input_linear.weight")
@@ -197,7 +128,19 @@ def _as_saved(config: dict, weights: Weights) -> Weights:
                     out[f"{prefix}.experts.{n}.{each}.weight"] = y
         else:
             out[name] = x
-    return out
+    return _stacked(out) if kind == "qwen3_5_moe" else out
+
+
+def _stacked(weights: Weights) -> Weights:
+    """Experts that transformers saves one by one, stacked as mlx-lm has them."""
+    experts: dict[str, dict[int, mx.array]] = {}
+    out: Weights = {}
+    for name, x in weights.items():
+        if one := re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name):
+            experts.setdefault(f"{one[1]}.switch_mlp.{one[3]}.weight", {})[int(one[2])] = x
+        else:
+            out[name] = x
+    return {**out, **{n: mx.stack([xs[i] for i in sorted(xs)]) for n, xs in experts.items()}}
 
 
 def _swap_conv(name: str, x: mx.array) -> mx.array:
@@ -302,9 +245,6 @@ def _of(model_type: str, config, sources: tuple[str, ...] = (), **mapping) -> Ar
 
 
 ARCHITECTURES = (
-    _of("llama", _llama),
-    _of("qwen2", _qwen),
-    _of("qwen3", _qwen),
     _of("olmo_hybrid", _olmo_hybrid, sanitize=_olmo_to_ours, unsanitize=_olmo_to_theirs),
     _of(
         "nemotron_h",
@@ -319,7 +259,14 @@ ARCHITECTURES = (
     _of(
         "qwen3_5",
         _qwen3_5,
-        sources=("qwen3_5", "qwen3_5_text"),
+        sources=("qwen3_5_text", "qwen3_5"),
+        sanitize=_sanitize,
+        dropped=(_ROTARY, _MTP, _VISION),
+    ),
+    _of(
+        "qwen3_5_moe",
+        _qwen3_5_moe,
+        sources=("qwen3_5_moe_text", "qwen3_5_moe"),
         sanitize=_sanitize,
         dropped=(_ROTARY, _MTP, _VISION),
     ),

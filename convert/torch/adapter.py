@@ -3,7 +3,8 @@
 adapter_config.json: {"format": "mlx-sleep-adapter",
   "sleep_layers": [{"before": 6, "kind": "delta_attention", "num_heads": 9, "head_dim": 64,
                     "conv_size": 4, "norm_eps": 1e-5}, ...],
-  "sleep": {"passes": 1, "window": 512, "eviction": "hard"}, "lora_rank": 0,
+  "sleep": {"passes": 1, "window": 512, "eviction": "hard"},
+  "generation": {"do_sample": false}, "lora_rank": 0,
   "base": {"fingerprint": ..., "name": ...}, "trained": {...}}
 """
 
@@ -45,6 +46,7 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
             "eviction": "hard",
             "fold": a.fold,
         },
+        "generation": {"do_sample": False},
         "lora_rank": a.lora_rank,
         "base": {"fingerprint": base.fingerprint, "name": base.name},
         "trained": trained,

@@ -15,7 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 # The families that keep S as [B, H, Dk, Dv].
-_DELTA = ("olmo_hybrid", "qwen3_5_text", "qwen3_next")
+_DELTA = (
+    "bailing_hybrid",
+    "kimi_linear",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+)
 
 
 class State(list):
@@ -30,7 +37,10 @@ class Reference:
     def __init__(self, config: dict, sleep: dict):
         fields = {name: value for name, value in config.items() if name != "model_type"}
         self.config = AutoConfig.for_model(config["model_type"], **fields)
-        self.net = AutoModelForCausalLM.from_config(self.config).eval()
+        self.net = AutoModelForCausalLM.from_config(
+            self.config,
+            attn_implementation="eager",  # sdpa has no softcapping
+        ).eval()
         self.transposed = config["model_type"] in _DELTA
         self.keep = sleep["window"] - 1 if sleep.get("eviction") == "sliding" else None
 

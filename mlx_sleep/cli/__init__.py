@@ -16,13 +16,17 @@ import typer
 import typer.core
 
 from .. import __version__
+from ..utils import limits
 from ..utils.errors import UserError
+from ..utils.malloc import keep_freed_memory
 from . import output
 
 # name -> module of this package and what it has: a function, or a Typer with commands of its own
 COMMANDS = {
     "chat": ("chat", "chat"),
     "generate": ("chat", "generate"),
+    "serve": ("serve", "serve"),
+    "service": ("service", "app"),
     "sleep": ("memory", "sleep"),
     "memory": ("memory", "app"),
     "train": ("train", "train"),
@@ -71,11 +75,17 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
     ] = False,
+    no_limits: Annotated[
+        bool,
+        typer.Option("--no-limits", help="Read files that ask for more than any known model has."),
+    ] = False,
 ):
     """A language model that sleeps: it folds what it hears into its fast weights.
 
     Example: mlx-sleep chat
     """
+    if no_limits:
+        limits.lift()
 
 
 # typer's own class, or click's in a typer that has none: what both raise for a wrong option.
@@ -86,6 +96,7 @@ def main() -> NoReturn:
     """The entry point. An error is one line on standard error; the exit code is 2 where typer
     could not read the command line, 1 for a UserError."""
     _open_standard_streams()
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a reply may not fit the locale's encoding
             stream.reconfigure(errors="replace")

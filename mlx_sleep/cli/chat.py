@@ -11,8 +11,8 @@ import typer
 
 from ..utils.errors import UserError
 from . import output, slash
-from .options import MemoryName, SessionOptions, with_session_options
-from .sleeping import Interrupts
+from .options import MemoryName, SessionOptions, SleepOnBattery, with_session_options
+from .sleeping import Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -23,27 +23,38 @@ def chat(
     options: SessionOptions,
     memory: MemoryName = None,
     idle: Annotated[
-        float, typer.Option(help="Seconds without a key press before it sleeps; 0 is never.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            help="Seconds without a key press before it sleeps; 0 is never. "
+            "(default: 10; 0 for a model that was not trained to sleep)",
+            show_default=False,
+        ),
+    ] = None,
+    sleep_on_battery: SleepOnBattery = False,
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
 
-    In a pipe each line is a turn.
+    In a pipe each line is a turn. Idle, it does not sleep on battery, in a low power mode or when
+    the machine is hot; it does when the window is full, on /sleep and at the end.
 
     Example: mlx-sleep chat --memory work --idle 30
     """
-    if not 0 <= idle < float("inf"):
+    if idle is not None and not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
     memory = memory or options.chosen.memory
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        _run_in_pipe(options.open(memory))
+        session = options.open(memory)
+        _say_kind(session)
+        _run_in_pipe(session, sleeps=may_sleep(session.model, idle))
         return
     with output.StatusLine() as status:
         status.show(f"loading {options.chosen.name} ...")
         session = options.open(memory)
+    from ..manners import Manners
     from .terminal import Terminal
 
-    Terminal(session, options.chosen.name, idle).run()
+    manners = Manners(on_battery=sleep_on_battery)
+    Terminal(session, options.chosen.name, idle, manners).run()
 
 
 @with_session_options
@@ -65,7 +76,9 @@ def generate(
     if not prompt.strip():
         raise UserError('the prompt is empty; give one with --prompt "..."')
     session = options.open(memory)
-    with _closing(session), Interrupts() as ctrl_c:
+    if memory is not None:
+        _say_kind(session)
+    with _closing(session, may_sleep(session.model)), Interrupts() as ctrl_c:
         _print_reply(session, prompt, ctrl_c)
     if ctrl_c.count:
         raise typer.Exit(130)
@@ -74,9 +87,15 @@ def generate(
 # --- in a pipe -----------------------------------------------------------------------------
 
 
-def _run_in_pipe(session: Session) -> None:
-    """A turn for each line until the end of the input; then it sleeps."""
-    with _closing(session):
+def _say_kind(session: Session) -> None:
+    """A line about a model that doesn't sleep by itself; nothing of one that does."""
+    if not session.model.trained_to_sleep:
+        output.note(kind(session.model))
+
+
+def _run_in_pipe(session: Session, sleeps: bool) -> None:
+    """A turn for each line until the end of the input; then it sleeps, if it may."""
+    with _closing(session, sleeps):
         for line in _lines():
             text = line.strip()
             if not text:
@@ -94,22 +113,22 @@ def _run_in_pipe(session: Session) -> None:
 
 
 @contextlib.contextmanager
-def _closing(session: Session) -> Iterator[None]:
-    """Sleeps and closes on the way out, also when nobody reads the output any more.
+def _closing(session: Session, sleeps: bool) -> Iterator[None]:
+    """Sleeps, if it may, and closes on the way out, also when nobody reads the output any more.
 
     After any other error it only closes: what was said is in the journal.
     """
     try:
         yield
     except BrokenPipeError:
-        session.close()
+        session.close(sleep=sleeps)
         kept = f"; memory '{session.memory.name}' keeps what was said" if session.memory else ""
         output.note(f"error: nobody reads the output any more{kept}")
         raise
     except BaseException:
         session.close(sleep=False)
         raise
-    session.close()
+    session.close(sleep=sleeps)
 
 
 def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:

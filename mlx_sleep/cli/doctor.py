@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform as python_platform
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .. import BLAS
 from ..utils import platform
 from ..utils.errors import UserError
 from ..utils.files import one_line
-from . import output
+from . import doctor_blas, output
 from .model_names import choose
 from .options import Json, Model
 
@@ -28,13 +26,16 @@ if TYPE_CHECKING:  # it imports MLX
     from ..models.base import SleepModel
 
 _USUAL_HEADS = (16, 32, 128, 128)  # Hk, Hv, Dk, Dv of Qwen3-Next
-_LARGEST_ERROR = 1e-4  # of a 1024x1024 float32 product, relative; right ones stay below 1e-5
 
 
 def doctor(
     as_json: Json = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure now what the ops of --model run on best.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure now what is fastest: the BLAS on a CPU, the ops of --model on a Mac.",
+        ),
     ] = False,
     model: Model = None,
 ):
@@ -62,7 +63,7 @@ def examine() -> dict:
         "versions": _versions(),
         "device": None,
         "backend": None,
-        "blas": {"status": BLAS.status, "detail": BLAS.detail, "gflops": None, "error": None},
+        "blas": {},
         "ops": {},
         "odd_heads": "",
         "kernels": _kernels(),
@@ -76,17 +77,16 @@ def examine() -> dict:
     try:
         import mlx.core as mx
     except ImportError as error:
+        report["blas"] = doctor_blas.examine(cpu=False)
         problems.append(f"MLX cannot be imported: {one_line(error)}")
     else:
         report["backend"] = backend = _backend(mx)
         report["device"] = str(mx.device_info().get("device_name", mx.default_device()))
-        if backend == "CPU":
-            gflops, wrong = platform.matmul_check()
-            report["blas"] |= {"gflops": float(f"{gflops:.3g}"), "error": wrong}
-            if not wrong < _LARGEST_ERROR:  # NaN too
-                problems.append(
-                    f"matrix products are wrong on this CPU (relative error {wrong:.0e})"
-                )
+        report["blas"] = blas = doctor_blas.examine(cpu=backend == "CPU")
+        if doctor_blas.wrong(blas):
+            problems.append(
+                f"matrix products are wrong on this CPU (relative error {blas['error']:.0e})"
+            )
         report["ops"] = _ops()
         report["odd_heads"] = _odd_heads()
         report["verdicts"] = _verdicts()
@@ -101,18 +101,21 @@ def examine() -> dict:
 
 
 def _calibrate(model: str | None) -> str:
-    """Judges what a model asks of the ops, again if it has been; says what was done."""
+    """On a CPU judges the BLAS, on Metal what a model asks of the ops, again if they have been;
+    says what was done."""
     from ..models import calibrate, load
     from ..ops.paths import VARIABLE, by_verdict
 
     if os.environ.get(VARIABLE):
         return f"nothing, because {VARIABLE} decides; unset it"
     if not by_verdict():
-        return "nothing: this machine has no Metal GPU"
-    path, adapter, name = choose(model)
-    loaded, _ = load.load_model(load.EMBEDDED if path is None else path, adapter_path=adapter)
+        if model is not None:
+            raise UserError("--model is for a Metal GPU, which this machine does not have")
+        return doctor_blas.calibrate()
+    chosen = choose(model)
+    loaded, _ = load.load_model(chosen.open(), adapter_path=chosen.adapter)
     calibrate.calibrate(cast("SleepModel", loaded), gradients=True, again=True)
-    return f"for {name}"
+    return f"for {chosen.name}"
 
 
 def _verdicts() -> dict[str, dict]:
@@ -205,41 +208,26 @@ def _data_folder() -> dict:
 
 def _advice(report: dict) -> str:
     """The one command that would help most, or ''."""
-    blas, python = report["blas"], sys.executable
+    python = sys.executable
     if report["backend"] is None and sys.platform == "linux":
         return f"{python} -m pip install --force-reinstall 'mlx[cpu]'"
     if report["backend"] != "CPU":
         return ""
-    if blas["error"] is not None and not blas["error"] < _LARGEST_ERROR:
-        return f"export {platform.BLAS_VARIABLE}=off"
-    if platform.nvidia_gpu() and not any("cuda" in name for name in report["versions"]):
+    gpu = platform.nvidia_gpu() and not any("cuda" in name for name in report["versions"])
+    if gpu and not doctor_blas.wrong(report["blas"]):
         return f"{python} -m pip install 'mlx[cuda13]'"
-    if blas["status"] in ("off", "failed"):
-        return f"unset {platform.BLAS_VARIABLE}"
-    return _install_openblas() if blas["status"] == "missing" else ""
-
-
-def _install_openblas() -> str:
-    sudo = "" if os.geteuid() == 0 else "sudo "
-    for tool, command in (
-        ("apt-get", "apt-get install libopenblas0-pthread"),
-        ("dnf", "dnf install openblas"),
-        ("pacman", "pacman -S openblas"),
-    ):
-        if shutil.which(tool):
-            return sudo + command
-    return ""
+    return doctor_blas.advice(report["blas"])
 
 
 def _lines(report: dict) -> list[str]:
-    versions, blas = report["versions"], report["blas"]
+    versions = report["versions"]
     first = ("mlx-sleep", "python")
     rest = [f"{name} {version}" for name, version in versions.items() if name not in first]
     rows = [
         ("mlx-sleep", f"{versions['mlx-sleep']}, Python {versions['python']}"),
         ("libraries", ", ".join(rest)),
         ("backend", f"{report['backend'] or 'none'}" + _in_brackets(report["device"])),
-        ("BLAS", _blas_line(blas)),
+        *doctor_blas.lines(report["blas"]),
     ]
     for op, paths in report["ops"].items():
         rows.append((op, ", ".join(f"{path} for a {what}" for what, path in paths.items())))
@@ -270,19 +258,6 @@ def _lines(report: dict) -> list[str]:
             "    " + report["advice"],
         ]
     return lines
-
-
-def _blas_line(blas: dict) -> str:
-    words = {
-        "loaded": blas["detail"],
-        "late": f"OpenBLAS may not be in use: {blas['detail']}",
-        "off": f"MLX's reference BLAS ({blas['detail']})",
-        "missing": "MLX's reference BLAS: OpenBLAS was not found",
-        "failed": f"MLX's reference BLAS: {blas['detail']}",
-        "not needed": "the system's own",
-    }[blas["status"]]
-    speed = f", {blas['gflops']:g} GFLOP/s (1024x1024 float32)" if blas["gflops"] else ""
-    return words + speed
 
 
 def _kernels_line(report: dict) -> str:

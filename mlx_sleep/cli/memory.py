@@ -161,6 +161,8 @@ def sleep(
     memory: options.MemoryName = None,
     model: options.Model = None,
     adapter_path: options.AdapterPath = None,
+    revision: options.Revision = None,
+    local_files_only: options.LocalFilesOnly = False,
     home: options.Home = None,
     passes: options.Passes = None,
     window: options.Window = None,
@@ -173,12 +175,11 @@ def sleep(
     from ..session import Session
     from ..sleep import SleepCancelled
 
-    chosen = choose(model, adapter_path)
-    path, adapter, _ = chosen
+    chosen = choose(model, adapter_path, revision, local_files_only)
     memory = memory or chosen.memory
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
     with Session.open(
-        path, memory, adapter=adapter, home=home, passes=passes, window=window
+        chosen.open(), memory, adapter=chosen.adapter, home=home, passes=passes, window=window
     ) as session:
         try:
             report = watch(session, session.sleep)

@@ -52,8 +52,17 @@ def names(text: str | None) -> list[str] | None:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The model's folder, smollm2 or embedded. (default: smollm2 if fetched, else embedded)"
+        help="A model's folder, its id on Hugging Face, smollm2 or embedded. "
+        "(default: smollm2 if fetched, else embedded)"
     ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Of an id on Hugging Face: a branch, a tag or a commit. (default: newest)"),
+]
+LocalFilesOnly = Annotated[
+    bool,
+    typer.Option("--local-files-only", help="Of an id: take what is in the cache, ask nobody."),
 ]
 AdapterPath = Annotated[
     str | None, typer.Option(help="The folder of an adapter: sleep layers trained in the model.")
@@ -72,6 +81,9 @@ Passes = Annotated[int | None, typer.Option(help="Passes of a sleep. (default: t
 Window = Annotated[
     int | None, typer.Option(help="Tokens that fit before it must sleep. (default: the model's)")
 ]
+SleepOnBattery = Annotated[
+    bool, typer.Option("--sleep-on-battery", help="Sleep when idle on battery too.")
+]
 PassesToTry = Annotated[
     Numbers,
     typer.Option(
@@ -87,6 +99,8 @@ class SessionOptions:
 
     model: Model = None
     adapter_path: AdapterPath = None
+    revision: Revision = None
+    local_files_only: LocalFilesOnly = False
     home: Home = None
     passes: Passes = None
     window: Window = None
@@ -94,27 +108,43 @@ class SessionOptions:
         int, typer.Option("--max-tokens", "-m", help="Longest reply, in tokens.")
     ] = 256
     temp: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
-    ] = 0.0
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = (
-        1.0
-    )
+        float | None,
+        typer.Option(
+            help="Sampling temperature; 0 takes the likeliest token. (default: the model's)"
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens of this mass. (default: the model's)"),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Sample from so many of the likeliest; 0 is all. (default: the model's)"),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Least probability, relative to the likeliest. (default: the model's)"),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Of the last 20 tokens; 1 is none. (default: the model's)"),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
 
     @cached_property
     def chosen(self) -> Chosen:
         """The model that they mean."""
-        return choose(self.model, self.adapter_path)
+        return choose(self.model, self.adapter_path, self.revision, self.local_files_only)
 
     def open(self, memory: str | None) -> Session:
         """A session on a memory by its name; None remembers nothing."""
         from ..session import Session
 
         others = asdict(self)
-        for name in ("model", "adapter_path"):
+        for name in ("model", "adapter_path", "revision", "local_files_only"):
             del others[name]
-        path, adapter, _ = self.chosen
-        return Session.open(path, memory, adapter=adapter, **others)
+        opened = self.chosen.open()
+        return Session.open(opened, memory, adapter=self.chosen.adapter, **others)
 
 
 def with_session_options(command: Callable[..., None]) -> Callable[..., None]:

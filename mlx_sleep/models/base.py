@@ -11,19 +11,20 @@ they were given, so a snapshot is nothing but a reference.
                      offset        int, or [B] int32         tokens seen so far (for RoPE)
                      valid         [B, capacity] bool        only with padded batches
 
+An SSM layer that turns its keys by RoPE has an offset too.
 An absent entry is an empty one: {} is a fresh layer of either kind. A layer with attention and an
 SSM side by side has the entries of both.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..utils import limits, schema
 from ..utils.errors import UserError
 
 LayerState = dict[str, Any]
@@ -56,6 +57,8 @@ class SleepConfig:
             raise UserError(f"sleep passes must be a whole number >= 1, not {self.passes!r}")
         if not isinstance(self.window, int) or self.window < 2:
             raise UserError(f"the sleep window must be a whole number >= 2, not {self.window!r}")
+        limits.check("the number of sleep passes", self.passes, limits.PASSES)
+        limits.check("the sleep window", self.window, limits.WINDOW)
         if self.eviction not in ("hard", "sliding"):
             raise UserError(f'eviction must be "hard" or "sliding", not {self.eviction!r}')
         if self.fold not in ("all", "user"):
@@ -68,6 +71,11 @@ class SleepConfig:
         if self.carry_conv is None:
             object.__setattr__(self, "carry_conv", self.eviction == "sliding")
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> SleepConfig:
+        """From the field `sleep` of a config.json. UserError for one that is wrong or unknown."""
+        return schema.read(cls, fields, "sleep.", closed=True)
+
     def attention_window(self, own: int | None = None) -> int | None:
         """Newest tokens that a token sees, itself included: a layer's own limit (None is none),
         and the window's under a sliding eviction."""
@@ -78,25 +86,13 @@ class SleepConfig:
 T = TypeVar("T")
 
 
-def from_config(cls: type[T], config: dict) -> T:
-    """An instance of the dataclass cls from the contents of config.json.
-
-    Fields that cls doesn't have are left out. UserError names the missing ones.
-    """
-    names = inspect.signature(cls).parameters
-    missing = [n for n, p in names.items() if p.default is p.empty and n not in config]
-    if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
-    return cls(**{name: value for name, value in config.items() if name in names})
-
-
 class Config:
     """A dataclass whose fields are those of a config.json."""
 
     @classmethod
-    def from_dict(cls: type[T], config: dict) -> T:
-        """See `from_config`."""
-        return from_config(cls, config)
+    def from_dict(cls: type[T], config: dict, where: str = "") -> T:
+        """See `schema.read`: UserError for a field that is missing or of another type."""
+        return schema.read(cls, config, where)
 
 
 class SleepModel(nn.Module):
@@ -106,10 +102,12 @@ class SleepModel(nn.Module):
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
     `can_fold_user` says whether `hidden` and `block` take `write`, which SleepConfig.fold needs.
+    `trained_to_sleep` is set when the model is loaded (`checkpoint.TRAINING`).
     """
 
     loops: int = 1
     can_fold_user: bool = False
+    trained_to_sleep: bool = False
 
     def __init__(self, sleep: SleepConfig, blocks: int):
         super().__init__()
@@ -204,6 +202,8 @@ def evict(state: State, sleep: SleepConfig) -> State:
     kept = []
     for layer in state:
         rest = {name: x for name, x in layer.items() if name not in gone}
+        if keep and "offset" in layer:  # of a layer that counts, with or without KV
+            rest["offset"] = layer["offset"]
         kept.append({**rest, **_trim(layer, keep)} if keep and "keys" in layer else rest)
     return kept
 
@@ -257,6 +257,18 @@ def append_kv(layer: LayerState, keys, values, mask=None) -> LayerState:
     return grown if valid is None else {**grown, "valid": valid}
 
 
+def lend_kv(state: State, after: State) -> State:
+    """`state`, with its KV in the buffers of a state `after` that has read on from it.
+
+    The same values: a buffer's first `length` slots are those of the older state. So nothing holds
+    the older buffers, and MLX can append to them in place.
+    """
+    return [
+        {**old, **{name: new[name] for name in (*_KV, "valid") if name in old}}
+        for old, new in zip(state, after, strict=True)
+    ]
+
+
 _KV = ("keys", "values")
 _KV_ENTRIES = (*_KV, "length", "offset", "valid")
 
@@ -305,8 +317,8 @@ def unflatten_state(arrays: dict[str, mx.array], num_layers: int) -> State:
     for layer in state:
         if "keys" in layer:
             layer["length"] = layer["keys"].shape[2]
-            if layer["offset"].ndim == 0:
-                layer["offset"] = layer["offset"].item()
+        if "offset" in layer and layer["offset"].ndim == 0:
+            layer["offset"] = layer["offset"].item()
     return state
 
 

@@ -26,7 +26,10 @@ def has_mlx_lm_model(model_type: Any) -> bool:
     from mlx_lm.utils import MODEL_REMAPPING
 
     name = f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}"
-    return find_spec(name) is not None and hasattr(importlib.import_module(name), "ModelArgs")
+    try:
+        return find_spec(name) is not None and hasattr(importlib.import_module(name), "ModelArgs")
+    except (ImportError, SystemExit):  # one of them exits where a package is missing
+        return False
 
 
 def mlx_lm_classes(config: dict) -> tuple[type[nn.Module], Any]:

@@ -16,7 +16,7 @@ class DecoderModel(SleepModel):
     """
 
     def __init__(self, args: Any, blocks: int):
-        super().__init__(SleepConfig(**args.sleep), blocks)
+        super().__init__(SleepConfig.from_dict(args.sleep), blocks)
         self.args = args
 
     @property

@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 from ..ops.mixers import delta_attention
 from ..utils.errors import UserError
-from .base import from_config
+from ..utils.schema import Count, Positive
+from .base import Config
 from .layers import dense
 
 HALF_LIVES = (700, 40_000)
@@ -24,23 +25,13 @@ HALF_LIVES = (700, 40_000)
 
 
 @dataclass
-class DeltaArgs:
+class DeltaArgs(Config):
     """Sizes, by the names in config.json: Dk = Dv = head_dim."""
 
-    num_heads: int
-    head_dim: int
-    conv_size: int = 4
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        for name in ("num_heads", "head_dim", "conv_size"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise UserError(f"{name} must be a whole number >= 1, not {getattr(self, name)!r}")
-
-    @classmethod
-    def from_dict(cls, config: dict) -> DeltaArgs:
-        """From an entry of `sleep_layers`. UserError names what is missing."""
-        return from_config(cls, config)
+    num_heads: Count
+    head_dim: Count
+    conv_size: Count = 4
+    norm_eps: Positive = 1e-5
 
 
 class DeltaAttention(nn.Module):

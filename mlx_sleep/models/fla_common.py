@@ -15,6 +15,7 @@ import mlx.nn as nn
 from ..ops.activations import silu
 from ..ops.conv import short_conv
 from ..utils.errors import UserError
+from ..utils.schema import Count, CountOrZero, Positive
 from .attention import Attention
 from .base import Config, SleepConfig
 from .decoder import DecoderModel
@@ -29,12 +30,12 @@ class AttentionSpec(Config):
     """
 
     layers: list[int]
-    num_heads: int
-    num_kv_heads: int = 0  # num_heads
+    num_heads: Count
+    num_kv_heads: CountOrZero = 0  # num_heads
     qkv_bias: bool = False
     qk_norm: bool = False
     window_size: int | None = None
-    rope_theta: float | None = 10_000.0
+    rope_theta: Positive | None = 10_000.0
 
     def check(self, hidden_size: int) -> None:
         self.num_kv_heads = self.num_kv_heads or self.num_heads
@@ -53,10 +54,7 @@ def attention_layers(attn, hidden_size: int, layers: int) -> dict[int, Attention
     """
     found: dict[int, AttentionSpec] = {}
     for entry in [attn] if isinstance(attn, dict) else attn or []:
-        try:
-            spec = AttentionSpec.from_dict(entry)
-        except UserError as error:
-            raise UserError(f"attn: {error}") from error
+        spec = AttentionSpec.from_dict(entry, "attn.")
         spec.check(hidden_size)
         for i in spec.layers:
             if not 0 <= i < layers or i in found:
@@ -119,7 +117,7 @@ def powlu(x, power: float = 3.0):
 ACTIVATIONS = {"swish": silu, "silu": silu, "powlu": powlu}
 
 
-def mlp_width(hidden_size: int, hidden_ratio: int | None, intermediate_size: int | None) -> int:
+def mlp_width(hidden_size: int, hidden_ratio: float | None, intermediate_size: int | None) -> int:
     """The MLP's inner size: as given, or 2/3 of hidden_ratio * hidden_size up to 256ths."""
     if intermediate_size is not None:
         return intermediate_size

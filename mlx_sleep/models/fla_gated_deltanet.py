@@ -17,6 +17,7 @@ from ..ops.gated_delta import gated_delta
 from ..ops.gates import decay_gates
 from ..ops.mixers import gated_delta_net, l2_norm
 from ..utils.errors import UserError
+from ..utils.schema import Count, CountOrZero, Layers, Positive, Vocabulary
 from .base import Config, SleepConfig
 from .fla_common import (
     ACTIVATIONS,
@@ -43,25 +44,25 @@ class ModelArgs(Config):
     allow_neg_eigval  b_t in (0, 2) in place of (0, 1)
     """
 
-    vocab_size: int
-    hidden_size: int = 2048
-    num_hidden_layers: int = 21
+    vocab_size: Vocabulary
+    hidden_size: Count = 2048
+    num_hidden_layers: Layers = 21
     model_type: str = "fla_gated_deltanet"
     attn: dict | list | None = None
-    expand_v: float = 2.0
-    head_dim: int = 256
-    num_heads: int = 6
-    num_v_heads: int = 0  # num_heads
+    expand_v: Positive = 2.0
+    head_dim: Count = 256
+    num_heads: Count = 6
+    num_v_heads: CountOrZero = 0  # num_heads
     use_gate: bool = True
     output_gate_activation: str = "swish"
     use_short_conv: bool = True
-    conv_size: int = 4
+    conv_size: Count = 4
     conv_bias: bool = False
     allow_neg_eigval: bool = False
-    hidden_ratio: int | None = 4
-    intermediate_size: int | None = None
+    hidden_ratio: Positive | None = 4
+    intermediate_size: Count | None = None
     hidden_act: str = "swish"
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     norm_first: bool = True
     attnres_block_size: int | None = None
     tie_word_embeddings: bool = False

@@ -20,6 +20,7 @@ from ..ops.gates import decay_gates
 from ..ops.mixers import mamba2
 from ..ops.ssd import ssd
 from ..utils.errors import UserError
+from ..utils.schema import Count, Layers, Positive, Vocabulary
 from .base import Config, SleepConfig
 from .fla_common import (
     AttentionSpec,
@@ -44,16 +45,16 @@ class ModelArgs(Config):
     residual_in_fp32  h is added to in float32 where it is held in 16 bits
     """
 
-    vocab_size: int
-    hidden_size: int = 2048
-    num_hidden_layers: int = 48
+    vocab_size: Vocabulary
+    hidden_size: Count = 2048
+    num_hidden_layers: Layers = 48
     model_type: str = "fla_mamba2"
     attn: dict | list | None = None
-    head_dim: int = 64
-    state_size: int = 128
-    expand: float = 2
-    n_groups: int = 1
-    conv_kernel: int = 4
+    head_dim: Count = 64
+    state_size: Count = 128
+    expand: Positive = 2
+    n_groups: Count = 1
+    conv_kernel: Count = 4
     use_bias: bool = False
     use_conv_bias: bool = True
     hidden_act: str = "silu"
@@ -62,7 +63,7 @@ class ModelArgs(Config):
     norm_before_gate: bool = False
     dt_limit: list[float | None] | None = None
     residual_in_fp32: bool = True
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = False
     sleep: dict = field(default_factory=dict)
 

@@ -43,12 +43,12 @@ class SleepLayer(nn.Module):
         super().__init__()
         self.mixer: nn.Module
         if layer["kind"] == "delta_attention":
-            args = DeltaArgs.from_dict(layer)
+            args = DeltaArgs.from_dict(layer, "sleep_layers.")
             self.norm = nn.RMSNorm(hidden_size, eps=args.norm_eps)
             self.mixer = DeltaAttention(hidden_size, args)
             self.gain = mx.full((hidden_size,), 0.05)
             return
-        sizes = JetArgs.from_dict(layer)
+        sizes = JetArgs.from_dict(layer, "sleep_layers.")
         self.norm = nn.RMSNorm(hidden_size, eps=sizes.norm_eps)
         if layer["kind"] == "jet":
             self.mixer = JetBlock(hidden_size, sizes)

@@ -9,8 +9,10 @@ checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +22,9 @@ from ..ops.conv import dynamic_conv
 from ..ops.gated_delta import gated_delta
 from ..ops.gates import decay_gates
 from ..ops.mixers import l2_norm
+from ..utils import limits, schema
 from ..utils.errors import UserError
+from ..utils.schema import Count, CountOrZero, Positive, Range, Vocabulary
 from .attention import Attention, check_heads
 from .base import Config, SleepConfig
 from .decoder import DecoderModel
@@ -38,15 +42,23 @@ class JetArgs(Config):
     generator is that of v over all heads, divided by dconv_generator_reduction (None is 1).
     """
 
-    num_heads: int = 6
-    head_dim: int = 256
-    expand_v: float = 2.0
-    conv_size: int = 4
-    dconv_generator_reduction: int | None = 8
-    norm_eps: float = 1e-5
+    num_heads: Count = 6
+    head_dim: Count = 256
+    expand_v: Positive = 2.0
+    conv_size: Count = 4
+    dconv_generator_reduction: Count | None = 8
+    norm_eps: Positive = 1e-5
+
+    @classmethod
+    def from_dict(cls, config: dict, where: str = "") -> JetArgs:
+        """From an object of a config.json. UserError for a field that is wrong."""
+        eps = config.get("norm_eps")
+        if isinstance(eps, str):  # as the published configs have it
+            with contextlib.suppress(ValueError):
+                config = {**config, "norm_eps": float(eps)}
+        return schema.read(cls, config, where)
 
     def __post_init__(self):
-        self.norm_eps = float(self.norm_eps)  # the published configs have it as a string
         self.head_v_dim = round(self.head_dim * self.expand_v)
         if not math.isclose(self.head_dim * self.expand_v, self.head_v_dim, rel_tol=1e-5):
             raise UserError(
@@ -55,21 +67,28 @@ class JetArgs(Config):
 
 
 @dataclass
+class SlidingArgs(Config):
+    """efficient_attention_config["swa"]: newest tokens that such a layer sees."""
+
+    window_size: Count | None = None
+
+
+@dataclass
 class ModelArgs(Config):
     """The fields of config.json, named as in the published ones."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layer_types: list[str]
-    num_attention_heads: int
-    num_key_value_heads: int
+    vocab_size: Vocabulary
+    hidden_size: Count
+    intermediate_size: Count
+    layer_types: Annotated[list[str], Range(0, limits.LAYERS)]
+    num_attention_heads: Count
+    num_key_value_heads: Count
     model_type: str = "jet_nemotron"
-    head_dim: int = 0  # hidden_size / num_attention_heads
-    efficient_attention_config: dict = field(default_factory=dict)
+    head_dim: CountOrZero = 0  # hidden_size / num_attention_heads
+    efficient_attention_config: dict[str, dict] = field(default_factory=dict)
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10_000.0
     tie_word_embeddings: bool = False
     sleep: dict = field(default_factory=dict)
 
@@ -84,10 +103,12 @@ class ModelArgs(Config):
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
         check_heads(self)
         efficient = self.efficient_attention_config
-        self.jet = JetArgs.from_dict(efficient.get("jet", {}))
-        self.swa_window = efficient.get("swa", {}).get("window_size")
+        where = "efficient_attention_config"
+        self.jet = JetArgs.from_dict(efficient.get("jet", {}), f"{where}.jet.")
+        swa = SlidingArgs.from_dict(efficient.get("swa", {}), f"{where}.swa.")
+        self.swa_window = swa.window_size
         if "swa" in self.layer_types and not self.swa_window:
-            raise UserError("efficient_attention_config.swa lacks a window_size")
+            raise UserError(f"{where}.swa lacks a window_size")
 
 
 class KernelGenerator(nn.Module):

@@ -20,21 +20,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
+from ..utils.safetensors import read_metadata
 from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
+from .checkpoint import Checkpoint, is_trained
 from .compat import has_mlx_lm_model
+from .config import Generation, check_quantization, read_config, read_generation_config
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
     check_tensors,
-    load_arrays,
     not_finite,
     read_headers,
     weight_files,
-    weights_digest,
 )
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -44,6 +46,7 @@ MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron
 """Our own architectures: `model_type` is the name of a module beside this one."""
 
 _BLOCK = 64 * 1024
+_WINDOW = 2048  # of models that were not trained to sleep
 
 
 def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any]:
@@ -55,14 +58,45 @@ def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any
         from . import mlx_lm_model
 
         return mlx_lm_model.Model, mlx_lm_model.ModelArgs
-    known = ", ".join(MODEL_TYPES)
+    shown, known = schema.shown(model_type), ", ".join(MODEL_TYPES)
     raise UserError(
-        f"unknown model_type {model_type!r}; mlx-sleep can load {known}, and what mlx-lm can load"
+        f"unknown model_type {shown}; mlx-sleep can load {known}, and what mlx-lm can load"
     )
 
 
+Source = str | Path | Checkpoint
+"""A model folder of ours or of mlx-lm's, or what `convert.opening` made of another one."""
+
+
+def open_folder(path: str | Path) -> Checkpoint:
+    """A model folder, its weights not read. UserError where it isn't one of ours or mlx-lm's."""
+    path = Path(path).expanduser()
+    config = read_config(path)
+    files = weight_files(path)
+    if read_metadata(files[0]).get("format") == "pt":
+        raise UserError(
+            f"{path} has PyTorch's names; open it with mlx_sleep.open_model, or "
+            "convert it: mlx-sleep convert"
+        )
+    if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
+        config["sleep"] = default_sleep(config)
+    return Checkpoint(str(path), path, config, read_headers(files), files)
+
+
+def default_sleep(config: dict) -> dict:
+    """`sleep` of a config.json that says nothing of it: one pass, and a window of 2048 tokens or
+    all that the model was trained for."""
+    longest = config.get("max_position_embeddings")
+    fits = type(longest) is int and 2 <= longest < _WINDOW
+    return {"passes": 1, "window": longest if fits else _WINDOW, "eviction": "hard"}
+
+
+def _opened(source: Source) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else open_folder(source)
+
+
 def load(
-    path: str | Path, *, adapter: str | Path | None = None, lazy: bool = False
+    source: Source, *, adapter: str | Path | None = None, lazy: bool = False
 ) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
 
@@ -71,14 +105,15 @@ def load(
     """
     from .. import chat_template  # here, because it imports all of transformers
 
-    path = Path(path).expanduser()
-    model, config = load_model(path, adapter_path=adapter, lazy=lazy)
+    opened = _opened(source)
+    path = opened.path
+    model, config = load_model(opened, adapter_path=adapter, lazy=lazy)
     if not lazy:
         suit_device(model)
-    generation = path / "generation_config.json"
-    defaults = {**config, **(read_json(generation) if generation.is_file() else {})}
-    eos = defaults.get("eos_token_id")
-    tokenizer = chat_template.load(path, [eos] if isinstance(eos, int) else eos)
+    eos = read_generation_config(path).eos_token_ids
+    if eos is None:
+        eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
+    tokenizer = chat_template.load(path, eos)
     if tokenizer.largest_id >= model.vocab_rows:
         raise UserError(
             f"the tokenizer in {path} is of another model: its ids go up to "
@@ -87,8 +122,15 @@ def load(
     return model, tokenizer, config
 
 
+def generation_of(path: str | Path, adapter: str | Path | None = None) -> Generation:
+    """A model's generation_config.json, with an adapter's `generation` over it. UserError for a
+    wrong type, by the field's name."""
+    mine = {} if adapter is None else adapters.open_adapter(adapter).generation
+    return read_generation_config(Path(path).expanduser(), mine)
+
+
 def load_model(
-    path: str | Path, *, adapter_path: str | Path | None = None, lazy: bool = False
+    source: Source, *, adapter_path: str | Path | None = None, lazy: bool = False
 ) -> tuple[nn.Module, dict]:
     """(model, config) from a model folder, with the adapter of another folder where one is given.
 
@@ -96,7 +138,7 @@ def load_model(
     infinity. Raises UserError, in one line, for anything that is wrong with a folder, and for an
     adapter of another model.
     """
-    model, config, weights = read_model(path, adapter_path, lazy=lazy)
+    model, config, weights = read_model(source, adapter_path, lazy=lazy)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     if not lazy:
@@ -105,23 +147,22 @@ def load_model(
 
 
 def read_model(
-    path: str | Path, adapter_path: str | Path | None = None, *, lazy: bool = False
+    source: Source, adapter_path: str | Path | None = None, *, lazy: bool = False
 ) -> tuple[nn.Module, dict, dict[str, mx.array]]:
     """(model without its weights, config, weights in the files' number types); see `load_model`.
 
     The adapter's weights are in the dtype of the model's h, but for the decay of S in float32.
     """
-    path = Path(path).expanduser()
-    config = read_config(path)
-    files = weight_files(path)
-    tensors = read_headers(files)
+    opened = _opened(source)
+    path, config, tensors = opened.path, opened.config, opened.tensors
     adapter, added = None, {}
     if adapter_path is not None:
-        adapter = _adapter_of(path, adapter_path)
+        adapter = _adapter_of(opened, adapter_path)
         config = adapter.merge(config)
         added = adapter.tensors
     where = path / "config.json" if adapter is None else adapter.path / adapters.CONFIG
     model = build(config, {*tensors, *added}, where=where)
+    model.trained_to_sleep = is_trained(config)
     if adapter is not None and adapter.lora_rank:
         lora.attach(model.host.block_modules, adapter.lora_rank, adapter.tensors)
     wanted = dict(tree_flatten(model.parameters()))
@@ -130,9 +171,7 @@ def read_model(
     if adapter is not None:
         check_tensors(adapter.path, {n: wanted[mine] for n, mine in theirs.items()}, added)
 
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        weights.update(load_arrays(file))
+    weights = opened.arrays()
     if not lazy and (bad := not_finite(weights)):
         raise UserError(
             f"{path} has NaN or infinite weights in {abbreviate(bad)}; download it again"
@@ -145,18 +184,21 @@ def read_model(
     return model, config, weights
 
 
-def fuse(path: str | Path, adapter_path: str | Path, dest: str | Path) -> None:
+def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
     """Write the model folder `dest`, of a model and an adapter. UserError as from `load_model`.
 
     Low-rank changes are added to the projections, which are then no longer quantized.
     """
-    model, config, weights = read_model(path, adapter_path)
+    opened = _opened(source)
+    model, config, weights = read_model(opened, adapter_path)
     model.load_weights(list(weights.items()), strict=False)
     lora.fold(model, weights)
     with new_folder(Path(dest).expanduser().resolve()) as folder:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-        copy_tokenizer(Path(path).expanduser(), folder)
+        copy_tokenizer(opened.path, folder)
         seal(folder, config)
+        file = folder / "generation_config.json"
+        write_json(file, {**read_json(file), **adapters.open_adapter(adapter_path).generation})
 
 
 def suit_device(model: nn.Module) -> None:
@@ -189,17 +231,17 @@ _DENSE: dict[type, Callable[..., nn.Module]] = {
 _HALF = (mx.float16, mx.bfloat16)
 
 
-def _adapter_of(path: Path, adapter_path: str | Path) -> adapters.Adapter:
+def _adapter_of(opened: Checkpoint, adapter_path: str | Path) -> adapters.Adapter:
     """The adapter, which is one of this model. UserError for one of another."""
     adapter = adapters.open_adapter(adapter_path)
     if "weights" in adapter.base:
-        same = adapter.base["weights"] == weights_digest(path)
+        same = adapter.base["weights"] == opened.digest()
     else:  # as PyTorch's trainer writes it
-        same = adapter.base.get("fingerprint") == fingerprint(path)
+        same = adapter.base.get("fingerprint") == fingerprint(opened)
     if not same:
         name = adapter.base.get("name", "another model")
         raise UserError(
-            f"the adapter {adapter.path} was trained in {name}, and {path} is another model"
+            f"the adapter {adapter.path} was trained in {name}, and {opened.path} is another model"
         )
     return adapter
 
@@ -248,7 +290,7 @@ def seal(folder: Path, config: dict) -> None:
     write_json(folder / "config.json", {**config, "fingerprint": fingerprint(folder)})
 
 
-def fingerprint(path: str | Path, adapter_path: str | Path | None = None) -> str:
+def fingerprint(source: Source, adapter_path: str | Path | None = None) -> str:
     """The identity of a model, with its adapter if it has one: a SHA-256 in hexadecimal.
 
     It covers the architecture's fields of config.json, and of each weights file the size, the
@@ -256,8 +298,8 @@ def fingerprint(path: str | Path, adapter_path: str | Path | None = None) -> str
     64 KiB, evenly spaced, so that a model of many gigabytes takes a moment. It tells models
     apart; it is no proof against someone who changes a weight between two blocks.
     """
-    path = Path(path).expanduser()
-    digest = _digest(_identity(read_config(path)), weight_files(path))
+    opened = _opened(source)
+    digest = _digest(_identity(opened.config), opened.files)
     if adapter_path is None:
         return digest.hexdigest()
     adapter = adapters.open_adapter(adapter_path)
@@ -271,7 +313,9 @@ def _digest(config: dict, files: list[Path]):
     for name in files:
         with reading(name), open(name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            start = 8 + int.from_bytes(file.read(8), "little")
+            start = 0  # of the data; a .bin has no header
+            if name.suffix == ".safetensors":
+                start = 8 + int.from_bytes(file.read(8), "little")
             file.seek(0)
             digest.update(b"%d" % size)
             digest.update(file.read(min(start, size)))
@@ -298,16 +342,6 @@ def _spaced(first: int, last: int, count: int) -> Iterator[int]:
     return (first + i * (last - first) // (count - 1) for i in range(count))
 
 
-def read_config(path: Path) -> dict:
-    """The contents of config.json. UserError when there is none or it is no JSON object."""
-    if not path.is_dir():
-        raise UserError(f"no model folder at {path}; give the path of a folder with a config.json")
-    file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"{path} has no config.json: it is not a model folder")
-    return read_json(file)
-
-
 def build(
     config: dict, tensors: Collection[str] = (), *, where: str | Path = "config.json"
 ) -> SleepModel:
@@ -316,12 +350,11 @@ def build(
     tensors  the names of the weights: a layer is quantized where they have its scales
     where    the file that an error is about
     """
-    model_class, args_class = get_model_classes(config.get("model_type"))
     if "model_file" in config:
-        raise UserError(
-            f"{where} asks to run {config['model_file']!r}: mlx-sleep runs no such code"
-        )
+        name = schema.shown(config["model_file"])
+        raise UserError(f"{where} asks to run {name}: mlx-sleep runs no such code")
     try:
+        model_class, args_class = get_model_classes(config.get("model_type"))
         model = model_class(args_class.from_dict(config))
         if config.get("sleep_layers"):
             from . import inserted
@@ -330,11 +363,12 @@ def build(
         if model.sleep.fold == "user" and not model.can_fold_user:
             raise UserError('fold "user" needs sleep layers, all of kind delta_attention')
         if (quantization := config.get("quantization")) is not None:
+            common = check_quantization(quantization)
             nn.quantize(
                 model,
-                group_size=quantization["group_size"],
-                bits=quantization["bits"],
-                mode=quantization.get("mode", "affine"),
+                group_size=common.group_size,
+                bits=common.bits,
+                mode=common.mode,
                 class_predicate=lambda name, module: (
                     hasattr(module, "to_quantized")
                     and f"{name}.scales" in tensors

@@ -12,30 +12,45 @@ compared with mlx-lm's own forward pass, on a few tokens, before its first use.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..utils import schema
 from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .compat import before_0_32, mlx_lm_classes
 from .mlx_lm_cache import LayerCache
+from .mlx_lm_details import grouped_scores, set_latent_eps, tie_head, use_short_factors, windows
 
 TESTED = (
+    "bailing_hybrid",
+    "bailing_moe_linear",
     "falcon_h1",
+    "gemma2",
+    "gemma3_text",
     "granitemoehybrid",
+    "kimi_linear",
     "llama",
+    "mamba2",
+    "mistral",
     "nemotron_h",
     "olmo_hybrid",
+    "phi3",
+    "plamo2",
     "qwen2",
     "qwen3",
     "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_next",
+    "rwkv7",
+    "smollm3",
 )
 
 OLD = before_0_32()
@@ -44,10 +59,15 @@ NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
 """What such an mlx-lm lacks, or reads otherwise."""
 
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
-_READ_LENGTHS = () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_next")
+_READ_LENGTHS = (
+    () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+)
+# Tested layers that take no "causal" in place of an attention mask.
+_TAKE_ARRAYS = ("bailing_hybrid", "gemma2", "kimi_linear")
 _DECODERS = ("model", "backbone", "language_model.model", "transformer")
 _NORMS = ("norm", "norm_f", "final_layernorm", "embedding_norm", "final_norm", "ln_f")
 _MASKS = {"mask", "attn_mask", "mamba_mask"}
+_CARRIED = "v_first"  # of RWKV-7: what its first layer hands to all others, beside h
 
 
 @dataclass
@@ -83,6 +103,12 @@ def untagged(value):
     return [untagged(x) for x in value] if isinstance(value, list | tuple) else value
 
 
+def _without_nulls(args_class: Any, config: dict) -> dict:
+    """Without fields that are null where mlx-lm has a default: libraries write null for unset."""
+    own = {f.name for f in dataclasses.fields(args_class) if f.default not in (None, MISSING)}
+    return {name: x for name, x in config.items() if x is not None or name not in own}
+
+
 def _classes(config: dict) -> tuple[Any, Any]:
     """mlx-lm's (Model, ModelArgs) for a config. No code of a model folder is ever run."""
     model_type = config.get("model_type")
@@ -108,11 +134,17 @@ class Model(SleepModel):
     def __init__(self, args: ModelArgs):
         config = copy.deepcopy(args.config)  # mlx-lm's argument classes change it
         model_class, args_class = _classes(config)
+        config = _without_nulls(args_class, config)
+        schema.check_fields(args_class, config)
         try:
             inner = model_class(args_class.from_dict(config))
         except TypeError as error:
             raise UserError(f"mlx-lm cannot build this model: {error}") from error
-        super().__init__(SleepConfig(**args.sleep), len(inner.layers))
+        if config.get("tie_word_embeddings", True) and inner.get("lm_head") is not None:
+            tie_head(inner)
+        super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
+        set_latent_eps(inner, config)
+        use_short_factors(inner, config, self.sleep)
         self.args = args
         self.model_type = config["model_type"]
         object.__setattr__(self, "_inner", inner)  # hidden, so that parameters appear once
@@ -154,18 +186,30 @@ class Model(SleepModel):
 
     def embed(self, tokens):
         decoder = copy.copy(self._decoder())
-        decoder.layers = []
+        if isinstance(decoder.layers, nn.Module):  # a module of its own around the layers
+            decoder.layers = copy.copy(decoder.layers)
+            decoder.layers.layers = []
+        else:
+            decoder.layers = []
         setattr(decoder, self._norm, nn.Identity())
-        return decoder(tokens, cache=self._blank)
+        h = decoder(tokens, cache=self._blank)
+        return mx.concatenate([h, mx.zeros_like(h)], axis=-1) if self._carries else h
 
     def block(self, i, h, layer_state, mask=None):
         cache = self._caches[i]
         if mask is not None and cache.recurrent and not self._reads_lengths:
             return self._row_by_row(i, h, layer_state, mask)
         views = cache.views(layer_state, mask)
-        return self._call(i, h, layer_state, views, mask), cache.entries(views)
+        h = self._call(i, h, layer_state, views, mask)
+        entries = cache.entries(views)
+        if self._counts(i):
+            seen = h.shape[1] if mask is None else mask.sum(axis=1).astype(mx.int32)
+            entries["offset"] = layer_state.get("offset", 0) + seen
+        return h, entries
 
     def head(self, h):
+        if self._carries:
+            h = mx.split(h, 2, axis=-1)[0]
         top = owner = copy.copy(self.inner)
         *path, last = self._path
         for name in path:
@@ -198,8 +242,10 @@ class Model(SleepModel):
         self._norm = norms[0]
         # Never written to: `embed` runs no layer.
         self._blank = tuple(make_prompt_cache(self._inner))
-        self._caches = _layer_caches(self.layers, self._blank)
+        self._caches = _layer_caches(self.layers, self._blank, windows(self.args.config))
         self._reads_lengths = self.model_type in _READ_LENGTHS
+        self._carries = _CARRIED in inspect.signature(type(self.layers[0]).__call__).parameters
+        self._takes_arrays = not self._is_tested or self.model_type in _TAKE_ARRAYS
         self._takes = tuple(_masks_of(layer) for layer in self.layers)
         h = self.embed(mx.zeros((1, 1), mx.int32))
         for i, cache in enumerate(self._caches):
@@ -213,12 +259,29 @@ class Model(SleepModel):
         kv, masks = cache.kv, {}
         sliding = self.sleep.window if self.sleep.eviction == "sliding" else None
         for name in self._takes[i]:
+            if name == "offset":
+                masks[name] = layer_state.get("offset", 0)
+                continue
             attends = kv and name == "attn_mask" or kv and name == "mask" and not cache.recurrent
             if attends:
-                masks[name] = kv.mask(layer_state, h, mask, sliding, arrays=not self._is_tested)
+                sees = kv.mask(layer_state, h, mask, sliding, arrays=self._takes_arrays)
+                if getattr(sees, "ndim", 0) == 4 and grouped_scores(self.layers[i]):
+                    sees = sees[:, :, None]
+                masks[name] = sees
             else:
                 masks[name] = mask
-        return self.layers[i](h, cache=cache.argument(views), **masks)
+        argument = cache.argument(views)
+        if self._carries:
+            h, carried = mx.split(h, 2, axis=-1)
+            heads = (*h.shape[:2], -1, self.layers[i].attn.head_dim)
+            h, carried = self.layers[i](h, carried.reshape(heads), argument)
+            return mx.concatenate([h, carried.reshape(h.shape)], axis=-1)
+        # S in float32 makes all of it float32 in some layers.
+        return self.layers[i](h, cache=argument, **masks).astype(h.dtype)
+
+    def _counts(self, i: int) -> bool:
+        """Whether layer i needs the number of tokens seen, and keeps no KV that would tell it."""
+        return "offset" in self._takes[i] and not self._caches[i].kv
 
     def _row_by_row(self, i, h, layer_state: LayerState, mask):
         """Padded rows one by one without their padding, for layers that would fold it in."""
@@ -226,12 +289,16 @@ class Model(SleepModel):
             raise UserError(f"mlx-lm's {self.model_type} can't run padded batches; run rows alone")
         T, rows, states = h.shape[1], [], []
         for row, length in enumerate(mask.sum(axis=1).tolist()):
-            one = {name: x[row : row + 1] for name, x in layer_state.items()}
+            one: LayerState = {
+                n: x if isinstance(x, int) else x[row : row + 1] for n, x in layer_state.items()
+            }
             x = h[row : row + 1]
             if length:
                 x, one = self.block(i, x[:, :length], one)
                 x = mx.pad(x, [(0, 0), (0, T - length), (0, 0)])
             rows.append(x)
+            if "offset" in one:
+                one["offset"] = mx.array(one["offset"], mx.int32).reshape(1)
             states.append(one)
         shapes = max(states, key=len)
         for one in states:  # a row without tokens may lack arrays yet
@@ -277,7 +344,7 @@ class _OnlyNorm:
         return getattr(self._decoder, name)
 
 
-def _layer_caches(layers, caches) -> tuple[LayerCache, ...]:
+def _layer_caches(layers, caches, limits: list[int | None]) -> tuple[LayerCache, ...]:
     """One for each layer. Nemotron-H makes caches for its mixers alone."""
     if len(caches) != len(layers):
         mixers = [getattr(layer, "block_type", None) in ("M", "*") for layer in layers]
@@ -285,7 +352,11 @@ def _layer_caches(layers, caches) -> tuple[LayerCache, ...]:
             raise ValueError(f"{len(caches)} caches for {len(layers)} layers")
         rest = iter(caches)
         caches = [next(rest) if mixer else None for mixer in mixers]
-    return tuple(LayerCache(cache) for cache in caches)
+    found = tuple(LayerCache(cache) for cache in caches)
+    for cache, limit in zip(found, limits, strict=False):
+        if cache.kv and limit is not None:
+            cache.kv.sliding = limit
+    return found
 
 
 def _masks_of(layer: nn.Module) -> list[str]:
@@ -293,6 +364,6 @@ def _masks_of(layer: nn.Module) -> list[str]:
     _, *parameters = inspect.signature(type(layer).__call__).parameters.values()
     _, *parameters = parameters  # h
     needed = [p.name for p in parameters if p.default is p.empty]
-    if unknown := set(needed) - _MASKS - {"cache"}:
+    if unknown := set(needed) - _MASKS - {"cache", _CARRIED}:
         raise ValueError(f"a layer needs {', '.join(sorted(unknown))}")
-    return [p.name for p in parameters if p.name in _MASKS]
+    return [p.name for p in parameters if p.name in _MASKS or p.name == "offset"]

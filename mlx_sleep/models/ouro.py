@@ -29,6 +29,7 @@ import mlx.nn as nn
 
 from ..ops.activations import silu
 from ..utils.errors import UserError
+from ..utils.schema import Count, CountOrZero, Layers, Positive, Vocabulary
 from .attention import Attention, check_heads
 from .base import Config, SleepConfig
 from .decoder import DecoderModel
@@ -44,20 +45,20 @@ class ModelArgs(Config):
     total_ut_steps  loops of a wake pass
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    vocab_size: Vocabulary
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
     model_type: str = "ouro"
-    num_key_value_heads: int = 0  # num_attention_heads
-    head_dim: int = 0  # hidden_size / num_attention_heads
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
+    num_key_value_heads: CountOrZero = 0  # num_attention_heads
+    head_dim: CountOrZero = 0  # hidden_size / num_attention_heads
+    rope_theta: Positive = 10_000.0
+    rms_norm_eps: Positive = 1e-6
     hidden_act: str = "silu"
     layer_types: list[str] = field(default_factory=list)
-    sliding_window: int | None = None
-    total_ut_steps: int = 4
+    sliding_window: Count | None = None
+    total_ut_steps: Layers = 4
     early_exit_threshold: float | None = 1.0
     tie_word_embeddings: bool = False
     sleep: dict = field(default_factory=dict)
@@ -67,8 +68,6 @@ class ModelArgs(Config):
         check_heads(self)
         if self.hidden_act != "silu":
             raise UserError(f"hidden_act must be silu, not {self.hidden_act!r}")
-        if self.total_ut_steps < 1:
-            raise UserError(f"total_ut_steps must be at least 1, not {self.total_ut_steps}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise UserError("layer_types must name each of the num_hidden_layers layers")
         if wrong := sorted(set(self.layer_types) - {"full_attention", "sliding_attention"}):

@@ -9,13 +9,16 @@ This file doesn't know how a model sleeps, only which numbers its config gives f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..ops.activations import silu
 from ..ops.mixers import gated_delta_net, mamba2
+from ..utils import limits
 from ..utils.errors import UserError
+from ..utils.schema import Count, CountOrZero, Positive, Range, Vocabulary
 from .attention import Attention, check_heads
 from .base import Config, SleepConfig
 from .decoder import DecoderModel
@@ -29,27 +32,27 @@ ACTIVATIONS = {"silu": silu, "relu": nn.relu, "gelu": nn.gelu}
 class ModelArgs(Config):
     """The fields of config.json. Sizes are free; names are those of the ecosystem's configs."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layer_types: list[str]
+    vocab_size: Vocabulary
+    hidden_size: Count
+    intermediate_size: Count
+    layer_types: Annotated[list[str], Range(0, limits.LAYERS)]
     model_type: str = "sleep_hybrid"
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 0  # num_attention_heads
-    head_dim: int = 0  # hidden_size / num_attention_heads
+    num_attention_heads: Count = 4
+    num_key_value_heads: CountOrZero = 0  # num_attention_heads
+    head_dim: CountOrZero = 0  # hidden_size / num_attention_heads
     qk_norm: bool = True
-    rope_theta: float = 10_000.0
-    linear_num_key_heads: int = 4
-    linear_num_value_heads: int = 4
-    linear_key_head_dim: int = 64
-    linear_value_head_dim: int = 64
-    linear_conv_kernel_dim: int = 4
-    mamba_num_heads: int = 4
-    mamba_head_dim: int = 64
-    mamba_n_groups: int = 1
-    ssm_state_size: int = 64
+    rope_theta: Positive = 10_000.0
+    linear_num_key_heads: Count = 4
+    linear_num_value_heads: Count = 4
+    linear_key_head_dim: Count = 64
+    linear_value_head_dim: Count = 64
+    linear_conv_kernel_dim: Count = 4
+    mamba_num_heads: Count = 4
+    mamba_head_dim: Count = 64
+    mamba_n_groups: Count = 1
+    ssm_state_size: Count = 64
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = True
     sleep: dict = field(default_factory=dict)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import limits
 from .errors import UserError
 
 
@@ -31,10 +34,22 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"cannot read {file}: {one_line(error)}") from error
 
 
+def read_bytes(file: Path, most: int) -> bytes:
+    """The contents of a file of at most so many bytes. UserError for a longer one, and for what is
+    no file: a pipe would wait for a writer."""
+    with reading(file):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as opened:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise UserError(f"{file} is no ordinary file")
+            limits.check(f"the size of {file}", about.st_size, most)
+            return opened.read()
+
+
 def read_json(file: Path) -> dict:
     """The JSON object in a file. UserError when it holds anything else."""
-    with reading(file):
-        text = file.read_bytes()
+    text = read_bytes(file, limits.JSON_BYTES)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

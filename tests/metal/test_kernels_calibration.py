@@ -267,10 +267,12 @@ def test_doctor_calibrates_a_model_again(kept, judged):
     assert len(judged) == 2 * len(set(judged)) and "gradient" in {s.use for s in judged}
 
 
-def test_doctor_calibrates_nothing_without_a_gpu(monkeypatch, kept, judged):
+def test_doctor_calibrates_the_blas_without_a_gpu(monkeypatch, kept, judged):
     monkeypatch.setattr(paths, "_on_metal", lambda: False)
+    monkeypatch.setattr(doctor.doctor_blas, "calibrate", lambda: "the BLAS")
     result = run_doctor("--calibrate")
-    assert result.exit_code == 0 and "no Metal GPU" in result.stdout and not judged
+    assert result.exit_code == 0 and "calibrated  the BLAS" in result.stdout and not judged
+    assert run_doctor("--calibrate", "--model", str(EMBEDDED)).exit_code == 1
     monkeypatch.setenv(VARIABLE, "array")
     assert f"{VARIABLE} decides" in run_doctor("--calibrate").stdout
     assert run_doctor("--model", "x").exit_code == 1

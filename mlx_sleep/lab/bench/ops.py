@@ -8,7 +8,8 @@ import mlx.core as mx
 from mlx_lm.models.gated_delta import gated_delta_kernel, gated_delta_ops
 from mlx_lm.models.ssm import ssm_attn
 
-from ...models.load import EMBEDDED, read_config
+from ...models.config import read_config
+from ...models.load import EMBEDDED
 from ...ops.gated_delta import gated_delta
 from ...ops.ssd import ssd
 from ...utils.errors import UserError

@@ -1,0 +1,71 @@
+"""Which of a client's messages a session has heard already.
+
+Clients of OpenAI's API send a conversation whole each time. A session reads nothing twice, so what
+it heard is kept here as turns, each with the one before it in its conversation: a memory may hold
+several conversations, and two of them may take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Pair = tuple[str, str]
+"""What the user said, and the reply."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """before is the place of the turn before it in the same conversation, None for the first."""
+
+    user: str
+    reply: str
+    before: int | None
+
+    def is_(self, pair: Pair) -> bool:
+        """Whether a client's pair is this turn. The client of a reply that was cut has less."""
+        return self.user == pair[0] and self.reply.startswith(pair[1])
+
+
+class Conversation:
+    """The turns that a session has heard, oldest first."""
+
+    def __init__(self, pairs: Iterable[Pair] = ()):
+        self.turns: list[Turn] = []
+        for user, reply in pairs:  # of an earlier process: which followed which is not known
+            self.add(user, reply, len(self.turns) - 1 if self.turns else None)
+
+    def add(self, user: str, reply: str, before: int | None) -> int:
+        """Returns the turn's place."""
+        self.turns.append(Turn(user.strip(), reply.strip(), before))
+        return len(self.turns) - 1
+
+    def find(self, history: list[Pair]) -> tuple[int | None, int]:
+        """Where the longest beginning of `history` was heard: (place of its last turn, length).
+
+        The newest such place, and (None, 0) when even the first turn was never heard.
+        """
+        best: tuple[int | None, int] = (None, 0)
+        if not history:
+            return best
+        after: dict[int | None, list[int]] = {}
+        for place, turn in enumerate(self.turns):
+            after.setdefault(turn.before, []).append(place)
+        for start in reversed(range(len(self.turns))):
+            at, length = start, 0
+            places = [start]
+            while length < len(history):
+                next_ = [p for p in places if self.turns[p].is_(history[length])]
+                if not next_:
+                    break
+                at, length = next_[-1], length + 1
+                places = after.get(at, [])
+            if length > best[1]:
+                best = at, length
+        return best
+
+    def is_beginning_of(self, history: list[Pair]) -> bool:
+        """Whether all that was heard is the beginning of `history`, in its order."""
+        return len(self.turns) <= len(history) and all(
+            turn.is_(pair) for turn, pair in zip(self.turns, history, strict=False)
+        )
