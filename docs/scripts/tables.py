@@ -1,0 +1,87 @@
+"""Writes the tables of README.md and docs/ from the figures in docs/results/.
+
+    python docs/scripts/tables.py           # writes what has changed
+    python docs/scripts/tables.py --check   # exit 1 where a page does not say what the results say
+
+A file of docs/results/ is what a command printed, and how it is shown:
+
+    command    what prints the figures
+    measured   when, and on what
+    note       more to say beside the command; may be absent
+    columns    [[heading, format, "left" or "right"], ...], a format of Python over a row's fields
+    rows       objects; `id` names one for `said`
+    said       {page: [sentence, ...]}: formats over the rows by id, which the page must contain
+
+In a page the table stands between `<!-- results: NAME -->` and `<!-- end of NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(of: dict) -> str:
+    """The lines of a page for one file of results."""
+    headings, formats, sides = zip(*of["columns"], strict=True)
+    rules = ["---:" if side == "right" else "---" for side in sides]
+    lines = [headings, rules]
+    lines += [[f.format(**row) for f in formats] for row in of["rows"]]
+    source = f"`{of['command']}`; {of['measured']}."
+    if of.get("note"):
+        source += f" {of['note']}"
+    return "\n".join([source, "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results have them."""
+    return _BLOCK.sub(lambda m: f"{m[1]}{table(results(m[2]))}{m[3]}", text)
+
+
+def missing() -> list[str]:
+    """Sentences that a page should contain and does not, as "page: sentence"."""
+    found = []
+    for file in sorted(RESULTS.glob("*.json")):
+        of = results(file.stem)
+        rows = {row["id"]: row for row in of["rows"] if "id" in row}
+        for page, sentences in of.get("said", {}).items():
+            text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+            found += [
+                f"{page}: {sentence}"
+                for sentence in (" ".join(s.format(**rows).split()) for s in sentences)
+                if sentence not in text
+            ]
+    return found
+
+
+def main() -> None:
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                page.write_text(new, encoding="utf-8")
+    wrong = [f"{page} is stale; run python docs/scripts/tables.py" for page in stale]
+    wrong = wrong if "--check" in sys.argv else []
+    wrong += [f"not in the page: {sentence}" for sentence in missing()]
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
