@@ -10,8 +10,20 @@ from pathlib import Path
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 WIDTH, HEIGHT = 880, 262
 THEMES = {
-    "light": {"ink": "#1f2328", "dim": "#59636e", "line": "#8c959f", "kv": "#54aeff", "S": "#8250df"},
-    "dark": {"ink": "#e6edf3", "dim": "#9198a1", "line": "#656c76", "kv": "#388bfd", "S": "#a371f7"},
+    "light": {
+        "ink": "#1f2328",
+        "dim": "#59636e",
+        "line": "#8c959f",
+        "kv": "#54aeff",
+        "S": "#8250df",
+    },
+    "dark": {
+        "ink": "#e6edf3",
+        "dim": "#9198a1",
+        "line": "#656c76",
+        "kv": "#388bfd",
+        "S": "#a371f7",
+    },
 }
 PANEL, GAP = 232, 92
 TITLES = "awake", "asleep", "awake again"

@@ -44,7 +44,7 @@ def table(of: dict) -> str:
     source = f"`{of['command']}`; {of['measured']}."
     if of.get("note"):
         source += f" {of['note']}"
-    return "\n".join([source, "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "\n".join([source, "", *(f"| {' | '.join(line)} |" for line in lines), "", ""])
 
 
 def filled(text: str) -> str:
