@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..models.config import read_config
 from ..models.folder import TOKENIZER_FILES
-from ..models.weights import INDEX, read_headers, weight_files
+from ..models.weights import INDEX, is_of_text_model, read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
 from ..utils.safetensors import load
@@ -31,7 +31,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 # Of PEFT, and of mlx-lm.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 _LORA = re.compile(r"\.lora_(embedding_)?[abAB]\b")
-_MERGE = "merge it into its base model (PEFT's merge_and_unload, or mlx_lm.fuse)"
+_MERGE = "merge it: mlx-sleep convert MODEL OUT --merge-adapter ADAPTER"
 
 
 @dataclass
@@ -168,8 +168,13 @@ def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
         arrays, metadata = load(file)
         tensors.update(arrays)
         formats.add(metadata.get("format"))
-    ordered = {n: tensors.pop(n) for n in headers if n not in scales}  # as they lie on disk
-    return Source(config, ordered, files, folder, formats == {"mlx"}, how=how, notes=notes)
+    mlx = formats == {"mlx"}
+    ordered = {  # as they lie on disk
+        n: tensors.pop(n)
+        for n in headers
+        if n not in scales and not (mlx and not is_of_text_model(n))
+    }
+    return Source(config, ordered, files, folder, mlx, how=how, notes=notes)
 
 
 def _is_pair(value: object) -> bool:
@@ -199,7 +204,7 @@ def _check_no_adapter(path: Path) -> None:
         return
     if (path / "config.json").is_file():
         raise UserError(
-            f"{path} has a LoRA adapter ({found}) beside the model; {_MERGE}, or move {found} "
+            f"{path} has a LoRA adapter ({found}) beside the model; {_MERGE}; or move {found} "
             "elsewhere to convert the model without it"
         )
     raise UserError(f"{path} holds a LoRA adapter ({found}) and no model; {_MERGE}")

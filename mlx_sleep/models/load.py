@@ -34,6 +34,7 @@ from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
     check_tensors,
+    is_of_text_model,
     not_finite,
     read_headers,
     weight_files,
@@ -80,7 +81,17 @@ def open_folder(path: str | Path) -> Checkpoint:
         )
     if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
         config["sleep"] = default_sleep(config)
-    return Checkpoint(str(path), path, config, read_headers(files), files)
+    tensors, mapped = read_headers(files), None
+    if not all(map(is_of_text_model, tensors)):
+        tensors = {name: x for name, x in tensors.items() if is_of_text_model(name)}
+        arrays = Checkpoint(str(path), path, config, tensors, files).arrays()
+        mapped = {name: arrays[name] for name in tensors}
+    gemma = (
+        str(config.get("model_type")).startswith("gemma3") and "tie_word_embeddings" not in config
+    )
+    if gemma and any(name.endswith("lm_head.weight") for name in tensors):
+        config["tie_word_embeddings"] = False  # mlx-lm, too, lets the weights say it
+    return Checkpoint(str(path), path, config, tensors, files, mapped)
 
 
 def default_sleep(config: dict) -> dict:
@@ -164,7 +175,7 @@ def read_model(
     model = build(config, {*tensors, *added}, where=where)
     model.trained_to_sleep = is_trained(config)
     if adapter is not None and adapter.lora_rank:
-        lora.attach(model.host.block_modules, adapter.lora_rank, adapter.tensors)
+        lora.attach(_host(model).block_modules, adapter.lora_rank, adapter.tensors)
     wanted = dict(tree_flatten(model.parameters()))
     theirs = {} if adapter is None else adapters.names_in_model(wanted)
     check_tensors(path, {n: x for n, x in wanted.items() if n not in theirs.values()}, tensors)
@@ -178,10 +189,15 @@ def read_model(
         )
     if adapter is not None:
         model.load_weights(list(weights.items()), strict=False)
-        h, _ = model.host.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        h, _ = _host(model).hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
         loaded = adapter.weights(h.dtype)
         weights.update({mine: loaded[n] for n, mine in theirs.items()})
     return model, config, weights
+
+
+def _host(model):
+    """The model that sleep layers were put into; itself where there are none."""
+    return getattr(model, "host", model)
 
 
 def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
