@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..models.checkpoint import TRAINING
 from ..models.config import read_config
 from ..models.folder import copy_tokenizer, new_folder, write_json
 from ..models.weights import read_headers, weight_files
@@ -14,8 +15,8 @@ from .architectures import for_ours
 from .architectures.base import Weights
 from .writer import SHARD_BYTES, entry, write_shards
 
-# What this project added to a config. `sleep` and `sleep_layers` stay: with them the exported
-# folder can be converted to the same model again.
+# What this project added to a config. What is about sleep stays: with it the exported folder can be
+# converted to the same model again.
 _OURS = ("fingerprint", "source_config", "quantization")
 
 
@@ -79,5 +80,5 @@ def _config(ours: dict, model_type: str) -> dict:
     kept = {name: x for name, x in ours.items() if name not in _OURS}
     if (theirs := ours.get("source_config")) is None:
         return {**kept, "model_type": model_type}
-    sleeps = {name: ours[name] for name in ("sleep", "sleep_layers") if name in ours}
+    sleeps = {name: ours[name] for name in ("sleep", "sleep_layers", TRAINING) if name in ours}
     return {**theirs, **sleeps}

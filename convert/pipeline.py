@@ -16,8 +16,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..models.base import SleepConfig, SleepModel
+from ..models.checkpoint import TRAINING
 from ..models.folder import copy_tokenizer, new_folder, write_json
-from ..models.load import MODEL_TYPES, build, get_model_classes, seal
+from ..models.load import MODEL_TYPES, build, default_sleep, get_model_classes, seal
 from ..utils.errors import UserError
 from ..utils.files import one_line
 from . import insert as insertion
@@ -33,7 +34,6 @@ REPORT = "convert.json"
 
 # Fields of a config that are about PyTorch's code or about an earlier conversion.
 _NOT_KEPT = ("auto_map", "fingerprint", "source_config", "transformers_version")
-_WINDOW = 2048  # of checkpoints that were not trained to sleep
 
 
 @dataclass
@@ -66,6 +66,7 @@ def convert(
     insert: dict | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
+    **where: Any,
 ) -> Report:
     """Write the checkpoint `source` as the new model folder `dest`.
 
@@ -76,6 +77,7 @@ def convert(
     insert    arguments of `insert.plan`: add sleep layers, with which the logits stay the same to
               the bit
     on_bytes  called with (bytes written, bytes in all)
+    where     of an id on Hugging Face: revision and local_files_only, as in `hub.download`
 
     Raises UserError (TensorError where tensors don't fit); `dest` then does not exist.
     """
@@ -83,8 +85,8 @@ def convert(
     with new_folder(Path(dest).expanduser().resolve()) as folder:
         scratch = folder / "reading"  # removed with the folder, whatever happens
         scratch.mkdir()
-        opened = open_source(source, scratch, keep_blocks=not types.quantizes)
-        architecture, config, model = _understand(opened, sleep)
+        opened = open_source(source, scratch, keep_blocks=not types.quantizes, **where)
+        architecture, config, model = understand(opened, sleep)
         wanted = dict(tree_flatten(model.parameters()))
         mapping = map_tensors(architecture, config, opened.tensors, wanted)
         opened.tensors.clear()
@@ -108,7 +110,7 @@ def convert(
     return report
 
 
-def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None, dict, SleepModel]:
+def understand(source: Source, sleep: dict | None) -> tuple[Architecture | None, dict, SleepModel]:
     """(architecture, our config, the model that it describes). No array is evaluated."""
     theirs = source.config
     if source.ours:
@@ -119,8 +121,7 @@ def _understand(source: Source, sleep: dict | None) -> tuple[Architecture | None
         config = _our_config(architecture, source)
     default: dict[str, Any] = {}
     if "sleep" not in theirs and not (source.ours and config["model_type"] in MODEL_TYPES):
-        window = min(_WINDOW, config.get("max_position_embeddings") or _WINDOW)
-        default = {"passes": 1, "window": window, "eviction": "hard"}
+        default = default_sleep(config)
         loop_range = architecture.loop_range(config) if architecture else None
         if loop_range is not None:
             default["loop_range"] = list(loop_range)
@@ -142,7 +143,7 @@ def _our_config(architecture: Architecture, source: Source) -> dict:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"config.json has a value that does not fit: {one_line(error)}") from error
     config["model_type"] = architecture.model_type
-    for name in ("sleep_layers", "eos_token_id", "bos_token_id", "pad_token_id"):
+    for name in ("sleep_layers", TRAINING, "eos_token_id", "bos_token_id", "pad_token_id"):
         if theirs.get(name) is not None:
             config.setdefault(name, theirs[name])
     if any(config.get(name) != x for name, x in theirs.items() if name != "sleep"):

@@ -10,9 +10,9 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,18 +22,16 @@ from ..models.weights import INDEX, read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
 from ..utils.safetensors import load
-from . import foreign_types, gguf, gguf_file, torch_files
+from . import foreign_types, gguf, gguf_file, hub, torch_files
 
 _TORCH = (".bin", ".pt", ".pth")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _READ_TOO = ("config.json", "generation_config.json", INDEX, _TORCH_INDEX, *TOKENIZER_FILES)
 _LFS = b"version https://git-lfs.github.com/spec/"
 # Of PEFT, and of mlx-lm.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 _LORA = re.compile(r"\.lora_(embedding_)?[abAB]\b")
 _MERGE = "merge it into its base model (PEFT's merge_and_unload, or mlx_lm.fuse)"
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "*.txt")
 
 
 @dataclass
@@ -61,10 +59,13 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def open_source(source: str | Path, scratch: Path, *, keep_blocks: bool = True) -> Source:
+def open_source(
+    source: str | Path, scratch: Path, *, keep_blocks: bool = True, **where: Any
+) -> Source:
     """Open a checkpoint. Files that MLX cannot read are rewritten in the folder `scratch`.
 
     keep_blocks  of a GGUF: leave weights quantized where MLX has the same layout
+    where        of an id on Hugging Face: revision and local_files_only, as in `hub.download`
 
     UserError, in one line, for anything wrong with it.
     """
@@ -73,8 +74,8 @@ def open_source(source: str | Path, scratch: Path, *, keep_blocks: bool = True) 
         return _open_folder(path, scratch, keep_blocks)
     if path.is_file():
         return _open_file(path, scratch, keep_blocks)
-    if _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
-        return _open_folder(_download(str(source)), scratch, keep_blocks)
+    if hub.is_id(source):
+        return _open_folder(hub.download(str(source), **where), scratch, keep_blocks)
     raise UserError(
         f"no model folder or file at {path}; give a folder with a config.json, a .gguf, or the id "
         "of a model on Hugging Face, such as org/name"
@@ -257,27 +258,3 @@ def _unpack(archive: Path, scratch: Path) -> Path:
     except (NotImplementedError, RuntimeError) as error:  # a compression it lacks; a password
         raise UserError(f"{archive} cannot be unpacked: {one_line(error)}") from error
     return file
-
-
-def _download(name: str) -> Path:
-    """The folder of a model of Hugging Face's hub: its weights as safetensors where it has them."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    def fetch(patterns: Iterable[str]) -> Path:
-        # Other formats lie in folders of their own.
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-
-    disable_progress_bars()
-    try:
-        path = fetch(_HUB_FILES)
-        if not any(path.glob("*.safetensors")):
-            path = fetch((*_HUB_FILES, "*.bin"))
-    except Exception as error:  # of httpx, of the file system, or of the hub itself
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"cannot get {name} from Hugging Face: {reason[:160]}; check the name and the network, "
-            "or give a local folder"
-        ) from error
-    with reading(path):
-        return path

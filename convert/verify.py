@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -55,15 +56,15 @@ class Verified:
     why: str = ""
 
 
-def verify(source: str | Path, dest: str | Path) -> Verified:
-    """Compare a converted folder with its source; see Verified.
+def verify(source: str | Path, dest: str | Path, **where: Any) -> Verified:
+    """Compare a converted folder with its source; see Verified. where: as in `convert`.
 
     UserError when the folder on disk is not what the conversion wrote, or when its logits are
     further from the source's than the bound. It then names the tensor that differs most.
     """
     dest = Path(dest).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
-        opened = open_source(source, Path(scratch))
+        opened = open_source(source, Path(scratch), **where)
         rows = {row["name"]: row for row in read_json(dest / REPORT)["tensors"]}
         same = _compare_bytes(opened, dest, rows)
         rewritten = len(rows) - same

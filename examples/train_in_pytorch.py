@@ -87,11 +87,16 @@ def loss_of(model, facts, answer):
     return loss + F.cross_entropy(told[:, -1], facts[:, -1]), right
 
 
-def save(model, folder):
-    """The folder that `mlx-sleep convert` takes: weights, config, and any usual tokenizer."""
+def save(model, folder, tokens):
+    """The folder that `mlx-sleep convert` takes: weights, config, and any usual tokenizer.
+
+    sleep_training says that it was trained to sleep, and on how many tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / "model.safetensors"))  # tied weights are saved once
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
+    (folder / "config.json").write_text(
+        json.dumps({**CONFIG, "sleep_training": {"tokens": tokens}}, indent=2)
+    )
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -105,8 +110,11 @@ def toy(options):
     torch.manual_seed(0)
     model = SleepHybrid(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = 0
     for step in range(1, options.steps + 1):
-        loss, right = loss_of(model, *examples(32))
+        facts, answer = examples(32)
+        tokens += facts.numel() + answer.numel()
+        loss, right = loss_of(model, facts, answer)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,7 +123,7 @@ def toy(options):
             print(
                 f"step {step}: loss {loss.item():.3f}, right answers {right.item():.0%}", flush=True
             )
-    save(model, options.out)
+    save(model, options.out, tokens)
 
 
 def retrofit(options):

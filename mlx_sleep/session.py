@@ -35,6 +35,7 @@ from .models.base import (
     unflatten_state,
 )
 from .models.calibrate import calibrate
+from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
 from .utils.errors import UserError
@@ -158,37 +159,38 @@ class Session:
     @classmethod
     def open(
         cls,
-        model_path: str | Path | None = None,
+        model: str | Path | Checkpoint | None = None,
         memory: str | None = None,
         *,
         adapter: str | Path | None = None,
         home: str | os.PathLike | None = None,
         **options: Any,
     ) -> Session:
-        """Loads a model folder (None is the embedded model) and opens a memory by name.
+        """Loads a model and opens a memory by name.
 
-        adapter is the folder of an adapter for the model; home is the folder of the memories;
-        options are those of `Session`; sampling that they don't give (or give as None) is as the
-        folder's generation_config.json has it. UserError when a folder or the memory cannot be
-        used.
+        model is a folder of ours or of mlx-lm's, or what `mlx_sleep.open_model` makes of any other
+        and of an id on Hugging Face; None is the embedded model. adapter is the folder of an
+        adapter for it; home is the folder of the memories; options are those of `Session`; sampling
+        that they don't give (or give as None) is as the folder's generation_config.json has it.
+        UserError when a folder or the memory cannot be used.
         """
-        from .models.load import EMBEDDED, fingerprint, generation_of, load
+        from .models.load import EMBEDDED, fingerprint, generation_of, load, open_folder
 
-        path = EMBEDDED if model_path is None else model_path
-        sampling = Sampling.of(generation_of(path, adapter))
+        source = model if isinstance(model, Checkpoint) else open_folder(model or EMBEDDED)
+        sampling = Sampling.of(generation_of(source.path, adapter))
         for name, value in asdict(sampling).items():
             if options.get(name) is None:
                 options[name] = value
-        loaded, tokenizer, _ = load(path, adapter=adapter)
-        model = cast(SleepModel, loaded)
+        loaded, tokenizer, _ = load(source, adapter=adapter)
+        loaded = cast(SleepModel, loaded)
         if memory is None:
-            return cls(model, tokenizer, **options)
-        name = "embedded" if model_path is None else str(model_path)
+            return cls(loaded, tokenizer, **options)
+        name = "embedded" if source.path == EMBEDDED else source.name
         if adapter is not None:
             name += f" with {adapter}"
-        opened = Memory.open(memory, fingerprint(path, adapter), model=name, home=home)
+        opened = Memory.open(memory, fingerprint(source, adapter), model=name, home=home)
         try:
-            return cls(model, tokenizer, opened, **options)
+            return cls(loaded, tokenizer, opened, **options)
         except BaseException:
             opened.close()
             raise

@@ -18,8 +18,8 @@ from .models.base import State, evict, kv_bytes
 from .utils.errors import UserError
 
 NOTHING_TO_SLEEP_INTO = (
-    "this model has attention layers only, so there is nothing to sleep into; add sleep layers "
-    "with mlx-sleep convert --insert"
+    "this model has attention layers only, so there is nothing to sleep into; train sleep layers "
+    "in it with mlx-sleep retrofit"
 )
 
 

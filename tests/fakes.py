@@ -75,6 +75,7 @@ def fake_config(**sleep) -> dict:
         "ssm_state_size": 8,
         "eos_token_id": 1,
         "sleep": {"passes": 2, "window": 64, **sleep},
+        "sleep_training": {"tokens": 1},
     }
 
 

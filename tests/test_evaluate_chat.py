@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_sleep.cli import app, model_names
-from mlx_sleep.cli.model_names import choose, folder_named, folder_of
+from mlx_sleep.cli.model_names import Chosen, choose, folder_of
 from mlx_sleep.lab.evaluate_chat import (
     _Chat,
     evaluate_base,
@@ -124,22 +124,22 @@ def test_which_model_is_meant(tmp_path, folders, monkeypatch, capsys):
     base, loud, _ = folders
     monkeypatch.setenv("MLX_SLEEP_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(model_names, "ADAPTERS", tmp_path / "adapters")
-    assert choose(None) == (None, None, "embedded") and not capsys.readouterr().err
+    assert choose(None) == Chosen(None, None, "embedded") and not capsys.readouterr().err
     with pytest.raises(UserError, match="models get smollm2"):
         choose("smollm2")
     with pytest.raises(UserError, match="needs --model"):
         choose(None, str(loud))
-    assert choose(str(base), str(loud)) == (base, loud, str(base))
+    assert choose(str(base), str(loud)) == Chosen(base, loud, str(base))
     own = tmp_path / "adapters" / "smollm2"
     own.mkdir(parents=True)
     assert choose(None).path is None  # the package has an adapter, but the base isn't here
     said = capsys.readouterr().err
     assert "models get smollm2" in said and said.count("\n") == 1
     folder_of("smollm2").mkdir(parents=True)
-    assert choose(None) == choose("smollm2") == (folder_of("smollm2"), own, "smollm2")
+    assert choose(None) == choose("smollm2") == Chosen(folder_of("smollm2"), own, "smollm2")
     assert choose("smollm2", str(loud)).adapter == loud
-    assert choose("embedded") == (None, None, "embedded")
-    assert folder_named("embedded") == EMBEDDED
+    assert choose("embedded") == Chosen(None, None, "embedded")
+    assert choose("embedded").open().path == EMBEDDED
     with pytest.raises(UserError, match="takes no adapter"):
         choose("embedded", str(loud))
     # A memory belongs to one model: what the demonstration remembers stays its own.

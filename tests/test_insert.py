@@ -362,7 +362,7 @@ def test_a_chat_without_fast_weights_keeps_one_window_and_says_when_it_is_full(t
         assert len(full) == 64 and list(full[-1:]) == tokenizer.end_ids
         with pytest.raises(UserError, match="window of 64 tokens is full.*--insert"):
             session.say("and again")
-        with pytest.raises(UserError, match="nothing to sleep into.*--insert"):
+        with pytest.raises(UserError, match="nothing to sleep into.*mlx-sleep retrofit"):
             session.sleep()
         assert session.pending == full
     with open_session() as session:  # it closed without an error and kept the text

@@ -246,6 +246,6 @@ def test_loop_range(rng):
 def test_nothing_to_sleep_into(rng):
     model = make(layers=None)
     assert not model.has_fast_weights
-    with pytest.raises(UserError, match="nothing to sleep into; add sleep layers"):
+    with pytest.raises(UserError, match="nothing to sleep into; train sleep layers"):
         consolidate(model, model.init_state(), tokens(rng, 1, 5), 2)
     assert make().has_fast_weights

@@ -120,10 +120,10 @@ def reply(
     Example: mlx-sleep bench reply --model smollm2 --window 100,1000
     """
     from ..lab.bench import reply
-    from ..models.load import EMBEDDED, load
+    from ..models.load import load
 
-    path, adapter, _ = choose(model, adapter_path)
-    loaded, tokenizer, _ = load(path or EMBEDDED, adapter=adapter)
+    chosen = choose(model, adapter_path)
+    loaded, tokenizer, _ = load(chosen.open(), adapter=chosen.adapter)
     _run("bench reply", reply, reply.rows(loaded, tokenizer, window, repeats), json, plot)
 
 
@@ -195,12 +195,11 @@ def convert(
 
 
 def _load(model: str | None, adapter_path: str | None) -> SleepModel:
-    from ..models.load import EMBEDDED, load_model, suit_device
+    from ..models.load import load_model, suit_device
 
-    path, adapter = None, None
-    if model is not None or adapter_path is not None:
-        path, adapter, _ = choose(model, adapter_path)
-    loaded, _ = load_model(path or EMBEDDED, adapter_path=adapter)
+    given = model is not None or adapter_path is not None
+    chosen = choose(model if given else "embedded", adapter_path)
+    loaded, _ = load_model(chosen.open(), adapter_path=chosen.adapter)
     suit_device(loaded)
     return cast("SleepModel", loaded)
 

@@ -11,8 +11,9 @@ import typer
 
 from ..utils.errors import UserError
 from . import output, slash
-from .options import MemoryName, SessionOptions, with_session_options
-from .sleeping import Interrupts
+from .history import history_file
+from .options import Json, MemoryName, SessionOptions, with_session_options
+from .sleeping import Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -23,8 +24,17 @@ def chat(
     options: SessionOptions,
     memory: MemoryName = None,
     idle: Annotated[
-        float, typer.Option(help="Seconds without a key press before it sleeps; 0 is never.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            help="Seconds without a key press before it sleeps; 0 is never. "
+            "(default: 10; 0 for a model that was not trained to sleep)",
+            show_default=False,
+        ),
+    ] = None,
+    history: Annotated[
+        bool,
+        typer.Option(help="Keep what is typed, for the arrow keys: a private file a memory."),
+    ] = True,
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
 
@@ -32,41 +42,61 @@ def chat(
 
     Example: mlx-sleep chat --memory work --idle 30
     """
-    if not 0 <= idle < float("inf"):
+    if idle is not None and not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
-    memory = memory or options.chosen.memory
+    memory = options.chosen.memory if memory is None else memory
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        _run_in_pipe(options.open(memory))
+        session = options.open(memory)
+        _say_kind(session)
+        _run_in_pipe(session, sleeps=may_sleep(session.model, idle))
         return
     with output.StatusLine() as status:
         status.show(f"loading {options.chosen.name} ...")
         session = options.open(memory)
     from .terminal import Terminal
 
-    Terminal(session, options.chosen.name, idle).run()
+    file = history_file(memory, options.home) if history else None
+    Terminal(session, options.chosen.name, idle, file).run()
 
 
 @with_session_options
 def generate(
     options: SessionOptions,
+    words: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="What to say; - takes all of standard input.", show_default=False
+        ),
+    ] = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="What to say; - takes all of standard input.")
-    ],
+        str | None, typer.Option("--prompt", "-p", help="The same, as an option.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="The memory's name. (default: remember nothing)")
     ] = None,
+    json: Json = False,
 ):
     """Say one thing, print the reply, sleep, leave.
 
-    Example: mlx-sleep generate --memory work --prompt "My cat is called Zorvi."
+    Example: mlx-sleep generate --memory work "My cat is called Zorvi."
     """
-    if prompt == "-":
-        prompt = "".join(_lines())
-    if not prompt.strip():
-        raise UserError('the prompt is empty; give one with --prompt "..."')
+    if words is not None and prompt is not None:
+        raise UserError("there are two prompts; give one, with or without --prompt")
+    text = words if prompt is None else prompt
+    if text == "-":
+        text = "".join(_lines())
+    if not (text or "").strip():
+        raise UserError('the prompt is empty; say something: mlx-sleep generate "Hello"')
     session = options.open(memory)
-    with _closing(session), Interrupts() as ctrl_c:
-        _print_reply(session, prompt, ctrl_c)
+    if memory is not None:
+        _say_kind(session)
+    with _closing(session, may_sleep(session.model)), Interrupts() as ctrl_c:
+        if json:
+            output.print_json(_reply_as_json(session, text, ctrl_c))
+        else:
+            _print_reply(session, text, ctrl_c)
+            if session.cut:
+                output.note(f"cut at {session.max_tokens} tokens; --max-tokens changes that")
     if ctrl_c.count:
         raise typer.Exit(130)
 
@@ -74,9 +104,15 @@ def generate(
 # --- in a pipe -----------------------------------------------------------------------------
 
 
-def _run_in_pipe(session: Session) -> None:
-    """A turn for each line until the end of the input; then it sleeps."""
-    with _closing(session):
+def _say_kind(session: Session) -> None:
+    """A line about a model that doesn't sleep by itself; nothing of one that does."""
+    if not session.model.trained_to_sleep:
+        output.note(kind(session.model))
+
+
+def _run_in_pipe(session: Session, sleeps: bool) -> None:
+    """A turn for each line until the end of the input; then it sleeps, if it may."""
+    with _closing(session, sleeps):
         for line in _lines():
             text = line.strip()
             if not text:
@@ -94,36 +130,60 @@ def _run_in_pipe(session: Session) -> None:
 
 
 @contextlib.contextmanager
-def _closing(session: Session) -> Iterator[None]:
-    """Sleeps and closes on the way out, also when nobody reads the output any more.
+def _closing(session: Session, sleeps: bool) -> Iterator[None]:
+    """Sleeps, if it may, and closes on the way out, also when nobody reads the output any more.
 
     After any other error it only closes: what was said is in the journal.
     """
     try:
         yield
     except BrokenPipeError:
-        session.close()
+        session.close(sleep=sleeps)
         kept = f"; memory '{session.memory.name}' keeps what was said" if session.memory else ""
         output.note(f"error: nobody reads the output any more{kept}")
         raise
     except BaseException:
         session.close(sleep=False)
         raise
-    session.close()
+    session.close(sleep=sleeps)
+
+
+def _reply_as_json(session: Session, text: str, ctrl_c: Interrupts) -> dict:
+    """A reply by the names of mlx-lm's and OpenAI's answers; without Ctrl-C it is whole."""
+    reply = "".join(_pieces(session, text, ctrl_c))
+    stats = session.stats()
+    return {
+        "text": reply,
+        "finish_reason": "cancelled" if ctrl_c.count else "length" if session.cut else "stop",
+        "window_tokens": stats.window_tokens,
+        "prompt_tps": stats.prompt_tps,
+        "generation_tps": stats.generation_tps,
+    }
+
+
+def _pieces(session: Session, text: str, ctrl_c: Interrupts) -> Iterator[str]:
+    """A reply until its end or Ctrl-C."""
+    from ..sleep import SleepCancelled
+
+    def on_read(done: int, total: int) -> None:
+        if ctrl_c.count:
+            raise SleepCancelled
+
+    try:
+        said = session.say(text, should_stop=lambda: ctrl_c.count > 0, on_read=on_read)
+        with contextlib.closing(said) as pieces:
+            for piece in pieces:
+                yield piece
+                if ctrl_c.count:
+                    break
+    except SleepCancelled:  # by Ctrl-C, while it read the turn or slept because it was full
+        pass
 
 
 def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
-    from ..sleep import SleepCancelled
-
-    try:
-        said = session.say(text, should_stop=lambda: ctrl_c.count > 0)
-        with contextlib.closing(said) as pieces:
-            for piece in pieces:
-                output.piece(piece)
-                if ctrl_c.count:
-                    break
-    except SleepCancelled:  # by Ctrl-C, while the window slept because it was full
-        pass
+    with contextlib.closing(_pieces(session, text, ctrl_c)) as pieces:
+        for piece in pieces:
+            output.piece(piece)
     output.line()
 
 

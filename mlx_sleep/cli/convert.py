@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..utils.errors import UserError
-from .options import Numbers, numbers
+from .options import LocalFilesOnly, Numbers, Revision, numbers
 from .output import count, line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
@@ -85,6 +85,8 @@ def convert(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="List where each tensor comes from.")
     ] = False,
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
 ):
     """Convert a checkpoint of PyTorch or llama.cpp, or another model folder, to a model folder.
 
@@ -93,11 +95,14 @@ def convert(
 
     Example: mlx-sleep convert my-checkpoint my-model -q --q-bits 4
     """
+    from ..convert import hub
     from ..convert.mapping import TensorError
     from ..convert.pipeline import convert as run
     from ..convert.quantize import NumberTypes
     from ..models.adapter import copy_adapter, is_adapter
 
+    if not hub.is_id(source):
+        _refuse({"--revision": revision}, "is for ids on Hugging Face")
     if is_adapter(source):
         others: dict[str, Any] = {
             "--dtype": dtype,
@@ -147,6 +152,8 @@ def convert(
                 sleep={name: value for name, value in sleep.items() if value is not None},
                 insert=inserted,
                 on_bytes=on_bytes,
+                revision=revision,
+                local_files_only=local_files_only,
             )
     except TensorError as error:
         for detail in error.details:
@@ -154,7 +161,7 @@ def convert(
         raise
     _describe(report, dest, group_size, verbose)
     if verify:
-        _verify(source, dest)
+        _verify(source, dest, revision=revision, local_files_only=local_files_only)
 
 
 def export(
@@ -190,10 +197,10 @@ def _describe(report: Report, dest: Path, group_size: int, verbose: bool) -> Non
         )
 
 
-def _verify(source: str, dest: Path) -> None:
+def _verify(source: str, dest: Path, **where: Any) -> None:
     from ..convert.verify import TOKENS, verify
 
-    found = verify(source, dest)
+    found = verify(source, dest, **where)
     line(
         f"verified: {count(found.same_bytes, 'tensor')} with the source's bytes, "
         f"{found.rewritten:,} cast or computed, all as they were written"

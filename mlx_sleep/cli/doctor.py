@@ -112,10 +112,10 @@ def _calibrate(model: str | None) -> str:
         if model is not None:
             raise UserError("--model is for a Metal GPU, which this machine does not have")
         return doctor_blas.calibrate()
-    path, adapter, name = choose(model)
-    loaded, _ = load.load_model(load.EMBEDDED if path is None else path, adapter_path=adapter)
+    chosen = choose(model)
+    loaded, _ = load.load_model(chosen.open(), adapter_path=chosen.adapter)
     calibrate.calibrate(cast("SleepModel", loaded), gradients=True, again=True)
-    return f"for {name}"
+    return f"for {chosen.name}"
 
 
 def _verdicts() -> dict[str, dict]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..utils.errors import UserError
 from .model_names import choose
-from .options import AdapterPath, Json, Model, Numbers, names, numbers
+from .options import (
+    AdapterPath,
+    Json,
+    LocalFilesOnly,
+    Model,
+    Numbers,
+    Revision,
+    names,
+    numbers,
+)
 from .output import emit, progress_bar
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..models.checkpoint import Checkpoint
 
 TASKS = ("memory", "base")
 
@@ -24,6 +35,8 @@ def evaluate(
     ],
     model: Model = None,
     adapter_path: AdapterPath = None,
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
     passes: Annotated[
         Numbers | None,
         typer.Option(
@@ -54,7 +67,6 @@ def evaluate(
     Example: mlx-sleep eval memory --passes 1,2,4
     """
     from ..lab.tasks.words import SPLITS
-    from ..models.load import EMBEDDED
 
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -62,28 +74,30 @@ def evaluate(
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if n is not None and n < 1:
         raise UserError("--n must be at least 1")
-    chosen = choose(model, adapter_path)
-    folder = chosen.path or EMBEDDED
+    chosen = choose(model, adapter_path, revision, local_files_only)
+    opened = chosen.open()
     cases, tried = names(case), list(passes) if passes else None
     with progress_bar(f"eval {task}", unit="conversations", shown=not json) as counted:
         if task == "base":
-            rows = _base(folder, chosen.adapter, n, seed, split, counted)
-        elif (folder / "tokenizer.model").is_file() and chosen.adapter is None:
-            rows = _memory(folder, cases, tried, n or 500, seed, split, counted)
+            rows = _base(opened, chosen.adapter, n, seed, split, counted)
+        elif (opened.path / "tokenizer.model").is_file() and chosen.adapter is None:
+            rows = _memory(opened, cases, tried, n or 500, seed, split, counted)
         else:
-            rows = _lives(folder, chosen.adapter, cases, tried, n, seed, split, counted)
+            rows = _lives(opened, chosen.adapter, cases, tried, n, seed, split, counted)
     emit(f"eval {task}", [{"model": chosen.name, **row} for row in rows], json)
 
 
-def _memory(folder: Path, cases, passes, n: int, seed: int, split: str, counted) -> list[dict]:
+def _memory(
+    opened: Checkpoint, cases, passes, n: int, seed: int, split: str, counted
+) -> list[dict]:
     """Of a model in the format of the task `memory`, as the embedded one."""
     from ..lab.evaluation import evaluate_memory
     from ..lab.memory_training import sentencepiece_encoder
     from ..lab.tasks.memory import CASES, MemoryTask
     from ..models.load import load_model
 
-    loaded, _ = load_model(folder)
-    encode, decode, specials = sentencepiece_encoder(folder)
+    loaded, _ = load_model(opened)
+    encode, decode, specials = sentencepiece_encoder(opened.path)
     return evaluate_memory(
         loaded,
         MemoryTask(encode, specials, split, seed=seed),
@@ -96,14 +110,14 @@ def _memory(folder: Path, cases, passes, n: int, seed: int, split: str, counted)
 
 
 def _lives(
-    folder: Path, adapter, cases, passes, n: int | None, seed: int, split: str, counted
+    opened: Checkpoint, adapter, cases, passes, n: int | None, seed: int, split: str, counted
 ) -> list[dict]:
     """Of a model with a chat template."""
     from ..lab.evaluate_chat import evaluate_lives, evaluate_natural
     from ..lab.tasks.life_examples import CASES
 
     chosen = _known(cases, (*CASES, "natural"))
-    model, tokenizer, lives = _chat(folder, adapter, seed, split)
+    model, tokenizer, lives = _chat(opened, adapter, seed, split)
     passes = passes or [model.sleep.passes]
     rows: list[dict] = []
     for name in chosen:
@@ -116,22 +130,24 @@ def _lives(
     return rows
 
 
-def _base(folder: Path, adapter, n, seed: int, split: str, counted) -> list[dict]:
+def _base(opened: Checkpoint, adapter, n, seed: int, split: str, counted) -> list[dict]:
     from ..lab.evaluate_chat import evaluate_base
 
-    model, tokenizer, lives = _chat(folder, adapter, seed, split)
+    model, tokenizer, lives = _chat(opened, adapter, seed, split)
     if not hasattr(model, "host"):
-        raise UserError(f"{folder} has no sleep layers, so it is its own base; add --adapter-path")
+        raise UserError(
+            f"{opened.name} has no sleep layers, so it is its own base; add --adapter-path"
+        )
     return evaluate_base(model, tokenizer, lives, n=n, on_done=counted)
 
 
-def _chat(folder: Path, adapter, seed: int, split: str):
+def _chat(opened: Checkpoint, adapter, seed: int, split: str):
     """(model, tokenizer, lives of the split)"""
     from ..lab.tasks.chat_source import ChatSource
     from ..models.load import load
     from ..sleep import NOTHING_TO_SLEEP_INTO
 
-    model, tokenizer, _ = load(folder, adapter=adapter)
+    model, tokenizer, _ = load(opened, adapter=adapter)
     if not model.has_fast_weights:
         raise UserError(NOTHING_TO_SLEEP_INTO)
     return model, tokenizer, ChatSource(tokenizer, split, seed).lives()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options, output
+from .history import history_file, remove_history
 from .model_names import choose
 from .output import line
 from .sleeping import describe, watch
@@ -154,6 +155,7 @@ def rm(
     if not yes and not typer.confirm(f"delete memory '{name}' for good?"):
         raise typer.Exit(1)
     remove(name, home)
+    remove_history(history_file(name, home))
     line(f"deleted memory '{name}'")
 
 
@@ -161,6 +163,8 @@ def sleep(
     memory: options.MemoryName = None,
     model: options.Model = None,
     adapter_path: options.AdapterPath = None,
+    revision: options.Revision = None,
+    local_files_only: options.LocalFilesOnly = False,
     home: options.Home = None,
     passes: options.Passes = None,
     window: options.Window = None,
@@ -173,12 +177,11 @@ def sleep(
     from ..session import Session
     from ..sleep import SleepCancelled
 
-    chosen = choose(model, adapter_path)
-    path, adapter, _ = chosen
+    chosen = choose(model, adapter_path, revision, local_files_only)
     memory = memory or chosen.memory
     show_memory(memory, home)  # a chat makes memories, a sleep doesn't
     with Session.open(
-        path, memory, adapter=adapter, home=home, passes=passes, window=window
+        chosen.open(), memory, adapter=chosen.adapter, home=home, passes=passes, window=window
     ) as session:
         try:
             report = watch(session, session.sleep)

@@ -1,12 +1,15 @@
-"""Which model a command means: a folder, a name that `models get` knows, or none given."""
+"""Which model a command means: a folder, an id on Hugging Face, a name of ours, or none given."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..utils.errors import UserError
 from .output import note
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..models.checkpoint import Checkpoint
 
 DEFAULT = "smollm2"
 """The model of a chat that names none, if it was fetched and the package has an adapter for it."""
@@ -15,11 +18,26 @@ ADAPTERS = Path(__file__).parent.parent / "adapters"
 
 
 class Chosen(NamedTuple):
-    """A model's folder (None is the embedded model), its adapter's, and what to call both."""
+    """A model's folder or id (None is the embedded model), its adapter's, and what to call both.
+
+    revision, local_files_only  of an id: see `mlx_sleep.convert.hub.download`
+    """
 
     path: Path | None
     adapter: Path | None
     name: str
+    revision: str | None = None
+    local_files_only: bool = False
+
+    def open(self) -> Checkpoint:
+        """The model, opened and not read; one of Hugging Face is downloaded first, if need be."""
+        if self.path is None:
+            from ..models.load import EMBEDDED, open_folder
+
+            return open_folder(EMBEDDED)
+        from ..convert.opening import open_model
+
+        return open_model(self.path, revision=self.revision, local_files_only=self.local_files_only)
 
     @property
     def memory(self) -> str:
@@ -37,14 +55,12 @@ def folder_of(name: str) -> Path:
     return data_dir() / "models" / name
 
 
-def folder_named(model: str) -> Path:
-    """The folder of a model that was given, by its path or its name, without an adapter."""
-    from ..models.load import EMBEDDED
-
-    return choose(model).path or EMBEDDED
-
-
-def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
+def choose(
+    model: str | None,
+    adapter_path: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Chosen:
     """The model of --model and --adapter-path. UserError for a name that wasn't fetched.
 
     "embedded" is the small demonstration; another name comes with the package's adapter, if there
@@ -54,6 +70,8 @@ def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
     from ..convert.downloads import DOWNLOADS
 
     adapter = None if adapter_path is None else Path(adapter_path).expanduser()
+    if revision is not None and (model is None or model in ("embedded", *DOWNLOADS)):
+        raise UserError("--revision is for ids on Hugging Face; give one with --model")
     if model is None:
         if adapter is not None:
             raise UserError("--adapter-path needs --model, the model that it was trained in")
@@ -76,7 +94,7 @@ def choose(model: str | None, adapter_path: str | None = None) -> Chosen:
             )
         return Chosen(None, None, model)
     if model not in DOWNLOADS or path.is_dir():
-        return Chosen(path, adapter, model)
+        return Chosen(path, adapter, model, revision, local_files_only)
     path = folder_of(model)
     if not path.is_dir():
         raise UserError(f"{model} is not here yet; fetch it: mlx-sleep models get {model}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .model_names import folder_named, folder_of
+from .model_names import choose, folder_of
 from .options import Json
 from .output import emit, line, progress_bar, stderr
 
@@ -93,5 +93,5 @@ def fuse(
     """
     from ..models.load import fuse as run
 
-    run(folder_named(model), adapter_path, out)
+    run(choose(model).open(), adapter_path, out)
     line(f"wrote {out}; try: mlx-sleep chat --model {out}")

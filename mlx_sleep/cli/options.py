@@ -52,8 +52,17 @@ def names(text: str | None) -> list[str] | None:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The model's folder, smollm2 or embedded. (default: smollm2 if fetched, else embedded)"
+        help="A model's folder, its id on Hugging Face, smollm2 or embedded. "
+        "(default: smollm2 if fetched, else embedded)"
     ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Of an id on Hugging Face: a branch, a tag or a commit. (default: newest)"),
+]
+LocalFilesOnly = Annotated[
+    bool,
+    typer.Option("--local-files-only", help="Of an id: take what is in the cache, ask nobody."),
 ]
 AdapterPath = Annotated[
     str | None, typer.Option(help="The folder of an adapter: sleep layers trained in the model.")
@@ -87,6 +96,8 @@ class SessionOptions:
 
     model: Model = None
     adapter_path: AdapterPath = None
+    revision: Revision = None
+    local_files_only: LocalFilesOnly = False
     home: Home = None
     passes: Passes = None
     window: Window = None
@@ -120,17 +131,17 @@ class SessionOptions:
     @cached_property
     def chosen(self) -> Chosen:
         """The model that they mean."""
-        return choose(self.model, self.adapter_path)
+        return choose(self.model, self.adapter_path, self.revision, self.local_files_only)
 
     def open(self, memory: str | None) -> Session:
         """A session on a memory by its name; None remembers nothing."""
         from ..session import Session
 
         others = asdict(self)
-        for name in ("model", "adapter_path"):
+        for name in ("model", "adapter_path", "revision", "local_files_only"):
             del others[name]
-        path, adapter, _ = self.chosen
-        return Session.open(path, memory, adapter=adapter, **others)
+        opened = self.chosen.open()
+        return Session.open(opened, memory, adapter=self.chosen.adapter, **others)
 
 
 def with_session_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -38,7 +38,7 @@ def count(number: int, noun: str) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """A status in so many columns: its last parts, after ", " or "; ", are left out until it fits."""
+    """A status in so many columns: its last parts (after a comma) are left out until it fits."""
     while len(text) > width:
         parts = re.match(r"(.*)[,;] ", text)
         if not parts:

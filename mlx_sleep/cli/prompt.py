@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +9,13 @@ from typing import TYPE_CHECKING
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from ..utils import atomic
-from .output import note
+from .history import open_history, remove_history
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding.key_processor import KeyPressEvent
-
-KEPT = 1000
-"""Lines of history that a new chat starts with."""
 
 
 def open_prompt(
@@ -85,51 +77,7 @@ class _Words(Completer):
                 yield Completion(word, start_position=-len(last))
 
 
-# --- history -------------------------------------------------------------------------------
-
-
-class _PrivateHistory(FileHistory):
-    """A file of mode 0600. What can't be written is not kept; a chat goes on without it."""
-
-    def store_string(self, string: str) -> None:
-        with contextlib.suppress(OSError):
-            super().store_string(string)
-
-
-def open_history(file: Path | None) -> History:
-    """Lines typed in earlier chats. Where the file can't be used, a note says so and only this
-    chat's are kept."""
-    if file is None:
-        return InMemoryHistory()
-    try:
-        atomic.make_folder(file.parent)
-        _open_private(file)
-        history = _PrivateHistory(str(file))
-        lines = list(history.load_history_strings())
-        if len(lines) > KEPT:
-            atomic.replace_file(file, b"")
-            for line in reversed(lines[:KEPT]):
-                history.store_string(line)
-    except (OSError, UnicodeError) as error:
-        note(f"no history: {file}: {getattr(error, 'strerror', None) or error}")
-        return InMemoryHistory()
-    return history
-
-
-def _open_private(file: Path) -> None:
-    """Makes the file if it isn't there, its owner's alone. OSError for anything but a file."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-    opened = os.open(file, flags, 0o600)
-    try:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            raise OSError(0, "not a file")
-        atomic.chmod_private(opened)
-    finally:
-        os.close(opened)
-
-
 def forget_history(prompt: PromptSession[str], file: Path | None) -> None:
     """Empties the history, on the disk too."""
-    if file is not None:
-        atomic.unlink(file)
+    remove_history(file)
     prompt.history = prompt.default_buffer.history = open_history(file)

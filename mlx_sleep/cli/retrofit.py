@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ..utils.errors import UserError
-from .model_names import folder_named
-from .options import Numbers, numbers
+from .model_names import choose
+from .options import LocalFilesOnly, Numbers, Revision, numbers
 from .output import line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
@@ -23,7 +23,10 @@ if TYPE_CHECKING:  # it imports MLX
 
 def retrofit(
     model: Annotated[
-        str, typer.Argument(help="The model's folder, or smollm2: Llama, Qwen or Mistral.")
+        str,
+        typer.Argument(
+            help="The model's folder, its id on Hugging Face, or smollm2: Llama, Qwen or Mistral."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run, which becomes the adapter.")],
     hours: Annotated[float | None, typer.Option(help="Hours of training.")] = None,
@@ -56,6 +59,8 @@ def retrofit(
     ] = 200,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     seed: Annotated[int, typer.Option(help="Of the lives and of the start.")] = 0,
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
 ):
     """Train sleep layers in a model, so that it remembers what it is told.
 
@@ -79,14 +84,13 @@ def retrofit(
     from ..lab.tasks.curriculum import SHARES, batches, held_out
     from ..models.base import SleepConfig
     from ..models.load import load
-    from ..models.weights import weights_digest
     from ..training.refusals import REFUSAL, mark_refusals
     from ..training.retrofit import Retrofit, prepare
     from ..training.schedule import Budget
 
     places = None if before is None else list(before)
-    folder = folder_named(model)
-    loaded, tokenizer, config = load(folder)
+    opened = choose(model, None, revision, local_files_only).open()
+    loaded, tokenizer, config = load(opened)
     host = cast("SleepModel", loaded)
     if host.has_fast_weights:
         raise UserError(f"{model} has fast weights already; retrofit takes models without")
@@ -117,7 +121,7 @@ def retrofit(
             "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
             "generation": {"do_sample": False},
             "lora_rank": lora_rank,
-            "base": {"weights": weights_digest(folder), "name": folder.name},
+            "base": {"weights": opened.digest(), "name": Path(opened.name).name},
         },
         shares=SHARES,
         unseen=marked(held_out(valid, batch)),

@@ -69,7 +69,6 @@ def serve(
 
 
 def _fingerprint(options: SessionOptions) -> str:
-    from ..models.load import EMBEDDED, fingerprint
+    from ..models.load import fingerprint
 
-    path, adapter, _ = options.chosen
-    return fingerprint(path or EMBEDDED, adapter)
+    return fingerprint(options.chosen.open(), options.chosen.adapter)

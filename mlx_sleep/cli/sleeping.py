@@ -11,8 +11,34 @@ from typing import TYPE_CHECKING
 from .output import StatusLine, count, size
 
 if TYPE_CHECKING:  # they import MLX
+    from ..models.base import SleepModel
     from ..session import Session
     from ..sleep import SleepReport
+
+
+IDLE = 10.0
+"""Seconds without a key press before a chat sleeps, where nothing else is asked for."""
+
+
+def may_sleep(model: SleepModel, idle: float | None = None) -> bool:
+    """Whether a chat may sleep when it need not: in idle time, and at its end.
+
+    idle  what --idle says, if anything: seconds for a model that was not trained to sleep let it
+    """
+    return model.has_fast_weights and (model.trained_to_sleep or bool(idle))
+
+
+def kind(model: SleepModel, idle: float = 0) -> str:
+    """A line that says which of three kinds a model is, as far as sleep goes."""
+    if not model.has_fast_weights:
+        return (
+            "this model has attention only: it cannot sleep, and keeps one window; "
+            "mlx-sleep retrofit trains sleep layers in it"
+        )
+    if model.trained_to_sleep:
+        return "this model was trained to sleep"
+    why = "this model has fast weights but was not trained to sleep, and may forget what it folds"
+    return f"{why} in" if idle else f"{why} in: it sleeps only when its window is full (or --idle)"
 
 
 class Interrupts:

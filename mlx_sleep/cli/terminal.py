@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..utils.errors import UserError
 from . import output, slash
-from .sleeping import Interrupts, SleepProgress, describe, watch
+from .sleeping import IDLE, Interrupts, SleepProgress, describe, kind, may_sleep, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -105,12 +105,13 @@ class Terminal:
     """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
 
     def __init__(
-        self, session: Session, model: str, idle: float, history: Path | None = None
+        self, session: Session, model: str, idle: float | None, history: Path | None = None
     ) -> None:
         from .prompt import open_prompt
 
         self._session, self._model = session, model
-        self._idle = idle if session.can_sleep else 0
+        self._sleeps = may_sleep(session.model, idle)
+        self._idle = (IDLE if idle is None else idle) if self._sleeps else 0
         self._console = output.stdout()
         self._progress = output.StatusLine(self._console)
         self._history = history
@@ -167,8 +168,7 @@ class Terminal:
             style="bold",
             markup=False,
         )
-        if not self._session.can_sleep:
-            self._note("this model has attention only: it cannot sleep, and keeps one window")
+        self._note(kind(self._session.model, self._idle))
         self._note("/help lists the commands")
 
     def _read(self) -> str:
@@ -288,7 +288,7 @@ class Terminal:
             report = watch(
                 self._session,
                 lambda on_pass, should_stop: self._session.close(
-                    on_pass=on_pass, should_stop=should_stop
+                    self._sleeps, on_pass, should_stop
                 ),
             )
         except SleepCancelled:

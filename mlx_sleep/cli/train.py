@@ -52,6 +52,7 @@ def train(
 
     from ..lab.memory_training import make_trainer, sentencepiece_encoder
     from ..lab.tasks.memory import END, PAD
+    from ..models.checkpoint import TRAINING
     from ..models.load import EMBEDDED, save
     from ..training.recipe import TASKS, read_recipe
 
@@ -91,6 +92,7 @@ def train(
             **settings["model"],
             "eos_token_id": specials[END],
             "pad_token_id": specials[PAD],
+            TRAINING: {"recipe": recipe, "tokens": trainer.tokens, "steps": trainer.step},
         }
         save(out / "model", trainer.model, config, tokenizer_source=EMBEDDED, overwrite=True)
         line(f"wrote {out / 'model'}; talk to it: mlx-sleep chat --model {out / 'model'}")

@@ -10,7 +10,7 @@ A folder of adapters.safetensors and adapter_config.json:
     quantization  of its matrices, by MLX: {"group_size": 64, "bits": 8}; absent when not quantized
     generation    fields of a generation_config.json: {"do_sample": false} for a model that recalls
     lora_rank     of low-rank changes of the base's attention; 0 is none
-    trained       what the trainer says about the run
+    trained       what the trainer says about the run; tokens, at least
 
 Tensors are named as in a model with these layers: sleep_layers.0.norm.weight, ..., and
 layers.0.self_attn.q_proj.lora_a for low-rank changes.
@@ -29,6 +29,7 @@ from ..utils.errors import UserError
 from ..utils.files import one_line, read_json
 from ..utils.safetensors import read_header
 from . import lora
+from .checkpoint import TRAINING
 from .folder import new_folder, write_json
 from .weights import abbreviate, load_arrays, not_finite
 
@@ -63,6 +64,7 @@ class Adapter:
         merged = {name: x for name, x in config.items() if name != "fingerprint"}
         merged["sleep"] = {**(config.get("sleep") or {}), **self.config.get("sleep", {})}
         merged["sleep_layers"] = layers = self.config["sleep_layers"]
+        merged[TRAINING] = self.config.get("trained")
         if (blocks := config.get("num_hidden_layers")) and layers:
             # Nothing before the first sleep layer depends on S.
             first = min(layers[0].get("before", 0), blocks - 1)

@@ -101,10 +101,12 @@ class SleepModel(nn.Module):
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
     `can_fold_user` says whether `hidden` and `block` take `write`, which SleepConfig.fold needs.
+    `trained_to_sleep` is set when the model is loaded (`checkpoint.TRAINING`).
     """
 
     loops: int = 1
     can_fold_user: bool = False
+    trained_to_sleep: bool = False
 
     def __init__(self, sleep: SleepConfig, blocks: int):
         super().__init__()

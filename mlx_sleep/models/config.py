@@ -80,6 +80,7 @@ class Fields:
     quantization: dict | None = None
     quantization_config: dict | None = None
     sleep: dict | None = None
+    sleep_training: dict | None = None
     sleep_layers: Annotated[list[dict], Range(0, limits.LAYERS)] | None = None
     source_config: dict | None = None
     fingerprint: str | None = None

@@ -22,20 +22,20 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
+from ..utils.safetensors import read_metadata
 from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
+from .checkpoint import Checkpoint, is_trained
 from .compat import has_mlx_lm_model
 from .config import Generation, check_quantization, read_config, read_generation_config
 from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
     check_tensors,
-    load_arrays,
     not_finite,
     read_headers,
     weight_files,
-    weights_digest,
 )
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -45,6 +45,7 @@ MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron
 """Our own architectures: `model_type` is the name of a module beside this one."""
 
 _BLOCK = 64 * 1024
+_WINDOW = 2048  # of models that were not trained to sleep
 
 
 def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any]:
@@ -62,8 +63,39 @@ def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any
     )
 
 
+Source = str | Path | Checkpoint
+"""A model folder of ours or of mlx-lm's, or what `convert.opening` made of another one."""
+
+
+def open_folder(path: str | Path) -> Checkpoint:
+    """A model folder, its weights not read. UserError where it isn't one of ours or mlx-lm's."""
+    path = Path(path).expanduser()
+    config = read_config(path)
+    files = weight_files(path)
+    if read_metadata(files[0]).get("format") == "pt":
+        raise UserError(
+            f"{path} has PyTorch's names; open it with mlx_sleep.open_model, or "
+            "convert it: mlx-sleep convert"
+        )
+    if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
+        config["sleep"] = default_sleep(config)
+    return Checkpoint(str(path), path, config, read_headers(files), files)
+
+
+def default_sleep(config: dict) -> dict:
+    """`sleep` of a config.json that says nothing of it: one pass, and a window of 2048 tokens or
+    all that the model was trained for."""
+    longest = config.get("max_position_embeddings")
+    fits = type(longest) is int and 2 <= longest < _WINDOW
+    return {"passes": 1, "window": longest if fits else _WINDOW, "eviction": "hard"}
+
+
+def _opened(source: Source) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else open_folder(source)
+
+
 def load(
-    path: str | Path, *, adapter: str | Path | None = None, lazy: bool = False
+    source: Source, *, adapter: str | Path | None = None, lazy: bool = False
 ) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
 
@@ -72,8 +104,9 @@ def load(
     """
     from .. import chat_template  # here, because it imports all of transformers
 
-    path = Path(path).expanduser()
-    model, config = load_model(path, adapter_path=adapter, lazy=lazy)
+    opened = _opened(source)
+    path = opened.path
+    model, config = load_model(opened, adapter_path=adapter, lazy=lazy)
     if not lazy:
         suit_device(model)
     eos = read_generation_config(path).eos_token_ids
@@ -96,7 +129,7 @@ def generation_of(path: str | Path, adapter: str | Path | None = None) -> Genera
 
 
 def load_model(
-    path: str | Path, *, adapter_path: str | Path | None = None, lazy: bool = False
+    source: Source, *, adapter_path: str | Path | None = None, lazy: bool = False
 ) -> tuple[nn.Module, dict]:
     """(model, config) from a model folder, with the adapter of another folder where one is given.
 
@@ -104,7 +137,7 @@ def load_model(
     infinity. Raises UserError, in one line, for anything that is wrong with a folder, and for an
     adapter of another model.
     """
-    model, config, weights = read_model(path, adapter_path, lazy=lazy)
+    model, config, weights = read_model(source, adapter_path, lazy=lazy)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     if not lazy:
@@ -113,23 +146,22 @@ def load_model(
 
 
 def read_model(
-    path: str | Path, adapter_path: str | Path | None = None, *, lazy: bool = False
+    source: Source, adapter_path: str | Path | None = None, *, lazy: bool = False
 ) -> tuple[nn.Module, dict, dict[str, mx.array]]:
     """(model without its weights, config, weights in the files' number types); see `load_model`.
 
     The adapter's weights are in the dtype of the model's h, but for the decay of S in float32.
     """
-    path = Path(path).expanduser()
-    config = read_config(path)
-    files = weight_files(path)
-    tensors = read_headers(files)
+    opened = _opened(source)
+    path, config, tensors = opened.path, opened.config, opened.tensors
     adapter, added = None, {}
     if adapter_path is not None:
-        adapter = _adapter_of(path, adapter_path)
+        adapter = _adapter_of(opened, adapter_path)
         config = adapter.merge(config)
         added = adapter.tensors
     where = path / "config.json" if adapter is None else adapter.path / adapters.CONFIG
     model = build(config, {*tensors, *added}, where=where)
+    model.trained_to_sleep = is_trained(config)
     if adapter is not None and adapter.lora_rank:
         lora.attach(model.host.block_modules, adapter.lora_rank, adapter.tensors)
     wanted = dict(tree_flatten(model.parameters()))
@@ -138,9 +170,7 @@ def read_model(
     if adapter is not None:
         check_tensors(adapter.path, {n: wanted[mine] for n, mine in theirs.items()}, added)
 
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        weights.update(load_arrays(file))
+    weights = opened.arrays()
     if not lazy and (bad := not_finite(weights)):
         raise UserError(
             f"{path} has NaN or infinite weights in {abbreviate(bad)}; download it again"
@@ -153,17 +183,18 @@ def read_model(
     return model, config, weights
 
 
-def fuse(path: str | Path, adapter_path: str | Path, dest: str | Path) -> None:
+def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
     """Write the model folder `dest`, of a model and an adapter. UserError as from `load_model`.
 
     Low-rank changes are added to the projections, which are then no longer quantized.
     """
-    model, config, weights = read_model(path, adapter_path)
+    opened = _opened(source)
+    model, config, weights = read_model(opened, adapter_path)
     model.load_weights(list(weights.items()), strict=False)
     lora.fold(model, weights)
     with new_folder(Path(dest).expanduser().resolve()) as folder:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-        copy_tokenizer(Path(path).expanduser(), folder)
+        copy_tokenizer(opened.path, folder)
         seal(folder, config)
         file = folder / "generation_config.json"
         write_json(file, {**read_json(file), **adapters.open_adapter(adapter_path).generation})
@@ -199,17 +230,17 @@ _DENSE: dict[type, Callable[..., nn.Module]] = {
 _HALF = (mx.float16, mx.bfloat16)
 
 
-def _adapter_of(path: Path, adapter_path: str | Path) -> adapters.Adapter:
+def _adapter_of(opened: Checkpoint, adapter_path: str | Path) -> adapters.Adapter:
     """The adapter, which is one of this model. UserError for one of another."""
     adapter = adapters.open_adapter(adapter_path)
     if "weights" in adapter.base:
-        same = adapter.base["weights"] == weights_digest(path)
+        same = adapter.base["weights"] == opened.digest()
     else:  # as PyTorch's trainer writes it
-        same = adapter.base.get("fingerprint") == fingerprint(path)
+        same = adapter.base.get("fingerprint") == fingerprint(opened)
     if not same:
         name = adapter.base.get("name", "another model")
         raise UserError(
-            f"the adapter {adapter.path} was trained in {name}, and {path} is another model"
+            f"the adapter {adapter.path} was trained in {name}, and {opened.path} is another model"
         )
     return adapter
 
@@ -258,7 +289,7 @@ def seal(folder: Path, config: dict) -> None:
     write_json(folder / "config.json", {**config, "fingerprint": fingerprint(folder)})
 
 
-def fingerprint(path: str | Path, adapter_path: str | Path | None = None) -> str:
+def fingerprint(source: Source, adapter_path: str | Path | None = None) -> str:
     """The identity of a model, with its adapter if it has one: a SHA-256 in hexadecimal.
 
     It covers the architecture's fields of config.json, and of each weights file the size, the
@@ -266,8 +297,8 @@ def fingerprint(path: str | Path, adapter_path: str | Path | None = None) -> str
     64 KiB, evenly spaced, so that a model of many gigabytes takes a moment. It tells models
     apart; it is no proof against someone who changes a weight between two blocks.
     """
-    path = Path(path).expanduser()
-    digest = _digest(_identity(read_config(path)), weight_files(path))
+    opened = _opened(source)
+    digest = _digest(_identity(opened.config), opened.files)
     if adapter_path is None:
         return digest.hexdigest()
     adapter = adapters.open_adapter(adapter_path)
@@ -281,7 +312,9 @@ def _digest(config: dict, files: list[Path]):
     for name in files:
         with reading(name), open(name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            start = 8 + int.from_bytes(file.read(8), "little")
+            start = 0  # of the data; a .bin has no header
+            if name.suffix == ".safetensors":
+                start = 8 + int.from_bytes(file.read(8), "little")
             file.seek(0)
             digest.update(b"%d" % size)
             digest.update(file.read(min(start, size)))

@@ -68,7 +68,7 @@ def weights_digest(path: Path) -> str:
     It covers each tensor's name, type, shape and first 4 KiB, in the order of the names. So it is
     the same for two conversions of one checkpoint, which `fingerprint` need not be.
     """
-    found = {}
+    found = []
     for file in weight_files(path):
         headers = read_header(file)  # checks it
         with reading(file), open(file, "rb") as stream:
@@ -78,8 +78,14 @@ def weights_digest(path: Path) -> str:
                 start, end = header[name]["data_offsets"]
                 stream.seek(data + start)
                 head = stream.read(min(end - start, 4096))
-                found[name] = f"{name} {dtype} {shape} {hashlib.sha256(head).hexdigest()}"
-    return hashlib.sha256("\n".join(found[name] for name in sorted(found)).encode()).hexdigest()
+                found.append((name, dtype, shape, hashlib.sha256(head).hexdigest()))
+    return digest_of(found)
+
+
+def digest_of(tensors: Iterable[tuple[str, str, list[int], str]]) -> str:
+    """One SHA-256 of (name, dtype's name, shape, SHA-256 of the first 4 KiB) of each tensor."""
+    lines = [" ".join(map(str, tensor)) for tensor in sorted(tensors)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_tensors(path: Path, wanted: dict[str, mx.array], tensors) -> None:

@@ -100,6 +100,16 @@ def read_header(
     return tensors
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file says of itself: {"format": "mlx"}. Empty where it says nothing sound."""
+    try:
+        with open(file, "rb") as stream:
+            found = json.loads(read_json_header(stream)).get("__metadata__")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return {}  # `read_header` says what is wrong with it
+    return found if isinstance(found, dict) else {}
+
+
 def _without_repeats(pairs: list) -> dict:
     # A dict would keep the last of two tensors of one name, and say nothing.
     names = [name for name, _ in pairs]
