@@ -24,6 +24,7 @@ ALLOWED = {
     "sleep": "models",
     "wake": "models",
     "sampling": "models",
+    "manners": "",
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template",
     "server": "session memory sleep",

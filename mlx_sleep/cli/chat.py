@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +12,7 @@ import typer
 from ..utils.errors import UserError
 from . import output, slash
 from .history import history_file
-from .options import Json, MemoryName, SessionOptions, with_session_options
+from .options import Json, MemoryName, SessionOptions, SleepOnBattery, with_session_options
 from .sleeping import Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
@@ -35,10 +35,12 @@ def chat(
         bool,
         typer.Option(help="Keep what is typed, for the arrow keys: a private file a memory."),
     ] = True,
+    sleep_on_battery: SleepOnBattery = False,
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
 
-    In a pipe each line is a turn.
+    In a pipe each line is a turn. Idle, it does not sleep on battery, in a low power mode or when
+    the machine is hot; it does when the window is full, on /sleep and at the end.
 
     Example: mlx-sleep chat --memory work --idle 30
     """
@@ -53,10 +55,12 @@ def chat(
     with output.StatusLine() as status:
         status.show(f"loading {options.chosen.name} ...")
         session = options.open(memory)
+    from ..manners import Manners
     from .terminal import Terminal
 
     file = history_file(memory, options.home) if history else None
-    Terminal(session, options.chosen.name, idle, file).run()
+    manners = Manners(on_battery=sleep_on_battery)
+    Terminal(session, options.chosen.name, idle, manners, file).run()
 
 
 @with_session_options
@@ -82,10 +86,10 @@ def generate(
     """
     if words is not None and prompt is not None:
         raise UserError("there are two prompts; give one, with or without --prompt")
-    text = words if prompt is None else prompt
+    text = (words if prompt is None else prompt) or ""
     if text == "-":
         text = "".join(_lines())
-    if not (text or "").strip():
+    if not text.strip():
         raise UserError('the prompt is empty; say something: mlx-sleep generate "Hello"')
     session = options.open(memory)
     if memory is not None:
@@ -95,7 +99,7 @@ def generate(
             output.print_json(_reply_as_json(session, text, ctrl_c))
         else:
             _print_reply(session, text, ctrl_c)
-            if session.cut:
+            if session.cut and sys.stderr.isatty():
                 output.note(f"cut at {session.max_tokens} tokens; --max-tokens changes that")
     if ctrl_c.count:
         raise typer.Exit(130)
@@ -161,7 +165,7 @@ def _reply_as_json(session: Session, text: str, ctrl_c: Interrupts) -> dict:
     }
 
 
-def _pieces(session: Session, text: str, ctrl_c: Interrupts) -> Iterator[str]:
+def _pieces(session: Session, text: str, ctrl_c: Interrupts) -> Generator[str]:
     """A reply until its end or Ctrl-C."""
     from ..sleep import SleepCancelled
 

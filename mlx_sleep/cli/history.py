@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -29,21 +30,13 @@ def open_history(file: Path | None) -> History:
 
     Where the file can't be used, a note says so, and nothing is kept.
     """
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    class PrivateHistory(FileHistory):
-        def store_string(self, string: str) -> None:
-            try:
-                _make_private(Path(os.fspath(self.filename)))
-                super().store_string(string)
-            except OSError:  # a full disk: the chat goes on without it
-                pass
+    from prompt_toolkit.history import InMemoryHistory
 
     if file is None:
         return InMemoryHistory()
     try:
         _make_private(file)
-        history = PrivateHistory(str(file))
+        history = _private_history(file)
         lines = list(history.load_history_strings())
         if len(lines) > 2 * KEPT:
             atomic.replace_file(file, b"")
@@ -53,6 +46,18 @@ def open_history(file: Path | None) -> History:
         note(f"no history: {file}: {error.strerror or error}")
         return InMemoryHistory()
     return history
+
+
+def _private_history(file: Path) -> History:
+    from prompt_toolkit.history import FileHistory
+
+    class PrivateHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk: the chat goes on without it
+                _make_private(file)
+                super().store_string(string)
+
+    return PrivateHistory(str(file))
 
 
 def remove_history(file: Path | None) -> None:

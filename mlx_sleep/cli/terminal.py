@@ -28,6 +28,7 @@ class IdleSleeper:
     one block of the model; the idle time then starts again. So it does while `typing()` says that
     a line is half typed. `show` gets each new status, `note` a line about each sleep that was
     done; all are called from the thread. idle 0 is never.
+    manners tell why not to sleep now, or ""; they are asked again after another idle time.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class IdleSleeper:
         idle: float,
         show: Callable[[str], None],
         note: Callable[[str], None],
+        manners: Callable[[], str] = lambda: "",
         typing: Callable[[], bool] = lambda: False,
     ):
+        self._manners = manners
         self._session, self._idle, self._show, self._note = session, idle, show, note
         self._typing = typing
         self._key = threading.Event()
@@ -73,7 +76,11 @@ class IdleSleeper:
             while self._session.pending and not self.stopping:
                 if self._key.wait(self._idle or None):
                     self._key.clear()
-                elif not self._typing():
+                elif self._typing():
+                    pass
+                elif reason := self._manners():
+                    self._show(f"no sleep now: {reason}; /sleep does it all the same")
+                else:
                     self._sleep()
         except UserError as error:  # not again before the next turn
             self._show(f"error: {output.clean(str(error))}")
@@ -105,10 +112,16 @@ class Terminal:
     """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
 
     def __init__(
-        self, session: Session, model: str, idle: float | None, history: Path | None = None
+        self,
+        session: Session,
+        model: str,
+        idle: float | None,
+        manners: Callable[[], str],
+        history: Path | None = None,
     ) -> None:
         from .prompt import open_prompt
 
+        self._manners = manners
         self._session, self._model = session, model
         self._sleeps = may_sleep(session.model, idle)
         self._idle = (IDLE if idle is None else idle) if self._sleeps else 0
@@ -180,7 +193,12 @@ class Terminal:
             self._status += f", sleeps after {self._idle:g} s without a key"
         with patch_stdout(raw=True):
             self._sleeper = IdleSleeper(
-                self._session, self._idle, self._show, self._note, self._is_typing
+                self._session,
+                self._idle,
+                self._show,
+                self._note,
+                self._manners,
+                self._is_typing,
             )
             self._sleeper.start()
             try:
