@@ -165,8 +165,8 @@ class Terminal:
                 if command:
                     for out in slash.answer(self._session, command, self._confirm):
                         self._note(out)
-                    if command.startswith("/forget") and not self._session.stats().tokens:
-                        self._forget_history()
+                        if out.startswith("forgotten"):
+                            self._forget_history()
                 else:
                     interrupts = self._reply(text)
             except UserError as error:
