@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -70,8 +70,8 @@ class Stats:
     fast_weight_bytes: int
     tokens: int
     sleeps: int
-    prompt_tps: float | None = None
-    generation_tps: float | None = None
+    prompt_tps: float | None = field(default=None, compare=False)
+    generation_tps: float | None = field(default=None, compare=False)
 
 
 class Session:
