@@ -20,10 +20,10 @@ import numpy as np
 from ..models.load import load_model
 from ..models.weights import weight_files
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json
+from ..utils.files import one_line
 from ..utils.safetensors import array_bytes, load
 from .gguf_reference import Reference
-from .pipeline import REPORT
+from .pipeline import REPORT, read_report
 from .sources import Source, open_source
 
 TOKENS = 48
@@ -65,7 +65,7 @@ def verify(source: str | Path, dest: str | Path, **where: Any) -> Verified:
     dest = Path(dest).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(source, Path(scratch), **where)
-        rows = {row["name"]: row for row in read_json(dest / REPORT)["tensors"]}
+        rows = read_report(dest)
         same = _compare_bytes(opened, dest, rows)
         rewritten = len(rows) - same
         missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
