@@ -88,6 +88,17 @@ def test_which_mamba_2_mlx_lm_computes(fields, ours):
     assert for_source("mamba2", config).model_type == ours
 
 
+def test_rwkv_7_as_early_checkpoints_have_it():
+    kind = for_source("rwkv7")
+    given = {n: x for n, x in CONFIGS["rwkv7"].items() if "low_rank" not in n}
+    config = kind.config({"model_type": "rwkv7", **given, "hidden_size": 768})
+    ranks = [config[f"{name}_low_rank_dim"] for name in ("decay", "gate", "a", "v")]
+    assert ranks == [64, 128, 64, 32] and config["intermediate_size"] == 1536
+    x = mx.arange(12.0).reshape(6, 2)
+    parts = kind.sanitize(config, {"model.layers.0.attn.x_x": x})
+    assert parts["model.layers.0.attn.x_v"].tolist() == [[[6.0, 7.0]]] and len(parts) == 6
+
+
 def test_transformers_defaults_of_a_mamba_2_that_mlx_lm_does_not_compute():
     config = {"model_type": "mamba2", "layer_norm_epsilon": 1e-6}
     ours = for_source("mamba2", config).config(config)
