@@ -204,7 +204,7 @@ class Model(SleepModel):
             decoder.layers = []
         setattr(decoder, self._norm, nn.Identity())
         h = decoder(tokens, cache=self._blank)
-        return mx.concatenate([h, mx.zeros_like(h)], axis=-1) if self._carries else h
+        return mx.concatenate([h, mx.zeros_like(h)], axis=-1) if self.carries else h
 
     def block(self, i, h, layer_state, mask=None):
         cache = self._caches[i]
@@ -219,7 +219,7 @@ class Model(SleepModel):
         return h, entries
 
     def head(self, h):
-        if self._carries:
+        if self.carries:
             h = mx.split(h, 2, axis=-1)[0]
         top = owner = copy.copy(self.inner)
         *path, last = self._path
@@ -255,7 +255,7 @@ class Model(SleepModel):
         self._blank = tuple(make_prompt_cache(self._inner))
         self._caches = _layer_caches(self.layers, self._blank, windows(self.args.config))
         self._reads_lengths = self.model_type in _READ_LENGTHS
-        self._carries = _CARRIED in inspect.signature(type(self.layers[0]).__call__).parameters
+        self.carries = _CARRIED in inspect.signature(type(self.layers[0]).__call__).parameters
         self._takes_arrays = not self._is_tested or self.model_type in _TAKE_ARRAYS
         self._takes = tuple(_masks_of(layer) for layer in self.layers)
         h = self.embed(mx.zeros((1, 1), mx.int32))
@@ -282,7 +282,7 @@ class Model(SleepModel):
             else:
                 masks[name] = mask
         argument = cache.argument(views)
-        if self._carries:
+        if self.carries:
             h, carried = mx.split(h, 2, axis=-1)
             heads = (*h.shape[:2], -1, self.layers[i].attn.head_dim)
             h, carried = self.layers[i](h, carried.reshape(heads), argument)
