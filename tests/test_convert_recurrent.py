@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -97,6 +98,13 @@ def test_rwkv_7_as_early_checkpoints_have_it():
     x = mx.arange(12.0).reshape(6, 2)
     parts = kind.sanitize(config, {"model.layers.0.attn.x_x": x})
     assert parts["model.layers.0.attn.x_v"].tolist() == [[[6.0, 7.0]]] and len(parts) == 6
+
+
+def test_lings_layers_that_predict_more_tokens_are_left_out():
+    patterns = for_source("bailing_hybrid").dropped_for({"num_hidden_layers": 3})
+    name = "model.layers.{}.attention.q_proj.weight"
+    assert any(re.fullmatch(p, name.format(3)) for p in patterns)
+    assert not any(re.fullmatch(p, name.format(i)) for i in (2, 30) for p in patterns)
 
 
 def test_transformers_defaults_of_a_mamba_2_that_mlx_lm_does_not_compute():
