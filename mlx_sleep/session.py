@@ -38,6 +38,7 @@ from .models.calibrate import calibrate
 from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
+from .utils import limits
 from .utils.errors import UserError
 from .wake import READ, WorkingState
 
@@ -245,6 +246,7 @@ class Session:
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
+        limits.check("the length of the text", len(text), limits.TURN_CHARACTERS)
         try:
             text.encode()
         except UnicodeEncodeError:
