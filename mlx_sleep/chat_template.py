@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
+from .templates import bounded
+from .tokenizer_config import check_files
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
@@ -60,7 +62,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper):
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer = bounded(tokenizer)
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -162,6 +164,7 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
     """
     if not any((Path(path) / name).is_file() for name in _FILES):
         raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(_FILES)}")
+    check_files(Path(path))
     ids = None if eos_token_ids is None else list(eos_token_ids)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every model_type that transformers doesn't have

@@ -34,6 +34,7 @@ from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
     check_tensors,
+    is_of_text_model,
     not_finite,
     read_headers,
     weight_files,
@@ -80,7 +81,17 @@ def open_folder(path: str | Path) -> Checkpoint:
         )
     if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
         config["sleep"] = default_sleep(config)
-    return Checkpoint(str(path), path, config, read_headers(files), files)
+    tensors, mapped = read_headers(files), None
+    if not all(map(is_of_text_model, tensors)):
+        tensors = {name: x for name, x in tensors.items() if is_of_text_model(name)}
+        arrays = Checkpoint(str(path), path, config, tensors, files).arrays()
+        mapped = {name: arrays[name] for name in tensors}
+    gemma = (
+        str(config.get("model_type")).startswith("gemma3") and "tie_word_embeddings" not in config
+    )
+    if gemma and any(name.endswith("lm_head.weight") for name in tensors):
+        config["tie_word_embeddings"] = False  # mlx-lm, too, lets the weights say it
+    return Checkpoint(str(path), path, config, tensors, files, mapped)
 
 
 def default_sleep(config: dict) -> dict:
@@ -114,12 +125,28 @@ def load(
     if eos is None:
         eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
     tokenizer = chat_template.load(path, eos)
-    if tokenizer.largest_id >= model.vocab_rows:
+    _check_ids(path, tokenizer, model.vocab_rows)
+    return model, tokenizer, config
+
+
+def check_tokenizer(path: Path, model: SleepModel) -> None:
+    """UserError where a folder's tokenizer has ids for which the model has no rows. No tokenizer
+    passes, and one that no chat can use: the weights are of use without."""
+    from .. import chat_template
+
+    try:
+        tokenizer = chat_template.load(path)
+    except UserError:
+        return
+    _check_ids(path, tokenizer, model.vocab_rows)
+
+
+def _check_ids(path: Path, tokenizer: Any, rows: int) -> None:
+    if tokenizer.largest_id >= rows:
         raise UserError(
             f"the tokenizer in {path} is of another model: its ids go up to "
-            f"{tokenizer.largest_id}, and the model has {model.vocab_rows}; download it again"
+            f"{tokenizer.largest_id}, and the model has {rows}; download it again"
         )
-    return model, tokenizer, config
 
 
 def generation_of(path: str | Path, adapter: str | Path | None = None) -> Generation:

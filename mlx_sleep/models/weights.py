@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
+from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import read_json, reading
+from ..utils.files import reading
 from ..utils.safetensors import DTYPES, read_header, read_json_header
 
 _QUANTIZED = (mx.uint32, mx.uint8)  # all else is floating
@@ -31,6 +34,11 @@ INDEX = "model.safetensors.index.json"
 """Says which shard holds which tensor."""
 
 
+@dataclass
+class _Index:
+    weight_map: dict[str, str] = field(default_factory=dict)
+
+
 def weight_files(path: Path, index: str = INDEX) -> list[Path]:
     """model.safetensors, or the shards that its index names."""
     single = path / index.removesuffix(".index.json")
@@ -38,11 +46,11 @@ def weight_files(path: Path, index: str = INDEX) -> list[Path]:
         return [single]
     if not (path / index).is_file():
         raise UserError(f"{path} has neither {single.name} nor {index}")
-    names = read_json(path / index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    names = schema.read_file(_Index, path / index).weight_map
+    if not names:
         raise UserError(f"{path / index} has no weight_map")
     files = []
-    for name in sorted({str(name) for name in names.values()}):
+    for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise UserError(f"{path / index} names {name!r}, which is outside the folder")
         if not (path / name).is_file():
@@ -108,6 +116,18 @@ def check_tensors(path: Path, wanted: dict[str, mx.array], tensors) -> None:
             wrong.append(f"{name} is of type {dtype}")
     if wrong:
         raise UserError(f"the weights in {path} do not fit its config: {abbreviate(wrong)}")
+
+
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\..*"
+    r"|(language_model\.)?(model\.)?mtp\..*"
+)
+
+
+def is_of_text_model(name: str) -> bool:
+    """Whether a tensor is the language model's: not of a vision tower beside it, nor of heads that
+    predict more tokens at once."""
+    return _OTHER_PARTS.fullmatch(name) is None
 
 
 def load_arrays(file: Path) -> dict[str, mx.array]:
