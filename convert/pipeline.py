@@ -130,7 +130,7 @@ def understand(source: Source, sleep: dict | None) -> tuple[Architecture | None,
         architecture, config = None, dict(theirs)
         get_model_classes(config.get("model_type"))
     else:
-        architecture = for_source(theirs.get("model_type"))
+        architecture = for_source(theirs.get("model_type"), theirs)
         config = _our_config(architecture, source)
     default: dict[str, Any] = {}
     if "sleep" not in theirs and not (source.ours and config["model_type"] in MODEL_TYPES):

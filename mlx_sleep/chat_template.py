@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
+from .templates import bounded
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
@@ -60,7 +61,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper):
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer = bounded(tokenizer)
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -25,10 +25,13 @@ def architectures() -> tuple[Architecture, ...]:
     return tuple(found)
 
 
-def for_source(model_type: Any) -> Architecture:
-    """The architecture that reads PyTorch checkpoints of this model_type. UserError for none."""
+def for_source(model_type: Any, config: dict | None = None) -> Architecture:
+    """The architecture that reads PyTorch checkpoints of this model_type. UserError for none.
+
+    config  theirs, where several architectures have the same source; without it the first counts
+    """
     for architecture in architectures():
-        if model_type in architecture.sources:
+        if model_type in architecture.sources and (config is None or architecture.reads(config)):
             return architecture
     known = ", ".join(sorted({name for a in architectures() for name in a.sources}))
     raise UserError(f"cannot convert model_type {model_type!r}; mlx-sleep can convert: {known}")
