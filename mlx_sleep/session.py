@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,6 +59,8 @@ class Stats:
     fast_weight_bytes   bytes of S, whatever it remembers
     tokens              tokens consolidated so far
     sleeps              sleeps so far
+    prompt_tps          tokens a second at which the last turn was read; None before the first
+    generation_tps      ... at which its reply came after the first token; None for less than two
     """
 
     window_tokens: int
@@ -67,6 +70,8 @@ class Stats:
     fast_weight_bytes: int
     tokens: int
     sleeps: int
+    prompt_tps: float | None = None
+    generation_tps: float | None = None
 
 
 class Session:
@@ -115,16 +120,9 @@ class Session:
         on_sleep: Callable[[SleepReport], None] | None = None,
         transcript: bool = True,
     ):
-        config = SleepConfig(  # for its checks
-            passes=model.sleep.passes if passes is None else passes,
-            window=model.sleep.window if window is None else window,
-        )
-        self.passes, self.window = config.passes, config.window
-        if max_tokens < 1:
-            raise UserError(f"max tokens must be at least 1, not {max_tokens}")
+        self.window = model.sleep.window if window is None else window
+        self.passes = model.sleep.passes if passes is None else passes
         sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty)
-        if seed is not None and not 0 <= seed < 2**64:
-            raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
         self.model, self.memory = model, memory
         self.can_sleep: bool = model.has_fast_weights
         self.tokenizer = (
@@ -134,8 +132,9 @@ class Session:
         self.sampler: Callable[[mx.array], mx.array]
         self.sampling = sampling
         self.cut = False
+        self._speed: tuple[float | None, float | None] = None, None
         if seed is not None:
-            mx.random.seed(seed)
+            self.seed(seed)
         # Loaded weights are lazy, and a lazy array can only be evaluated by its own thread.
         mx.eval(model.parameters())
         calibrate(model)
@@ -295,12 +294,20 @@ class Session:
         """Samples tokens until a stop id, one forward pass each, one token ahead."""
         detokenizer = self.tokenizer.detokenizer
         self.cut = False
+        self._speed = None, None
+        unread, start = len(self._pending) - self._working.read, time.perf_counter()
+        first = start
         try:
             self._feed(on_pass, should_stop, on_read)
             token = self._sample()
-            for left in reversed(range(self.max_tokens)):
+            count = self.max_tokens
+            for left in reversed(range(count)):
                 following = self._run_ahead(token) if left else None
                 taken = cast(int, token.item())
+                now, before = time.perf_counter(), count - left - 1
+                if not before:
+                    first = now
+                self._speed = unread / (first - start), before / (now - first) if before else None
                 if taken in self.tokenizer.stop_ids or self._no_room(1):
                     break
                 self._record([taken])
@@ -334,6 +341,32 @@ class Session:
         self._sampling = sampling
         self.sampler = sampling.sampler(len(self.tokenizer))
         self._processors = sampling.processors()
+
+    def seed(self, seed: int) -> None:
+        """Seeds the sampling, which is MLX's random state. UserError for a seed out of range."""
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
+        mx.random.seed(seed)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest reply, in tokens."""
+        return self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise UserError(f"max tokens must be at least 1, not {max_tokens}")
+        self._max_tokens = max_tokens
+
+    @property
+    def passes(self) -> int:
+        """N of the next sleep."""
+        return self._passes
+
+    @passes.setter
+    def passes(self, passes: int) -> None:
+        self._passes = SleepConfig(passes=passes, window=self.window).passes  # for its checks
 
     def _sample(self, ahead: mx.array | None = None, logits: mx.array | None = None) -> mx.array:
         """The token [1] after the pending ones and `ahead` [1], from logits [V]; not evaluated."""
@@ -465,6 +498,8 @@ class Session:
             fast_weight_bytes=fast_weight_bytes(self.state),
             tokens=self._tokens,
             sleeps=self._sleeps,
+            prompt_tps=self._speed[0],
+            generation_tps=self._speed[1],
         )
 
     @contextlib.contextmanager

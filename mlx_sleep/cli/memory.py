@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from . import options, output
+from .history import history_file, remove_history
 from .model_names import choose
 from .output import line
-from .slash import said
 from .sleeping import describe, watch
+from .transcript import said
 
 if TYPE_CHECKING:  # it imports MLX
     from ..memory import Listing, Message
@@ -248,6 +249,7 @@ def rm(
     if not yes and not typer.confirm(f"delete memory '{name}' for good?"):
         raise typer.Exit(1)
     remove(name, home)
+    remove_history(history_file(name, home))
     line(f"deleted memory '{name}'")
 
 

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from . import output
+from . import settings, transcript
 from .output import count, size
 from .sleeping import describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
-    from ..memory import Message
     from ..session import Session
 
 HELP = """\
 /sleep   fold the window into the fast weights now
 /memory  what the memory holds
-/stats   window, KV cache and fast weights
+/stats   window, KV cache, fast weights and speed
 /history what was said, the last of it; /history all
 /undo    take back the last turn, or the last sleep
+/set     settings; /set temp 0.7 changes one
 /forget  empty the memory; /forget now doesn't ask; /forget TEXT makes it anew without that
-/help    this list
-/exit    leave; so do Ctrl-D, and Ctrl-C twice"""
+/help    this list, as /?
+/exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
+
+COMMANDS = tuple(re.findall("^/[a-z]+", HELP, re.M))
+ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}
+WORDS = {"exit": "/exit", "quit": "/exit"}
+"""What somebody types at a terminal to leave; in a pipe it is a turn like any other."""
+
+_TAKES_TEXT = ("/set", "/forget")
 
 
 def command(text: str) -> str | None:
     """The command that a line is, or None: "/etc/hosts is a file" is none."""
-    words = " ".join(text.split())
-    return words if re.fullmatch(r"/[A-Za-z]*|/history all|/forget .*", words) else None
+    first, _, rest = " ".join(text.split()).partition(" ")
+    name = ALIASES.get(first.lower(), first.lower())
+    if (name, rest.lower()) in (("/forget", "now"), ("/history", "all")):
+        return f"{name} {rest.lower()}"
+    if rest:
+        return f"{name} {rest}" if name in _TAKES_TEXT else None
+    return name if re.fullmatch(r"/[a-z?]*", name) else None
+
+
+def completions(before: str) -> Iterable[str]:
+    """Words that go on from a line's text up to its last word."""
+    if not before:
+        return sorted((*COMMANDS, *ALIASES))
+    return {"/set ": settings.KINDS, "/forget ": ("now",), "/history ": ("all",)}.get(
+        before.lower(), ()
+    )
 
 
 def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -> Iterator[str]:
@@ -43,12 +65,11 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
     elif word == "/memory":
         yield f"memory '{memory_name(session)}': {holdings(session)}"
     elif word == "/stats":
-        stats = session.stats()
-        yield f"window        {stats.window_tokens} of {count(stats.window, 'token')}"
-        yield f"KV cache      {size(stats.kv_bytes)}"
-        yield f"fast weights  {size(stats.fast_weight_bytes)}"
-        yield f"sleeps        {stats.sleeps}, of {count(stats.passes, 'pass')} from now on"
-        yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
+        yield from _stats(session)
+    elif word == "/set":
+        yield from settings.values(session)
+    elif word.startswith("/set "):
+        yield settings.change(session, word.removeprefix("/set "))
     elif word == "/forget" and confirm is None:
         yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
     elif word in ("/forget", "/forget now"):
@@ -60,13 +81,30 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         else:
             yield "nothing was forgotten"
     elif word.startswith("/forget "):
-        yield from _forget_text(session, word.removeprefix("/forget ").strip("\"'"), confirm)
+        text = word.removeprefix("/forget ").strip("\"'")
+        yield from transcript.forget(session, text, confirm)
     elif word in ("/history", "/history all"):
-        yield from _history(session, None if word.endswith("all") else 10)
+        yield from transcript.history(session, None if word.endswith("all") else 10)
     elif word == "/undo":
-        yield _undo(session)
+        yield transcript.undo(session)
     else:
-        yield f"unknown command {word}; /help lists them"
+        near = difflib.get_close_matches(word, (*COMMANDS, *ALIASES), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        yield f"unknown command {word}; {meant}/help lists them"
+
+
+def _stats(session: Session) -> Iterator[str]:
+    stats = session.stats()
+    yield f"window        {stats.window_tokens} of {count(stats.window, 'token')}"
+    yield f"KV cache      {size(stats.kv_bytes)}"
+    yield f"fast weights  {size(stats.fast_weight_bytes)}"
+    yield f"sleeps        {stats.sleeps}, of {count(stats.passes, 'pass')} from now on"
+    yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
+    if stats.prompt_tps:
+        speed = f"{stats.prompt_tps:,.1f} tokens/s read"
+        if stats.generation_tps:
+            speed += f", {stats.generation_tps:,.1f} tokens/s said"
+        yield f"last reply    {speed}"
 
 
 def _sleep_now(session: Session) -> str:
@@ -79,73 +117,6 @@ def _sleep_now(session: Session) -> str:
     except SleepCancelled:
         return "sleep cancelled; nothing is lost"
     return describe(report, session) if report else "nothing to sleep over"
-
-
-def said(message: Message) -> str:
-    """A message on a line of its own."""
-    text = "(not kept)" if message.text is None else " ".join(message.text.split())
-    return f"{'> ' if message.role == 'user' else '  '}{text}"
-
-
-def _history(session: Session, last: int | None) -> Iterator[str]:
-    messages = session.memory.messages if session.memory else []
-    if not messages:
-        yield "nothing was said yet"
-    shown = messages[-last:] if last else messages
-    if len(shown) < len(messages):
-        yield f"({count(len(messages) - len(shown), 'message')} before; /history all)"
-    yield from map(said, shown)
-
-
-def _undo(session: Session) -> str:
-    before = session.memory.messages if session.memory else []
-    what = session.undo()
-    if what == "sleep":
-        return f"undone: the last sleep; {count(session.stats().window_tokens, 'token')} wait again"
-    if what == "turn" and session.memory:
-        (turn, *_) = before[len(session.memory.messages) :]
-        return f"undone: {said(turn)}"
-    return "nothing to take back: only the last sleep can be undone, and the turns since"
-
-
-def _forget_text(
-    session: Session, text: str, confirm: Callable[[str], bool] | None
-) -> Iterator[str]:
-    """Makes the memory anew without the turns that have this text."""
-    from ..rebuild import rebuild, turns, without
-
-    memory = session.memory
-    if memory is None or not text:
-        yield "nothing was forgotten"
-        return
-    kept, gone = without(turns(memory.messages, _heard(session), memory.name), text)
-    if not gone:
-        yield f"nothing was forgotten: {text!r} was never said"
-        return
-    yield f"{count(len(gone), 'turn')} of {len(kept) + len(gone)} would go, with the replies:"
-    yield from (said(turn) for turn, _ in gone)
-    if confirm is None or not confirm("forget them?"):
-        why = ": nobody can be asked here" if confirm is None else ""
-        yield f"nothing was forgotten{why}"
-        return
-    with output.StatusLine() as status:
-        contents = rebuild(
-            session.model,
-            session.tokenizer,
-            memory.header,
-            kept,
-            memory.settings,
-            passes=session.passes,
-            window=session.window,
-            on_turn=lambda done, all_: status.show(f"reading turn {done} of {all_} again"),
-        )
-    session.replace(contents)
-    yield f"forgotten: the memory was made anew from {count(len(kept), 'turn')}"
-
-
-def _heard(session: Session) -> int:
-    stats = session.stats()
-    return stats.tokens + stats.window_tokens
 
 
 def memory_name(session: Session) -> str:
