@@ -30,6 +30,7 @@ ALLOWED = {
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template",
     "server": "session memory sleep",
+    "rebuild": "session memory models chat_template",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models
