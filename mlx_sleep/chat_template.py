@@ -16,6 +16,7 @@ from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
 from .templates import bounded
+from .tokenizer_config import check_files
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
@@ -163,6 +164,7 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
     """
     if not any((Path(path) / name).is_file() for name in _FILES):
         raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(_FILES)}")
+    check_files(Path(path))
     ids = None if eos_token_ids is None else list(eos_token_ids)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every model_type that transformers doesn't have

@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,7 @@ from .models.calibrate import calibrate
 from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
+from .utils import limits
 from .utils.errors import UserError
 from .wake import READ, WorkingState
 
@@ -70,8 +71,8 @@ class Stats:
     fast_weight_bytes: int
     tokens: int
     sleeps: int
-    prompt_tps: float | None = None
-    generation_tps: float | None = None
+    prompt_tps: float | None = field(default=None, compare=False)
+    generation_tps: float | None = field(default=None, compare=False)
 
 
 class Session:
@@ -256,6 +257,7 @@ class Session:
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
+        limits.check("the length of the text", len(text), limits.TURN_CHARACTERS)
         try:
             text.encode()
         except UnicodeEncodeError:
