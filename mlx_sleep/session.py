@@ -228,10 +228,10 @@ class Session:
         on_read(done, total) is called while the turn is read, with tokens; what it raises ends the
         reply.
         """
-        self._take(text, None, on_pass, should_stop)
+        taken = self._take(text, None, on_pass, should_stop)
         self._said = []
         self._open_reply = reply = object()
-        self._sync()
+        self._sync_turn(taken)
         return self._reply(reply, on_pass, should_stop, on_read)
 
     def hear(
@@ -246,14 +246,13 @@ class Session:
         Both are in the journal and on the disk when this returns, and read through the model.
         Errors are those of `say`; SleepCancelled may leave the turn to be read by the next call.
         """
-        self._take(text, reply.strip(), on_pass, should_stop)
-        self._sync()
+        self._sync_turn(self._take(text, reply.strip(), on_pass, should_stop))
         self._feed(on_pass, should_stop)
 
     def _take(
         self, text: str, reply: str | None, on_pass: OnPass | None, should_stop: ShouldStop | None
-    ) -> None:
-        """Puts a user's turn, and what is known of its reply, into the window and the journal."""
+    ) -> int:
+        """Puts a user's turn, and what is known of its reply, into the window: so many tokens."""
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
@@ -279,6 +278,7 @@ class Session:
         if reply is not None:
             self._record(said)
             self._record(self.tokenizer.end_ids, "assistant", reply)
+        return len(ids)
 
     def ask(self, text: str) -> str:
         """`say`, with the whole reply at once."""
@@ -561,6 +561,16 @@ class Session:
     def _sync(self) -> None:
         if self.memory is not None:
             self.memory.sync()
+
+    def _sync_turn(self, tokens: int) -> None:
+        """Syncs; a turn of so many tokens that can't be written was not heard."""
+        try:
+            self._sync()
+        except UserError:
+            assert self.memory is not None
+            self.memory.take_back(tokens)
+            self._pending, self._open_reply = list(self.memory.pending), None
+            raise
 
     def _end_reply(self) -> None:
         """Closes an open reply, however it came to its end, so that the format stays legal."""
