@@ -87,11 +87,11 @@ class ChatJob(Job):
             if self.memory is not None
             else sessions.guest(request.system, request.history)
         ) as slot:
-            heard = _heard(slot.session)
             before, known = slot.conversation.find(request.history)
             for _ in range(slot.conversation.replaced(before)):
                 if not _take_back(slot):
                     break
+            heard = _heard(slot.session)
             opening = known == 0  # a conversation that this session knows nothing of
             for user, reply in request.history[known:]:
                 user_said = _opened(request.system, user) if opening else user
