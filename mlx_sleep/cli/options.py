@@ -53,7 +53,9 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="A model's folder, its id on Hugging Face, smollm2 or embedded. "
-        "(default: smollm2 if fetched, else embedded)"
+        "(default: smollm2 if fetched, else embedded)",
+        envvar="MLX_SLEEP_MODEL",
+        show_envvar=False,
     ),
 ]
 Revision = Annotated[
@@ -69,7 +71,12 @@ AdapterPath = Annotated[
 ]
 MemoryName = Annotated[
     str | None,
-    typer.Option("--memory", help="The memory's name. (default: default, or smollm2 for smollm2)"),
+    typer.Option(
+        "--memory",
+        help="The memory's name. (default: default, or smollm2 for smollm2)",
+        envvar="MLX_SLEEP_MEMORY",
+        show_envvar=False,
+    ),
 ]
 Home = Annotated[
     Path | None,
@@ -130,6 +137,13 @@ class SessionOptions:
         typer.Option(help="Of the last 20 tokens; 1 is none. (default: the model's)"),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+    no_transcript: Annotated[
+        bool,
+        typer.Option(
+            "--no-transcript",
+            help="Don't keep what is said as text beside the memory. It then can't be made anew.",
+        ),
+    ] = False
 
     @cached_property
     def chosen(self) -> Chosen:
@@ -143,6 +157,7 @@ class SessionOptions:
         others = asdict(self)
         for name in ("model", "adapter_path", "revision", "local_files_only"):
             del others[name]
+        others["transcript"] = not others.pop("no_transcript")
         opened = self.chosen.open()
         return Session.open(opened, memory, adapter=self.chosen.adapter, **others)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ..memory import Memory
 from ..session import Session, Stats
 from ..utils.errors import UserError
-from .conversation import Conversation, Pair
+from .conversation import Conversation, Pair, said
 from .wire import ApiError
 
 
@@ -136,7 +136,8 @@ class Sessions:
             window=like.window,
             max_tokens=like.max_tokens,
         )
-        slot = Slot(name, session, Conversation(), session.stats())
+        heard = said(memory.messages) if memory else ()
+        slot = Slot(name, session, Conversation(heard), session.stats())
         self.slots.append(slot)
         return slot
 
