@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chat_template import ChatTokenizer
-from .memory import Memory
+from .memory import Contents, Memory
 from .models.base import (
     SleepConfig,
     SleepModel,
@@ -89,6 +89,7 @@ class Session:
                     sampling, by mlx-lm's names (`Sampling`): temp 0, the default, is greedy
     seed            of the sampling; None leaves MLX's random state alone
     on_sleep        called with the SleepReport of every sleep, those of a full window included
+    transcript      whether the memory keeps what is said as text, too
 
     `sampling` may be set to another between turns, and `sampler` to any of mlx-lm's:
     log-probabilities [1, V] -> token ids [1]. It is called one token ahead of the reply.
@@ -118,6 +119,7 @@ class Session:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         on_sleep: Callable[[SleepReport], None] | None = None,
+        transcript: bool = True,
     ):
         self.window = model.sleep.window if window is None else window
         self.passes = model.sleep.passes if passes is None else passes
@@ -127,7 +129,7 @@ class Session:
         self.tokenizer = (
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
-        self.max_tokens, self.on_sleep = max_tokens, on_sleep
+        self.max_tokens, self.on_sleep, self.transcript = max_tokens, on_sleep, transcript
         self.sampler: Callable[[mx.array], mx.array]
         self.sampling = sampling
         self.cut = False
@@ -142,18 +144,27 @@ class Session:
         self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
         self._snapshot = model.init_state()
         self._working = WorkingState(model, len(self.tokenizer))
-        if memory is not None:
-            _check(memory, model)
-            self._tokens, self._sleeps = memory.header.tokens, memory.header.sleeps
-            if memory.arrays:
-                self._snapshot = unflatten_state(memory.arrays, len(self._snapshot))
+        self._open_reply: object | None = None
+        self._said: list[int] = []  # the tokens of the open reply
+        self._read_memory()
+
+    def _read_memory(self) -> None:
+        """Takes all from the memory, and ends a reply in which a process was killed."""
+        if self.memory is not None:
+            _check(self.memory, self.model)
+            self._tokens, self._sleeps = self.memory.header.tokens, self.memory.header.sleeps
+            self._snapshot = self.model.init_state()
+            if self.memory.arrays:
+                self._snapshot = unflatten_state(self.memory.arrays, len(self._snapshot))
                 mx.eval(self._snapshot)
-            self._pending = list(memory.pending)
+            self._pending = list(self.memory.pending)
         self._working.rewind(self._snapshot)
-        # A process that was killed leaves a journal that may end within a reply.
         end = self.tokenizer.end_ids
-        open_end = bool(self._pending) and self._pending[-len(end) :] != end
-        self._open_reply: object | None = object() if open_end else None
+        if self._pending and self._pending[-len(end) :] != end:
+            self._open_reply = object()
+            replies = self.tokenizer.in_replies(self._pending)
+            start = len(replies) - (replies[::-1].index(False) if False in replies else 0)
+            self._said = self._pending[start:]
         self._end_reply()
         self._feed()
 
@@ -217,9 +228,10 @@ class Session:
         on_read(done, total) is called while the turn is read, with tokens; what it raises ends the
         reply.
         """
-        self._take(text, [], on_pass, should_stop)
+        taken = self._take(text, None, on_pass, should_stop)
+        self._said = []
         self._open_reply = reply = object()
-        self._sync()
+        self._sync_turn(taken)
         return self._reply(reply, on_pass, should_stop, on_read)
 
     def hear(
@@ -234,15 +246,13 @@ class Session:
         Both are in the journal and on the disk when this returns, and read through the model.
         Errors are those of `say`; SleepCancelled may leave the turn to be read by the next call.
         """
-        end = self.tokenizer.encode_text(reply.strip()) + self.tokenizer.end_ids
-        self._take(text, end, on_pass, should_stop)
-        self._sync()
+        self._sync_turn(self._take(text, reply.strip(), on_pass, should_stop))
         self._feed(on_pass, should_stop)
 
     def _take(
-        self, text: str, reply: list[int], on_pass: OnPass | None, should_stop: ShouldStop | None
-    ) -> None:
-        """Puts a user's turn, and what is known of its reply, into the window and the journal."""
+        self, text: str, reply: str | None, on_pass: OnPass | None, should_stop: ShouldStop | None
+    ) -> int:
+        """Puts a user's turn, and what is known of its reply, into the window: so many tokens."""
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
@@ -252,17 +262,23 @@ class Session:
         except UnicodeEncodeError:
             raise UserError("the text is not valid UTF-8; check the encoding") from None
         self._end_reply()
-        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending) + reply
+        turn = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
+        said = [] if reply is None else self.tokenizer.encode_text(reply)
+        ids = turn + said + ([] if reply is None else self.tokenizer.end_ids)
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
                 f"the window of {self.window} tokens is full, and {NOTHING_TO_SLEEP_INTO}, "
                 "forget, or take a longer --window"
             )
-        room = len(ids) + (0 if reply else self.window // 8)
+        room = len(ids) + (self.window // 8 if reply is None else 0)
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
-        self._record(ids)
+        self._record(turn, "user", text)
+        if reply is not None:
+            self._record(said)
+            self._record(self.tokenizer.end_ids, "assistant", reply)
+        return len(ids)
 
     def ask(self, text: str) -> str:
         """`say`, with the whole reply at once."""
@@ -297,6 +313,7 @@ class Session:
                 if taken in self.tokenizer.stop_ids or self._no_room(1):
                     break
                 self._record([taken])
+                self._said.append(taken)
                 self.cut = not left
                 detokenizer.add_token(taken)
                 if piece := detokenizer.last_segment:
@@ -526,13 +543,18 @@ class Session:
         said = self.tokenizer.in_replies([*self._pending, _UNKNOWN])
         return {"write": ~mx.array([said[start:end]])}
 
-    def _record(self, ids: list[int]) -> None:
-        """Puts tokens into the journal and the window. Nothing has changed if it raises."""
+    def _record(
+        self, ids: list[int], role: Literal["user", "assistant"] | None = None, text: str = ""
+    ) -> None:
+        """Puts tokens into the memory and the window. Nothing has changed if it raises.
+
+        role: they are a user's turn, or end a reply, of this text.
+        """
         if self.memory is None:
             self._pending.extend(ids)
             return
         try:
-            self.memory.append(ids)
+            self.memory.append(ids, role, text if self.transcript else None)
         finally:  # a KeyboardInterrupt may come after the tokens are in the journal
             self._pending.extend(self.memory.pending[len(self._pending) :])
 
@@ -540,16 +562,55 @@ class Session:
         if self.memory is not None:
             self.memory.sync()
 
+    def _sync_turn(self, tokens: int) -> None:
+        """Syncs; a turn of so many tokens that can't be written was not heard."""
+        try:
+            self._sync()
+        except UserError:
+            assert self.memory is not None
+            self.memory.take_back(tokens)
+            self._pending, self._open_reply = list(self.memory.pending), None
+            raise
+
     def _end_reply(self) -> None:
         """Closes an open reply, however it came to its end, so that the format stays legal."""
         if self._open_reply is not None:
             with self._rewinding():
                 self._working.settle()
-            self._record(self.tokenizer.end_ids)
+            self._record(self.tokenizer.end_ids, "assistant", self._text(self._said))
             self._open_reply = None
             self._sync()
 
+    def _text(self, ids: list[int]) -> str:
+        """What a reply of these tokens says."""
+        detokenizer = self.tokenizer.detokenizer
+        for token in ids:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        return detokenizer.text.strip()
+
     # --- the end ---------------------------------------------------------------------------
+
+    def undo(self) -> Literal["turn", "sleep"] | None:
+        """Takes back the last turn with its reply, or the last sleep when nothing was said since.
+
+        Returns what it was; None when there is nothing to take back (`Memory.undo`).
+        """
+        if self.memory is None:
+            return None
+        self._end_reply()
+        what = self.memory.undo()
+        if what:
+            self._read_memory()
+        return what
+
+    def replace(self, contents: Contents) -> None:
+        """Puts other contents in place of all that the memory holds, and goes on from there."""
+        if self.memory is None:
+            raise ValueError("a session without a memory has nothing to replace")
+        self._end_reply()
+        self.memory.replace(contents)
+        self._read_memory()
 
     def forget(self) -> None:
         """Empties the memory, on the disk too, and starts from nothing."""

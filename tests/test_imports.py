@@ -31,6 +31,8 @@ ALLOWED = {
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template",
     "server": "session memory sleep",
+    "rebuild": "session memory sleep models chat_template",
+    "deep_sleep": "rebuild session memory sleep models",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models

@@ -137,6 +137,13 @@ class SessionOptions:
         typer.Option(help="Of the last 20 tokens; 1 is none. (default: the model's)"),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+    no_transcript: Annotated[
+        bool,
+        typer.Option(
+            "--no-transcript",
+            help="Don't keep what is said as text beside the memory. It then can't be made anew.",
+        ),
+    ] = False
 
     @cached_property
     def chosen(self) -> Chosen:
@@ -150,6 +157,7 @@ class SessionOptions:
         others = asdict(self)
         for name in ("model", "adapter_path", "revision", "local_files_only"):
             del others[name]
+        others["transcript"] = not others.pop("no_transcript")
         opened = self.chosen.open()
         return Session.open(opened, memory, adapter=self.chosen.adapter, **others)
 

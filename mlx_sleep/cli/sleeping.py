@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # they import MLX
 IDLE = 10.0
 """Seconds without a key press before a chat sleeps, where nothing else is asked for."""
 
+DEEP = 300.0
+"""Seconds without a key press, and with nothing left to fold in, before a deep sleep."""
+
 
 def may_sleep(model: SleepModel, idle: float | None = None) -> bool:
     """Whether a chat may sleep when it need not: in idle time, and at its end.

@@ -135,6 +135,7 @@ class Sessions:
             passes=like.passes,
             window=like.window,
             max_tokens=like.max_tokens,
+            transcript=like.transcript,
         )
         heard = said(memory.messages) if memory else ()
         slot = Slot(name, session, Conversation(heard), session.stats())
