@@ -73,6 +73,11 @@ def test_rows_about_lives_and_natural_conversations(folders):
     (row,) = evaluate_lives(model, tokenizer, lives, cases=["never_told"], passes=[1], n=3, batch=2)
     assert (row["case"], row["n"], row["passes"]) == ("never_told", 3, 1)
     assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+    old, *ages = evaluate_lives(
+        model, tokenizer, lives, cases=["after_16_sleeps"], passes=[1], n=2, batch=2
+    )
+    assert old["n"] == 2 == sum(row["n"] for row in ages)
+    assert all(row["case"].startswith("after_16_sleeps/age_") for row in ages)
     done = []
     rows = list(
         evaluate_natural(model, tokenizer, passes=[1], limit=2, on_done=lambda *at: done.append(at))

@@ -22,6 +22,8 @@ from . import natural
 from .evaluation import pad, zero_fast_weights
 from .statistics import wilson
 
+AGES = ((1, 2), (3, 5), (6, 10), (11, 16))
+"""Sleeps since a fact was told: how the rows of after_16_sleeps are divided."""
 ANSWER_TOKENS, REPLY_TOKENS = 32, 64  # at most: of an answer, and of a reply to what is told
 
 OnDone = Callable[[int, int], None]
@@ -40,8 +42,9 @@ def evaluate_lives(
 ) -> Iterator[dict]:
     """Rows of case, passes, accuracy, low, high (95% Wilson), n, zeroed.
 
-    lives are those of a split (`lab.tasks.life.Lives`); `lab.tasks.life_examples` says what the
-    cases are. on_done(done, total) counts questions of a row.
+    after_16_sleeps has a row for each of AGES too: after_16_sleeps/age_1_2 and so on. lives are
+    those of a split (`lab.tasks.life.Lives`); `lab.tasks.life_examples` says what the cases are.
+    on_done(done, total) counts questions of a row.
     """
     from .tasks.life_examples import examples
 
@@ -49,21 +52,25 @@ def evaluate_lives(
     for case in cases:
         items = list(examples(lives, case, n))
         for N in passes:
-            right = zeroed = done = 0
+            asked: list[tuple[int, bool, bool]] = []  # age, right, right with S zeroed
             for group in _groups(items, lambda e: len(e.windows), batch):
                 state = model.init_state(len(group))
                 for w in range(len(group[0].windows)):
                     state = chat.sleep(state, [e.windows[w] for e in group], N)
-                for start in (state, zero_fast_weights(state)):
-                    replies = chat.answers(start, [e.prompt for e in group])
-                    hits = sum(
-                        _holds(reply, e.value) for reply, e in zip(replies, group, strict=True)
-                    )
-                    right += hits if start is state else 0
-                    zeroed += hits if start is not state else 0
-                done += len(group)
-                on_done(done, len(items))
-            yield _row(case, N, right, zeroed, len(items))
+                kept, zeroed = (
+                    chat.answers(start, [e.prompt for e in group])
+                    for start in (state, zero_fast_weights(state))
+                )
+                asked += [
+                    (e.age, _holds(a, e.value), _holds(b, e.value))
+                    for e, a, b in zip(group, kept, zeroed, strict=True)
+                ]
+                on_done(len(asked), len(items))
+            yield _row_of(case, N, asked)
+            for low, high in AGES if case == "after_16_sleeps" else ():
+                of_age = [each for each in asked if low <= each[0] <= high]
+                if of_age:
+                    yield _row_of(f"{case}/age_{low}_{high}", N, of_age)
 
 
 def evaluate_natural(
@@ -254,6 +261,11 @@ def _greedy(model, prompts: list[list[int]], stops, limit: int) -> list[list[int
 def _holds(reply: str, value: str | None) -> bool:
     answers = None if value is None else (value,)
     return natural.correct(reply, natural.Question("", answers, "recall"))
+
+
+def _row_of(case: str, passes: int, asked: Sequence[tuple[int, bool, bool]]) -> dict:
+    right, zeroed = (sum(each[i] for each in asked) for i in (1, 2))
+    return _row(case, passes, right, zeroed, len(asked))
 
 
 def _row(case: str, passes: int, right: int, zeroed: int, n: int) -> dict:
