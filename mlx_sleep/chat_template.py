@@ -10,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
+from .thoughts import Marks, ThoughtReader
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
+
+Thinking = Literal["auto", "on", "off"]
+
+# What templates call their switch (Qwen, GLM, SmolLM3; Granite, DeepSeek; Command A).
+_SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -39,6 +45,7 @@ class _Template(NamedTuple):
 
     first   before the user's first text, from BOS on
     prompt  after it, up to the reply; after_later after a later text
+    past    in their place once the reply is in the past
     end     after a reply, through its end mark
     before  from there to the next text of the user
     mark    the first control token after a reply, if any
@@ -49,6 +56,7 @@ class _Template(NamedTuple):
     end: Pieces
     before: Pieces
     after_later: Pieces
+    past: Pieces
     mark: set[int]
 
 
@@ -57,9 +65,12 @@ class ChatTokenizer:
 
     `stop_ids` end a reply when the model samples one; `end_ids` close it in the context.
     Everything else (encode, decode, ...) is that of the wrapped tokenizer.
+
+    thinking  "on" or "off" by the template's own switch, or "auto", as the template has it.
+              UserError where it has no switch
     """
 
-    def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper):
+    def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking = "auto"):
         self._tokenizer = tokenizer
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
@@ -67,13 +78,16 @@ class ChatTokenizer:
         if backend is None:
             raise UserError("this kind of tokenizer is not supported; it needs a tokenizer.json")
         self._tokens = Tokens(backend)
-        self._template = _take_template_apart(tokenizer, self._tokens)
+        self._marks = _marks_of(tokenizer, backend)
+        apply = _Apply(tokenizer, _switch(tokenizer, thinking, self._marks is not None))
+        self._template = _take_template_apart(apply, self._tokens)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bos = tokenizer.encode("")[:1]
         self._bos = bos if bos == [tokenizer.bos_token_id] else []
         self.end_ids: list[int] = eos
         self.stop_ids: frozenset[int] = frozenset(tokenizer.eos_token_ids)
         self._ids = Parts([], [], [], eos)
+        self._before_reply: list[int] = []
         if (chat := self._template) is None:
             return
         ids = self._tokens.ids
@@ -82,7 +96,11 @@ class ChatTokenizer:
         self._ids = Parts(
             ids(chat.first), ids(chat.before, "token"), ids(chat.prompt, "text"), self.end_ids
         )
-        if self.turn(_TEXTS[0], first=True) != _apply(tokenizer, _TEXTS[:1]):
+        # What a reply stands after, in the past too.
+        self._before_reply, past = self._ids.between, ids(chat.past, "text")
+        if self._drops_thoughts and self._before_reply[: len(past)] == past:
+            self._before_reply = past
+        if self.turn(_TEXTS[0], first=True) != apply(_TEXTS[:1]):
             raise UserError("this model's tokenizer does not encode a chat piece by piece")
 
     def __getattr__(self, name: str) -> Any:
@@ -112,6 +130,37 @@ class ChatTokenizer:
         pieces = joined(chat.end, chat.before, [text], chat.after_later)
         return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
 
+    def past_turn(self, text: str, first: bool) -> list[int]:
+        """`turn` as the template has it once the reply is in the past: without a thought that the
+        prompt opens, or the mark that there is none; up to the reply's text."""
+        chat = self._template
+        if chat is None or not self._drops_thoughts:
+            return self.turn(text, first)
+        if first:
+            return self._tokens.ids(joined(chat.first, [text], chat.past))
+        pieces = joined(chat.end, chat.before, [text], chat.past)
+        return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
+
+    @property
+    def _drops_thoughts(self) -> bool:
+        """Whether the past says something else of thoughts than a prompt does."""
+        if (chat := self._template) is None or self._marks is None:
+            return False
+        known = {*self._marks.start, *self._marks.end}
+        sides = [[p for p in pieces if p in known] for pieces in (chat.prompt, chat.past)]
+        return sides[0] != sides[1]
+
+    def thought_reader(self) -> ThoughtReader:
+        """A new one, for the ids of a reply after a turn's prompt."""
+        opened = False
+        if self._template is not None and self._marks is not None:
+            prompt = self._tokens.ids(self._template.prompt, after="text")
+            opened = _last(prompt, self._marks.start) > _last(prompt, self._marks.end)
+        return ThoughtReader(self._marks, opened, self._decode, self.encode_text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     @property
     def parts(self) -> Parts:
         """The template's ids. UserError where it has no turns alike from the second one on, or a
@@ -131,7 +180,8 @@ class ChatTokenizer:
         user types can't look like a turn of the template, so the ids alone tell. Without a
         template nothing is a reply.
         """
-        first, start, prompt, _ = self._ids
+        first, start, _, _ = self._ids
+        prompt = self._before_reply
         said, talks = [], bool(prompt)
         for i in range(len(ids)):
             if not i and first and ids[: len(first)] == first:
@@ -155,7 +205,12 @@ class ChatTokenizer:
         return self._tokens.ids([text])
 
 
-def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTokenizer:
+def load(
+    path: str | Path,
+    eos_token_ids: Iterable[int] | None = None,
+    *,
+    thinking: Thinking = "auto",
+) -> ChatTokenizer:
     """The tokenizer in a model folder. UserError when there is none or it cannot be read.
 
     Python files beside it are not run. A tokenizer that needs them cannot be read.
@@ -168,7 +223,8 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
     try:
         # Neither run nor asked about: without the word, transformers asks on standard input.
         trust = {"trust_remote_code": False}
-        return ChatTokenizer(tokenizer_utils.load(Path(path), trust, eos_token_ids=ids))
+        loaded = tokenizer_utils.load(Path(path), trust, eos_token_ids=ids)
+        return ChatTokenizer(loaded, thinking)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
@@ -178,30 +234,71 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
         logging.set_verbosity(verbosity)
 
 
-def _apply(
-    tokenizer: tokenizer_utils.TokenizerWrapper,
-    texts: Iterable[str],
-    tokenize: bool = True,
-    prompt: bool = True,
-) -> Any:
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-    ]
-    return tokenizer.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=prompt)
+class _Apply:
+    """A chat's texts, the user's first, through the template: ids, or text.
+
+    switch  more arguments of the template
+    """
+
+    def __init__(
+        self, tokenizer: tokenizer_utils.TokenizerWrapper, switch: dict[str, Any] | None = None
+    ):
+        self.tokenizer, self.switch = tokenizer, switch or {}
+
+    def __call__(self, texts: Iterable[str], tokenize: bool = True, prompt: bool = True) -> Any:
+        messages = [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=prompt, **self.switch
+        )
 
 
-def _take_template_apart(
-    tokenizer: tokenizer_utils.TokenizerWrapper, tokens: Tokens
-) -> _Template | None:
+def _marks_of(tokenizer: tokenizer_utils.TokenizerWrapper, backend: Any) -> Marks | None:
+    """The marks of a thought, as mlx-lm finds them in the vocabulary."""
+    if not tokenizer.has_thinking:
+        return None
+    ids = (
+        tuple(backend.encode(mark, add_special_tokens=False).ids)
+        for mark in (tokenizer.think_start, tokenizer.think_end)
+    )
+    return Marks(*ids)
+
+
+def _switch(
+    tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking, thinks: bool
+) -> dict[str, Any]:
+    """The template's arguments for `thinking`. Templates differ in what they call it."""
+    if thinking == "auto" or not tokenizer.has_chat_template:
+        return {}
+    on: dict[str, Any]
+    on, off = ({name: x for name in _SWITCHES} for x in (True, False))
+    off |= {"thinking_budget": 0}
+    texts = [_Apply(tokenizer, each)(_TEXTS[:1], tokenize=False) for each in (on, off)]
+    if texts[0] == texts[1] and (thinks or thinking == "on"):
+        raise UserError(
+            f"this model's chat template has no switch to turn thinking {thinking}; "
+            "leave out --thinking"
+        )
+    return on if thinking == "on" else off
+
+
+def _last(ids: list[int], mark: tuple[int, ...]) -> int:
+    """Where the mark stands last; -1 for nowhere."""
+    starts = range(len(ids) - len(mark) + 1)
+    return max((i for i in starts if tuple(ids[i : i + len(mark)]) == mark), default=-1)
+
+
+def _take_template_apart(apply: _Apply, tokens: Tokens) -> _Template | None:
     """None for a base model without a chat template. UserError for a template that drops texts, or
     that says the past in another way when more has come."""
-    if not tokenizer.has_chat_template:
+    if not apply.tokenizer.has_chat_template:
         return None
     user, reply, later = _TEXTS[:3]
-    opening = _apply(tokenizer, _TEXTS[:1], tokenize=False)
-    closed = _apply(tokenizer, _TEXTS[:2], tokenize=False, prompt=False)
-    longer = _apply(tokenizer, _TEXTS[:3], tokenize=False)
-    longest = _apply(tokenizer, _TEXTS, tokenize=False)
+    opening = apply(_TEXTS[:1], tokenize=False)
+    closed = apply(_TEXTS[:2], tokenize=False, prompt=False)
+    longer = apply(_TEXTS[:3], tokenize=False)
+    longest = apply(_TEXTS, tokenize=False)
     if user not in opening or reply not in closed or any(text not in longest for text in _TEXTS):
         raise UserError("this model's chat template drops or rewrites texts; it cannot be used")
 
@@ -219,13 +316,14 @@ def _take_template_apart(
         )
 
     first, prompt = _around(tokens.cut(opening), user)
-    rest = _around(tokens.cut(longer), reply)[1]
+    past_of_all, rest = _around(tokens.cut(longer), reply)
+    past_pieces = _around(past_of_all, user)[1]
     between, after_later = _around(rest, later)
     end, before = _split_end(
-        _around(tokens.cut(closed), reply)[1], between, tokenizer.eos_token_ids
+        _around(tokens.cut(closed), reply)[1], between, apply.tokenizer.eos_token_ids
     )
     mark = {piece for piece in between[1:2] if isinstance(piece, int)}
-    return _Template(first, prompt, end, before, after_later, mark)
+    return _Template(first, prompt, end, before, after_later, past_pieces, mark)
 
 
 def _around(pieces: Pieces, word: str) -> tuple[Pieces, Pieces]:

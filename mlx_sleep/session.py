@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .chat_template import ChatTokenizer
+from .chat_template import ChatTokenizer, Thinking
 from .memory import Memory
 from .models.base import (
     SleepConfig,
@@ -37,8 +37,9 @@ from .models.calibrate import calibrate
 from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
+from .thoughts import Split, Stream, Thought
 from .utils.errors import UserError
-from .wake import READ, WorkingState
+from .wake import READ, Mark, WorkingState
 
 OnPass = Callable[[int, int, float], None]
 ShouldStop = Callable[[], bool]
@@ -69,6 +70,23 @@ class Stats:
     sleeps: int
 
 
+class _Turn(NamedTuple):
+    """A user's turn as the past has it, up to the reply's text, and as the model is asked."""
+
+    past: list[int]
+    asked: list[int]
+
+
+@dataclass
+class _Apart:
+    """Tokens that the working state reads in the place of pending[at:until], and a mark there."""
+
+    at: int
+    ids: list[int]
+    until: int
+    mark: Mark
+
+
 class Session:
     """A chat with `model`, remembered in `memory` (or not at all, when that is None).
 
@@ -78,10 +96,11 @@ class Session:
             print(session.ask("What is my cat called?"))
 
     passes, window  N and L; None takes the model's own
-    max_tokens      longest reply, in tokens
+    max_tokens      longest reply, in tokens; thoughts before it may fill one window more
     temp, top_p, top_k, min_p, repetition_penalty
                     sampling, by mlx-lm's names (`Sampling`): temp 0, the default, is greedy
     seed            of the sampling; None leaves MLX's random state alone
+    keep_thoughts   leave thoughts in the window, which a sleep folds in
     on_sleep        called with the SleepReport of every sleep, those of a full window included
 
     `sampling` may be set to another between turns, and `sampler` to any of mlx-lm's:
@@ -111,6 +130,7 @@ class Session:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        keep_thoughts: bool = False,
         on_sleep: Callable[[SleepReport], None] | None = None,
     ):
         config = SleepConfig(  # for its checks
@@ -129,6 +149,7 @@ class Session:
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
         self.max_tokens, self.on_sleep = max_tokens, on_sleep
+        self.keep_thoughts = keep_thoughts
         self.sampler: Callable[[mx.array], mx.array]
         self.sampling = sampling
         self.cut = False
@@ -141,6 +162,7 @@ class Session:
         self._tokens = self._sleeps = 0
         self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
         self._snapshot = model.init_state()
+        self._apart: _Apart | None = None  # what the model is asked with, and thinks
         self._working = WorkingState(model, len(self.tokenizer))
         if memory is not None:
             _check(memory, model)
@@ -165,14 +187,16 @@ class Session:
         *,
         adapter: str | Path | None = None,
         home: str | os.PathLike | None = None,
+        thinking: Thinking = "auto",
         **options: Any,
     ) -> Session:
         """Loads a model and opens a memory by name.
 
         model is a folder of ours or of mlx-lm's, or what `mlx_sleep.open_model` makes of any other
         and of an id on Hugging Face; None is the embedded model. adapter is the folder of an
-        adapter for it; home is the folder of the memories; options are those of `Session`; sampling
-        that they don't give (or give as None) is as the folder's generation_config.json has it.
+        adapter for it; home is the folder of the memories; thinking is that of `ChatTokenizer`;
+        options are those of `Session`; sampling that they don't give (or give as None) is as the
+        folder's generation_config.json has it.
         UserError when a folder or the memory cannot be used.
         """
         from .models.load import EMBEDDED, fingerprint, generation_of, load, open_folder
@@ -182,7 +206,7 @@ class Session:
         for name, value in asdict(sampling).items():
             if options.get(name) is None:
                 options[name] = value
-        loaded, tokenizer, _ = load(source, adapter=adapter)
+        loaded, tokenizer, _ = load(source, adapter=adapter, thinking=thinking)
         loaded = cast(SleepModel, loaded)
         if memory is None:
             return cls(loaded, tokenizer, **options)
@@ -207,6 +231,9 @@ class Session:
     ) -> Generator[str]:
         """Takes a user's turn and streams the reply, in pieces of text as they are generated.
 
+        What the model thinks before its reply comes as `Thought`, a str. It is read, and left out
+        of the window when the reply ends, as templates leave it out of the past.
+
         The turn is in the journal and on the disk when this returns; the reply, when it ends.
         A reply that is not read to its end (close the iterator to stop it) ends there, and stays
         in the window like any other. UserError for a text that is empty or
@@ -217,10 +244,10 @@ class Session:
         on_read(done, total) is called while the turn is read, with tokens; what it raises ends the
         reply.
         """
-        self._take(text, [], on_pass, should_stop)
+        turn = self._take(text, [], on_pass, should_stop)
         self._open_reply = reply = object()
         self._sync()
-        return self._reply(reply, on_pass, should_stop, on_read)
+        return self._reply(reply, turn, on_pass, should_stop, on_read)
 
     def hear(
         self,
@@ -241,7 +268,7 @@ class Session:
 
     def _take(
         self, text: str, reply: list[int], on_pass: OnPass | None, should_stop: ShouldStop | None
-    ) -> None:
+    ) -> _Turn:
         """Puts a user's turn, and what is known of its reply, into the window and the journal."""
         text = text.strip()
         if not text:
@@ -251,7 +278,10 @@ class Session:
         except UnicodeEncodeError:
             raise UserError("the text is not valid UTF-8; check the encoding") from None
         self._end_reply()
-        ids = self.tokenizer.turn(text, first=not self._tokens and not self._pending) + reply
+        first = not self._tokens and not self._pending
+        asked = self.tokenizer.turn(text, first)
+        past = asked if self.keep_thoughts else self.tokenizer.past_turn(text, first)
+        ids = past + reply
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
@@ -262,50 +292,112 @@ class Session:
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
         self._record(ids)
+        return _Turn(past, asked)
 
     def ask(self, text: str) -> str:
-        """`say`, with the whole reply at once."""
-        return "".join(self.say(text))
+        """`say`, with the whole reply at once, and without thoughts."""
+        return "".join(piece for piece in self.say(text) if not isinstance(piece, Thought))
 
     tell = ask
 
     def _reply(
         self,
         this: object,
+        turn: _Turn,
         on_pass: OnPass | None,
         should_stop: ShouldStop | None,
         on_read: OnRead | None,
     ) -> Generator[str]:
         """Samples tokens until a stop id, one forward pass each, one token ahead."""
-        detokenizer = self.tokenizer.detokenizer
+        reader = self.tokenizer.thought_reader()
+        stream = Stream(lambda: self.tokenizer.detokenizer)
+        left, thoughts = self.max_tokens, self.window
         self.cut = False
         try:
+            self._set_apart(turn, on_pass, should_stop, on_read)
             self._feed(on_pass, should_stop, on_read)
             token = self._sample()
-            for left in reversed(range(self.max_tokens)):
-                following = self._run_ahead(token) if left else None
+            while not self.cut:
+                following = None if reader.in_text and left == 1 else self._run_ahead(token)
                 taken = cast(int, token.item())
                 if taken in self.tokenizer.stop_ids or self._no_room(1):
                     break
-                self._record([taken])
-                self.cut = not left
-                detokenizer.add_token(taken)
-                if piece := detokenizer.last_segment:
-                    yield piece
+                split = reader.add(taken)
+                self._keep(taken, split)
+                left -= len(split.text)
+                thoughts -= not split.text
+                self.cut = left <= 0 or thoughts <= 0
+                yield from stream.add(split)
                 if self._open_reply is not this:  # another turn or a sleep came in between
                     return
                 if following is not None:
                     self._working.take()
                     token = following
-                elif left:  # the window is full
+                elif not self.cut:  # the window is full
                     self._feed(on_pass, should_stop)
                     token = self._sample()
-            detokenizer.finalize()
-            if piece := detokenizer.last_segment:
-                yield piece
+            split = reader.finish()
+            if not self.keep_thoughts:
+                self._keep_text(split.text)
+            yield from stream.add(split)
+            yield from stream.end()
         finally:
             if self._open_reply is this:
                 self._end_reply()
+
+    # --- thoughts --------------------------------------------------------------------------
+
+    def _set_apart(
+        self,
+        turn: _Turn,
+        on_pass: OnPass | None,
+        should_stop: ShouldStop | None,
+        on_read: OnRead | None,
+    ) -> None:
+        """Reads up to where the model is asked for a reply in other words than the past has: from
+        there on it reads those, and what it thinks, and comes back there after the reply."""
+        if self.keep_thoughts or not self.tokenizer.has_thinking:
+            return
+        same = 0
+        while turn.past[same : same + 1] == turn.asked[same : same + 1] != []:
+            same += 1
+        after = len(turn.past) - same
+        self._feed(on_pass, should_stop, on_read, after)
+        if after and self._working.read == self.window:
+            self._consolidate(self.window, on_pass, should_stop)
+        at = len(self._pending) - after
+        mark = self._working.mark()
+        self._apart = _Apart(at, turn.asked[same:], len(self._pending), mark)
+
+    def _read(self) -> list[int]:
+        """The tokens of the window as the working state reads them, thoughts included."""
+        if (apart := self._apart) is None:
+            return self._pending
+        return [*self._pending[: apart.at], *apart.ids, *self._pending[apart.until :]]
+
+    def _keep(self, token: int, split: Split) -> None:
+        """Records what is known to be a reply's text after this token of it."""
+        if self.keep_thoughts:
+            self._record([token])
+            return
+        if self._apart is not None:
+            self._apart.ids.append(token)
+        self._keep_text(split.text)
+
+    def _keep_text(self, text: list[int]) -> None:
+        """Records a reply's text, which the working state has read."""
+        self._record(text)
+        if text and (apart := self._apart) is not None:
+            if apart.ids[-len(text) :] == text:
+                del apart.ids[-len(text) :]
+            else:  # a token with a line break that is none of the text
+                apart.until += len(text)
+
+    def _forget_thoughts(self) -> None:
+        """The working state goes back to where it was before, and reads the reply again."""
+        apart, self._apart = self._apart, None
+        if apart is not None and apart.ids != self._pending[apart.at : apart.until]:
+            self._working.back(apart.mark)
 
     @property
     def sampling(self) -> Sampling:
@@ -324,7 +416,7 @@ class Session:
         assert logits is not None  # a turn has been fed
         logits = logits[None]
         if self._processors:
-            so_far = mx.array(self._pending[-REPETITION_CONTEXT:])
+            so_far = mx.array(self._read()[-REPETITION_CONTEXT:])
             so_far = so_far if ahead is None else mx.concatenate([so_far, ahead])
             for process in self._processors:
                 logits = process(so_far, logits)
@@ -335,7 +427,7 @@ class Session:
         if len(self._pending) >= self.window:
             return None
         with self._rewinding():
-            end = len(self._pending)
+            end = len(self._read())
             write = self._fold(end, end + 1).get("write")
             return self._working.run_ahead(token, partial(self._sample, token), write)
 
@@ -417,7 +509,7 @@ class Session:
 
     def _adopt(self, state: State, folded: list[int], rest: list[int]) -> None:
         """Takes a sleep's result for the snapshot; `rest` is the new window."""
-        self._snapshot, self._pending = state, rest
+        self._snapshot, self._pending, self._apart = state, rest, None
         self._tokens += len(folded)
         self._sleeps += 1
         self._working.rewind(self._snapshot)
@@ -464,20 +556,22 @@ class Session:
         on_pass: OnPass | None = None,
         should_stop: ShouldStop | None = None,
         on_read: OnRead | None = None,
+        but: int = 0,
     ) -> None:
-        """Runs the pending tokens that the working state has not seen.
+        """Runs the pending tokens that the working state has not seen, all but the last few.
 
-        It sleeps when the window is full and more is to come.
+        It sleeps when the window is full and more is to come. Thoughts have room beside it.
         """
-        while (start := self._working.read) < len(self._pending):
-            if start == self.window:
+        while (start := self._working.read) < (total := len(tokens := self._read()) - but):
+            full = self.window + len(tokens) - len(self._pending)
+            if start >= full:
                 self._consolidate(self.window, on_pass, should_stop)
                 continue
             if on_read:
-                on_read(start, len(self._pending))
-            end = min(start + READ, self.window, len(self._pending))
+                on_read(start, total)
+            end = min(start + READ, full, total)
             with self._rewinding():
-                self._working.feed(self._pending[start:end], self._fold(start, end).get("write"))
+                self._working.feed(tokens[start:end], self._fold(start, end).get("write"))
 
     def _fold(self, start: int, end: int) -> dict[str, mx.array]:
         """Which of these pending tokens write into S, as `write` [1, n]; nothing when all do.
@@ -486,7 +580,7 @@ class Session:
         """
         if self.model.sleep.fold == "all":
             return {}
-        said = self.tokenizer.in_replies([*self._pending, _UNKNOWN])
+        said = self.tokenizer.in_replies([*self._read(), _UNKNOWN])
         return {"write": ~mx.array([said[start:end]])}
 
     def _record(self, ids: list[int]) -> None:
@@ -508,6 +602,7 @@ class Session:
         if self._open_reply is not None:
             with self._rewinding():
                 self._working.settle()
+            self._forget_thoughts()
             self._record(self.tokenizer.end_ids)
             self._open_reply = None
             self._sync()
@@ -519,7 +614,7 @@ class Session:
         if self.memory is not None:
             self.memory.forget()
         self._tokens = self._sleeps = 0
-        self._pending, self._open_reply = [], None
+        self._pending, self._open_reply, self._apart = [], None, None
         self._snapshot = self.model.init_state()
         self._working.rewind(self._snapshot)
 

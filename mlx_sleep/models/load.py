@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +43,9 @@ EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron", "ouro")
 """Our own architectures: `model_type` is the name of a module beside this one."""
+
+if TYPE_CHECKING:  # it imports all of transformers
+    from ..chat_template import Thinking
 
 _BLOCK = 64 * 1024
 _WINDOW = 2048  # of models that were not trained to sleep
@@ -95,9 +98,15 @@ def _opened(source: Source) -> Checkpoint:
 
 
 def load(
-    source: Source, *, adapter: str | Path | None = None, lazy: bool = False
+    source: Source,
+    *,
+    adapter: str | Path | None = None,
+    lazy: bool = False,
+    thinking: Thinking = "auto",
 ) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
+
+    thinking is that of `ChatTokenizer`.
 
     On the CPU quantized layers become dense (`dequantize`). UserError, too, for a tokenizer that
     can't be used or has ids for which the embedding has no rows.
@@ -112,7 +121,7 @@ def load(
     eos = read_generation_config(path).eos_token_ids
     if eos is None:
         eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
-    tokenizer = chat_template.load(path, eos)
+    tokenizer = chat_template.load(path, eos, thinking=thinking)
     if tokenizer.largest_id >= model.vocab_rows:
         raise UserError(
             f"the tokenizer in {path} is of another model: its ids go up to "
