@@ -29,77 +29,155 @@ inline float decay(const threadgroup float* g, int from, int to) {
   return precise::exp(sum);
 }
 
+// The elements of a SIMD-group matrix that a lane holds are two neighbours of one row: row
+// `row_of(lane)`, columns `column_of(lane)` and the next. MLX's own matrix products rely on it.
+inline int row_of(int lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+inline int column_of(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+
+// The sum over a row of the matrix whose elements the lanes hold, in each of its lanes.
+inline float row_sum(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+
+// (I + A)^-1 of a strictly lower triangular A. Diagonal blocks of 1, 2 and 4 rows are merged in
+// pairs, [[P, 0], [R, Q]]^-1 = [[P', 0], [-Q' R P', Q']] with ' for the inverse: as exact as
+// forward substitution, where a power series of A is not once keys repeat.
+inline simdgroup_float8x8 unit_lower_inverse(simdgroup_float8x8 A, int lane) {
+  const int row = row_of(lane);
+  simdgroup_float8x8 inverse, block;
+  UNROLL
+  for (int e = 0; e < 2; ++e) {
+    const int column = column_of(lane) + e;
+    const bool pair = row / 2 == column / 2 && row > column;
+    inverse.thread_elements()[e] =
+        (row == column ? 1.0f : 0.0f) - (pair ? A.thread_elements()[e] : 0.0f);
+  }
+  UNROLL
+  for (int size = 2; size < 8; size *= 2) {
+    UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int column = column_of(lane) + e;
+      const bool below = row / (2 * size) == column / (2 * size) && row / size > column / size;
+      block.thread_elements()[e] = below ? A.thread_elements()[e] : 0.0f;
+    }
+    simdgroup_multiply(block, inverse, block);
+    simdgroup_multiply(block, block, inverse);
+    UNROLL
+    for (int e = 0; e < 2; ++e) inverse.thread_elements()[e] -= block.thread_elements()[e];
+  }
+  return inverse;
+}
+
 // kernel gated_delta_prefill(q, k, v, g, beta, state, mask, T, Hk, Hv) -> (o, state_out)
 
-// Any number of tokens, in chunks of C (8 or 16). A threadgroup owns one head and 8 * Bands rows
-// of S, a SIMD group 8 of those rows, which stay in its registers as the tiles of their transpose.
-// In a chunk, with G_t = g_0 + ... + g_t and u_t what the rule really writes (the WY form):
+// Any number of tokens, in chunks of C (8 or 16). A threadgroup owns one head and 8 * Tiles * Bands
+// rows of S; a SIMD group has 8 * Tiles of these rows, of the keys all or one of two Parts, in its
+// registers as the tiles of their transpose. In a chunk, with G_t = g_0 + ... + g_t and the WY
+// form, in which u_t = b_t y_t is what the rule really writes:
 //
-//   (I + A) U = b (V - exp(G) K S^T),     A_tj = b_t exp(G_t - G_j) k_t.k_j  for j < t
+//   (I + A) Y = V - exp(G) K S^T,         A_tj = exp(G_t - G_j) k_t.k_j b_j  for j < t
 //   O = exp(G) Q S^T + P U,               P_tj = exp(G_t - G_j) q_t.k_j      for j <= t
 //   S = exp(G_end) S + U^T (exp(G_end - G) K)
 //
-// With Checkpoints, what it writes to o [ceil(T / C), B, Hv, Dv, Dk] float32 is S before each chunk,
-// and q is not read.
+// With Checkpoints it is the first half of the gradient: o [ceil(T / Checkpoints), B, Hv, Dv, Dk]
+// float32 is S before every Checkpoints tokens, state_out is Y [B, T, Hv, Dv] float32, and q is not
+// read.
 //
-// Template: OutT, Dk, Dv, C, Bands, HasMask, Checkpoints. Grid (32 Bands, Dv / (8 Bands), B Hv).
+// Template: OutT, Dk, Dv, C, Bands, Tiles, Parts, HasMask, Checkpoints.
+// Grid (32 Bands Parts, blocks of Dv, B Hv).
 constexpr int row_size = Dk + 4;  // rows of q and k, padded against bank conflicts
 constexpr int chunk_tiles = C / 8;
-constexpr int key_tiles = Dk / 8;
-constexpr int threads = 32 * Bands;
+constexpr int pairs = chunk_tiles * (chunk_tiles + 1) / 2;  // tiles on and below the diagonal
+constexpr int key_tiles = (Dk / 8 + Parts - 1) / Parts;     // of a SIMD group
+constexpr int groups = Bands * Parts;
+constexpr int threads = 32 * groups;
+constexpr int elements = (C * Dk + threads - 1) / threads;  // of q and of k, that a thread reads
+constexpr int ahead = elements < 8 ? elements : 8;          // of these, a chunk early
+constexpr int every = Checkpoints ? Checkpoints : C;
 
 threadgroup float q_chunk[C * row_size];
 threadgroup float k_chunk[C * row_size];
-threadgroup float A[C * C];
-threadgroup float P[C * C];
+threadgroup float A[64 * pairs];  // (I + A)^-1 of the tiles on the diagonal, and -A / b below
+threadgroup float P[64 * pairs];
 threadgroup float g_chunk[C];
 threadgroup float beta_chunk[C];
-threadgroup float from_start[C];          // exp(G_t)
-threadgroup float start_diagonal[8 * C];  // the same, and exp(G_end - G_t), as diagonal tiles
-threadgroup float end_diagonal[8 * C];
-threadgroup float bands[Bands * C * 8];   // a SIMD group's columns of U, then of O
+threadgroup float to_end[C];  // exp(G_end - G_t)
+threadgroup float halves[Parts > 1 ? groups * chunk_tiles * Tiles * 128 : 1];
 
 const int index = thread_index_in_threadgroup;
 const int simd_index = simdgroup_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
+const int lane_row = row_of(lane);
+const int lane_column = column_of(lane);
 const int n = threadgroup_position_in_grid.z;
 const int b = n / Hv;
 const int hv = n % Hv;
 const int hk = hv / (Hv / Hk);
-const int column = 8 * (threadgroup_position_in_grid.y * Bands + simd_index);  // of v and o
-threadgroup float* band = bands + simd_index * C * 8;
+const int part = simd_index % Parts;
+const int first_key = 8 * key_tiles * part;
+const int band = threadgroup_position_in_grid.y * Bands + simd_index / Parts;
+const int column = 8 * Tiles * band;  // of v and o
+threadgroup float* own_half = halves + simd_index * chunk_tiles * Tiles * 128;
+const threadgroup float* other_half = halves + (simd_index ^ 1) * chunk_tiles * Tiles * 128;
 
-simdgroup_float8x8 S[key_tiles];  // S[i]: rows 8 i of S^T, columns `column`
-const size_t state_at = (size_t(n) * Dv + column) * Dk;
+// S[j][w]: rows first_key + 8 j of S^T, columns `column` + 8 w.
+simdgroup_float8x8 S[key_tiles][Tiles];
+const size_t state_at = size_t(n) * Dv * Dk + first_key;
 UNROLL
-for (int i = 0; i < key_tiles; ++i) {
-  simdgroup_load(S[i], state + state_at + 8 * i, Dk, ulong2(0, 0), true);
+for (int j = 0; j < key_tiles; ++j) {
+  UNROLL
+  for (int w = 0; w < Tiles; ++w) {
+    S[j][w] = simdgroup_float8x8(0.0f);
+    if (first_key + 8 * j < Dk && column + 8 * w < Dv) {
+      simdgroup_load(S[j][w], state + state_at + (column + 8 * w) * Dk + 8 * j, Dk, ulong2(0, 0),
+                     true);
+    }
+  }
 }
-for (int i = index; i < 8 * C; i += threads) {
-  start_diagonal[i] = 0.0f;
-  end_diagonal[i] = 0.0f;
+// Padding, and what follows the last token, has a = 1 and b = 0.
+float q_next[ahead];
+float k_next[ahead];
+UNROLL
+for (int i = 0; i < ahead; ++i) {
+  const int t = (index + threads * i) / Dk;
+  const int d = (index + threads * i) % Dk;
+  const bool real = t < C && t < T && (!HasMask || mask[size_t(b) * T + t]);
+  const size_t at = ((size_t(b) * T + t) * Hk + hk) * Dk + d;
+  q_next[i] = real && !Checkpoints ? static_cast<float>(q[at]) : 0.0f;
+  k_next[i] = real ? static_cast<float>(k[at]) : 0.0f;
 }
-threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int start = 0; start < T; start += C) {
   const size_t token = size_t(b) * T + start;
-  if (Checkpoints) {
-    const size_t heads = size_t(start / C) * threadgroups_per_grid.z;
-    device float* states = (device float*)o + heads * Dv * Dk + state_at;
+  if (Checkpoints && start % every == 0) {
+    device float* states =
+        (device float*)o + size_t(start / every) * threadgroups_per_grid.z * Dv * Dk;
     UNROLL
-    for (int i = 0; i < key_tiles; ++i) {
-      simdgroup_store(S[i], states + 8 * i, Dk, ulong2(0, 0), true);
+    for (int j = 0; j < key_tiles; ++j) {
+      UNROLL
+      for (int w = 0; w < Tiles; ++w) {
+        if (first_key + 8 * j >= Dk || column + 8 * w >= Dv) continue;
+        simdgroup_store(S[j][w], states + state_at + (column + 8 * w) * Dk + 8 * j, Dk,
+                        ulong2(0, 0), true);
+      }
     }
   }
 
-  // Padding, and what follows the last token, has a = 1 and b = 0.
-  for (int i = index; i < C * Dk; i += threads) {
-    const int t = i / Dk;
-    const int d = i % Dk;
-    const bool real = start + t < T && (!HasMask || mask[token + t]);
-    const size_t at = ((token + t) * Hk + hk) * Dk + d;
-    if (!Checkpoints) q_chunk[t * row_size + d] = real ? static_cast<float>(q[at]) : 0.0f;
-    k_chunk[t * row_size + d] = real ? static_cast<float>(k[at]) : 0.0f;
+  UNROLL
+  for (int i = 0; i < elements; ++i) {
+    const int t = (index + threads * i) / Dk;
+    const int d = (index + threads * i) % Dk;
+    if (t >= C) continue;
+    if (i < ahead) {
+      q_chunk[t * row_size + d] = q_next[i];
+      k_chunk[t * row_size + d] = k_next[i];
+    } else {
+      const bool real = start + t < T && (!HasMask || mask[token + t]);
+      const size_t at = ((token + t) * Hk + hk) * Dk + d;
+      if (!Checkpoints) q_chunk[t * row_size + d] = real ? static_cast<float>(q[at]) : 0.0f;
+      k_chunk[t * row_size + d] = real ? static_cast<float>(k[at]) : 0.0f;
+    }
   }
   for (int t = index; t < C; t += threads) {
     const bool real = start + t < T && (!HasMask || mask[token + t]);
@@ -109,446 +187,685 @@ for (int start = 0; start < T; start += C) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int t = index; t < C; t += threads) {
-    const int at = 8 * t + t % 8;
-    from_start[t] = decay(g_chunk, 0, t);
-    start_diagonal[at] = decay(g_chunk, 0, t);
-    end_diagonal[at] = decay(g_chunk, t + 1, C - 1);
+  simdgroup_float8x8 U[chunk_tiles][Tiles];  // V, then V - exp(G) K S^T, Y, U
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    const int t = 8 * i + lane_row;
+    const bool real = start + t < T && (!HasMask || mask[token + t]);
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      const size_t at = ((token + t) * Hv + hv) * Dv + column + 8 * w + lane_column;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        U[i][w].thread_elements()[e] =
+            real && column + 8 * w < Dv && w % Parts == part ? static_cast<float>(v[at + e]) : 0.0f;
+      }
+    }
   }
+  for (int t = index; t < C; t += threads) to_end[t] = decay(g_chunk, t + 1, C - 1);
 
   // The tiles of A and P on and below the diagonal, shared out among the SIMD groups.
-  int job = 0;
   UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
     UNROLL
     for (int j = 0; j < chunk_tiles; ++j) {
-      if (j > i) continue;
-      for (int which = 0; which < (Checkpoints ? 1 : 2); ++which, ++job) {
-        if (job % Bands != simd_index) continue;
-        const threadgroup float* left = (which ? q_chunk : k_chunk) + 8 * i * row_size;
-        simdgroup_float8x8 product(0.0f);
-        for (int d = 0; d < Dk; d += 8) {
-          simdgroup_float8x8 x, y;
-          simdgroup_load(x, left + d, row_size);
-          simdgroup_load(y, k_chunk + 8 * j * row_size + d, row_size, ulong2(0, 0), true);
-          simdgroup_multiply_accumulate(product, x, y, product);
-        }
-        threadgroup float* tile = (which ? P : A) + 8 * i * C + 8 * j;
-        simdgroup_store(product, tile, C);
-        simdgroup_barrier(mem_flags::mem_threadgroup);
-        for (int e = lane; e < 64; e += 32) {
-          const int t = 8 * i + e / 8;
-          const int s = 8 * j + e % 8;
-          threadgroup float* entry = tile + e / 8 * C + e % 8;
-          if (which) {
-            *entry = s <= t ? decay(g_chunk, s + 1, t) * *entry : 0.0f;
-          } else {
-            *entry = s < t ? beta_chunk[t] * decay(g_chunk, s + 1, t) * *entry : 0.0f;
-          }
-        }
+      const int pair = i * (i + 1) / 2 + j;
+      if (j > i || pair % groups != simd_index) continue;
+      simdgroup_float8x8 k_k(0.0f);
+      simdgroup_float8x8 q_k(0.0f);
+      for (int d = 0; d < Dk; d += 8) {
+        simdgroup_float8x8 x, y;
+        simdgroup_load(y, k_chunk + 8 * j * row_size + d, row_size, ulong2(0, 0), true);
+        simdgroup_load(x, k_chunk + 8 * i * row_size + d, row_size);
+        simdgroup_multiply_accumulate(k_k, x, y, k_k);
+        if (Checkpoints) continue;
+        simdgroup_load(x, q_chunk + 8 * i * row_size + d, row_size);
+        simdgroup_multiply_accumulate(q_k, x, y, q_k);
       }
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int t = 8 * i + lane_row;
+        const int s = 8 * j + lane_column + e;
+        const float through = decay(g_chunk, s + 1, t);
+        const float scale = i == j ? beta_chunk[s] : -1.0f;
+        k_k.thread_elements()[e] = s < t ? through * scale * k_k.thread_elements()[e] : 0.0f;
+        q_k.thread_elements()[e] = s <= t ? through * q_k.thread_elements()[e] : 0.0f;
+      }
+      if (i == j) k_k = unit_lower_inverse(k_k, lane);
+      simdgroup_store(k_k, A + 64 * pair, 8);
+      if (!Checkpoints) simdgroup_store(q_k, P + 64 * pair, 8);
     }
   }
 
-  simdgroup_float8x8 k_S[chunk_tiles];  // K S^T and Q S^T, this SIMD group's columns
-  simdgroup_float8x8 q_S[chunk_tiles];
+  // V - exp(G) K S^T and exp(G) Q S^T: of this SIMD group's columns, and of its part of the keys.
+  simdgroup_float8x8 q_S[chunk_tiles][Tiles];
   UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
-    k_S[i] = simdgroup_float8x8(0.0f);
-    q_S[i] = simdgroup_float8x8(0.0f);
+    simdgroup_float8x8 k_S[Tiles];
+    const float decayed = decay(g_chunk, 0, 8 * i + lane_row);
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      k_S[w] = simdgroup_float8x8(0.0f);
+      q_S[i][w] = simdgroup_float8x8(0.0f);
+    }
     UNROLL
     for (int j = 0; j < key_tiles; ++j) {
+      if (first_key + 8 * j >= Dk) continue;
       simdgroup_float8x8 x;
-      simdgroup_load(x, k_chunk + 8 * i * row_size + 8 * j, row_size);
-      simdgroup_multiply_accumulate(k_S[i], x, S[j], k_S[i]);
+      simdgroup_load(x, k_chunk + 8 * i * row_size + first_key + 8 * j, row_size);
+      UNROLL
+      for (int w = 0; w < Tiles; ++w) simdgroup_multiply_accumulate(k_S[w], x, S[j][w], k_S[w]);
       if (Checkpoints) continue;
-      simdgroup_load(x, q_chunk + 8 * i * row_size + 8 * j, row_size);
-      simdgroup_multiply_accumulate(q_S[i], x, S[j], q_S[i]);
+      simdgroup_load(x, q_chunk + 8 * i * row_size + first_key + 8 * j, row_size);
+      UNROLL
+      for (int w = 0; w < Tiles; ++w)
+        simdgroup_multiply_accumulate(q_S[i][w], x, S[j][w], q_S[i][w]);
     }
-    simdgroup_store(k_S[i], band + 64 * i, 8);
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        U[i][w].thread_elements()[e] -= decayed * k_S[w].thread_elements()[e];
+        q_S[i][w].thread_elements()[e] *= decayed;
+      }
+      if (Parts == 1) continue;
+      simdgroup_store(U[i][w], own_half + (i * Tiles + w) * 128, 8);
+      simdgroup_store(q_S[i][w], own_half + (i * Tiles + w) * 128 + 64, 8);
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // The right-hand side, by all lanes; then forward substitution, a lane for each column.
-  for (int e = lane; e < 8 * C; e += 32) {
-    const int t = e / 8;
-    const bool real = start + t < T && (!HasMask || mask[token + t]);
-    const size_t at = ((token + t) * Hv + hv) * Dv + column + e % 8;
-    const float value = real ? static_cast<float>(v[at]) : 0.0f;
-    band[e] = beta_chunk[t] * (value - from_start[t] * band[e]);
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  if (lane < 8) {
-    float u[C];
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
     UNROLL
-    for (int t = 0; t < C; ++t) {
-      u[t] = band[8 * t + lane];
+    for (int w = 0; w < (Parts > 1 ? Tiles : 0); ++w) {
+      simdgroup_float8x8 x, y;
+      simdgroup_load(x, other_half + (i * Tiles + w) * 128, 8);
+      simdgroup_load(y, other_half + (i * Tiles + w) * 128 + 64, 8);
       UNROLL
-      for (int s = 0; s < C; ++s) {
-        if (s < t) u[t] = fma(-A[t * C + s], u[s], u[t]);
+      for (int e = 0; e < 2; ++e) {
+        U[i][w].thread_elements()[e] += x.thread_elements()[e];
+        q_S[i][w].thread_elements()[e] += y.thread_elements()[e];
       }
-      band[8 * t + lane] = u[t];
     }
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-
-  simdgroup_float8x8 U[chunk_tiles];
-  UNROLL
-  for (int i = 0; i < chunk_tiles; ++i) simdgroup_load(U[i], band + 64 * i, 8);
-  simdgroup_barrier(mem_flags::mem_threadgroup);  // U is read before O takes its place
-  UNROLL
-  for (int i = 0; i < (Checkpoints ? 0 : chunk_tiles); ++i) {
-    simdgroup_float8x8 x, out;
-    simdgroup_load(x, start_diagonal + 64 * i, 8);
-    simdgroup_multiply(out, x, q_S[i]);
     UNROLL
     for (int j = 0; j < chunk_tiles; ++j) {
       if (j > i) continue;
-      simdgroup_load(x, P + 8 * i * C + 8 * j, C);
-      simdgroup_multiply_accumulate(out, x, U[j], out);
+      simdgroup_float8x8 x;
+      simdgroup_load(x, A + 64 * (i * (i + 1) / 2 + j), 8);
+      UNROLL
+      for (int w = 0; w < Tiles; ++w) {
+        if (j < i) {
+          simdgroup_multiply_accumulate(U[i][w], x, U[j][w], U[i][w]);
+        } else {
+          simdgroup_multiply(U[i][w], x, U[i][w]);
+        }
+      }
     }
-    simdgroup_store(out, band + 64 * i, 8);
+    const int t = 8 * i + lane_row;
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      const size_t at = ((token + t) * Hv + hv) * Dv + column + 8 * w + lane_column;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float y = U[i][w].thread_elements()[e];
+        if (Checkpoints && start + t < T && column + 8 * w < Dv && w % Parts == part)
+          state_out[at + e] = y;
+        U[i][w].thread_elements()[e] = beta_chunk[t] * y;
+      }
+    }
   }
-  const float through = from_start[C - 1];
+  UNROLL
+  for (int i = 0; i < (Checkpoints ? 0 : chunk_tiles); ++i) {
+    UNROLL
+    for (int j = 0; j < chunk_tiles; ++j) {
+      if (j > i) continue;
+      simdgroup_float8x8 x;
+      simdgroup_load(x, P + 64 * (i * (i + 1) / 2 + j), 8);
+      UNROLL
+      for (int w = 0; w < Tiles; ++w)
+        simdgroup_multiply_accumulate(q_S[i][w], x, U[j][w], q_S[i][w]);
+    }
+    const int t = 8 * i + lane_row;
+    const bool real = !HasMask || (start + t < T && mask[token + t]);
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      const size_t at = ((token + t) * Hv + hv) * Dv + column + 8 * w + lane_column;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if (start + t < T && column + 8 * w < Dv && w % Parts == part) {
+          o[at + e] = static_cast<OutT>(real ? q_S[i][w].thread_elements()[e] : 0.0f);
+        }
+      }
+    }
+  }
+  // The next chunk comes while S is renewed.
+  UNROLL
+  for (int i = 0; i < ahead; ++i) {
+    const int t = (index + threads * i) / Dk;
+    const int d = (index + threads * i) % Dk;
+    const bool real = t < C && start + C + t < T && (!HasMask || mask[token + C + t]);
+    const size_t at = ((token + C + t) * Hk + hk) * Dk + d;
+    q_next[i] = real && !Checkpoints ? static_cast<float>(q[at]) : 0.0f;
+    k_next[i] = real ? static_cast<float>(k[at]) : 0.0f;
+  }
   UNROLL
   for (int i = 0; i < chunk_tiles; ++i) {
-    simdgroup_float8x8 x;
-    simdgroup_load(x, end_diagonal + 64 * i, 8);
-    simdgroup_multiply(U[i], x, U[i]);
+    const float decayed = to_end[8 * i + lane_row];
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      U[i][w].thread_elements()[0] *= decayed;
+      U[i][w].thread_elements()[1] *= decayed;
+    }
   }
+  const float through = decay(g_chunk, 0, C - 1);
   UNROLL
   for (int j = 0; j < key_tiles; ++j) {
-    S[j].thread_elements()[0] *= through;
-    S[j].thread_elements()[1] *= through;
+    if (first_key + 8 * j >= Dk) continue;
+    UNROLL
+    for (int w = 0; w < Tiles; ++w) {
+      S[j][w].thread_elements()[0] *= through;
+      S[j][w].thread_elements()[1] *= through;
+    }
     UNROLL
     for (int i = 0; i < chunk_tiles; ++i) {
       simdgroup_float8x8 x;
-      simdgroup_load(x, k_chunk + 8 * i * row_size + 8 * j, row_size, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(S[j], x, U[i], S[j]);
-    }
-  }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  for (int e = lane; e < 8 * C; e += 32) {
-    const int t = e / 8;
-    if (!Checkpoints && start + t < T) {
-      const bool real = !HasMask || mask[token + t];
-      const size_t at = ((token + t) * Hv + hv) * Dv + column + e % 8;
-      o[at] = static_cast<OutT>(real ? band[e] : 0.0f);
+      simdgroup_load(x, k_chunk + 8 * i * row_size + first_key + 8 * j, row_size, ulong2(0, 0),
+                     true);
+      UNROLL
+      for (int w = 0; w < Tiles; ++w) simdgroup_multiply_accumulate(S[j][w], x, U[i][w], S[j][w]);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 UNROLL
-for (int i = 0; i < key_tiles; ++i) {
-  simdgroup_store(S[i], state_out + state_at + 8 * i, Dk, ulong2(0, 0), true);
+for (int j = 0; j < (Checkpoints ? 0 : key_tiles); ++j) {
+  UNROLL
+  for (int w = 0; w < Tiles; ++w) {
+    if (first_key + 8 * j >= Dk || column + 8 * w >= Dv) continue;
+    simdgroup_store(S[j][w], state_out + state_at + (column + 8 * w) * Dk + 8 * j, Dk, ulong2(0, 0),
+                    true);
+  }
 }
 
-// kernel gated_delta_backward(q, k, v, g, beta, states, d_o, d_state_out, mask, T, Hk, Hv) -> (d_q, d_k, d_v, d_g, d_beta, d_state)
+// kernel gated_delta_backward(q, k, y, g, beta, states, d_o, d_state_out, mask, T, Hk, Hv) -> (d_q, d_k, d_v, d_g, d_beta, d_state)
 
-// Gradients of o and of the last state, from S before each chunk of 8 tokens (`states`, by
-// gated_delta_prefill). A threadgroup owns one head and BV rows of S. Every gradient is a sum over
-// the rows, so that blocks of rows leave partial sums: d_q, d_k [blocks, B, T, Hv, Dk] and d_g,
-// d_beta [blocks, B, T, Hv]; d_v and d_state are whole. dS lives in d_state, chunk after chunk.
+// Gradients of o and of the last state, from Y [B, T, Hv, Dv] and S before every 2 C tokens
+// (`states`), both by gated_delta_prefill. A threadgroup owns one head and BV rows of S, a SIMD
+// group 8 * Tiles columns of these rows, of which dS stays in its registers. Every gradient is a
+// sum over the rows, so that blocks of rows leave partial sums: d_q, d_k [blocks, B, T, Hv, Dk] and
+// d_g, d_beta [blocks, B, T, Hv]; d_v and d_state are whole.
 //
-// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j) and with the
-// forward pass's R = V - e K S^T, Y = U / b = R - N U, N_tj = D_tj k_t.k_j (j < t):
+// In a chunk, with e_t = exp(G_t), f_t = exp(G_end - G_t), D_tj = exp(G_t - G_j), U = b Y and
+// N_tj = D_tj k_t.k_j (j < t):
 //
-//   dU = P^T dO + f K dS'^T - N^T dY,   dY = b dU (solved from the last token back),   dV = dY
-//   db_t = dU_t.Y_t,   dP = dO U^T (j <= t),   dN = -dY U^T (j < t)
+//   dU = P^T dO + f K dS'^T - N^T dY,   dY = b dU,   so that   (I + b N)^T dU = P^T dO + f K dS'^T
+//   dV = dY,   db_t = dU_t.Y_t,   dP = dO U^T (j <= t),   dN = -dY U^T (j < t)
 //   dQ = e dO S + (D dP) K
 //   dK = -e dY S + f U dS' + (D dP)^T Q + (D dN + (D dN)^T) K
 //   dS = exp(G_end) dS' + dO^T (e Q) - dY^T (e K)
 //
-// and each g_r gathers what every decay that spans it brings: the factor times its gradient.
+// and each g_r gathers what every decay that spans it brings: the factor times its gradient. S of
+// every second chunk is made of the chunk before it, S_1 = exp(G_end) S_0 + Y^T (f b K).
 //
-// Template: Dk, Dv, BV, SimdGroups, HasMask. Grid (32 SimdGroups, Dv / BV, B Hv).
-constexpr int C = 8;
-constexpr int key_row = Dk + 4;  // rows of threadgroup arrays, padded against bank conflicts
-constexpr int value_row = BV + 4;
-constexpr int threads = 32 * SimdGroups;
+// Template: Dk, Dv, BV, C, Groups, Tiles, HasMask. Grid (32 Groups, blocks of Dv, B Hv).
+constexpr int chunk_tiles = C / 8;
+constexpr int pairs = chunk_tiles * (chunk_tiles + 1) / 2;  // tiles on and below the diagonal
+constexpr int value_row = BV + 4;  // rows of threadgroup arrays, padded against bank conflicts
+constexpr int value_tiles = BV / 8;
+constexpr int share = (value_tiles + Groups - 1) / Groups;  // of these, a SIMD group's in turn
+constexpr int threads = 32 * Groups;
 
-threadgroup float q_chunk[C * key_row];
-threadgroup float k_chunk[C * key_row];
 threadgroup float d_o_chunk[C * value_row];
-threadgroup float U[C * value_row];   // V, then R, then U
-threadgroup float dY[C * value_row];  // f K dS'^T, then dY
+threadgroup float Y[C * value_row];
+threadgroup float dY[C * value_row];  // K dS'^T, then dY
+threadgroup float N[64 * pairs];
+threadgroup float P[64 * pairs];
+threadgroup float inverse[64 * chunk_tiles];  // (I + b N)^-1 of the tiles on the diagonal
+threadgroup float dN[64 * pairs];             // D dN and D dP
+threadgroup float dP[64 * pairs];
+threadgroup float d_log_D[64 * pairs];
 threadgroup float g_chunk[C];
 threadgroup float beta_chunk[C];
-threadgroup float start_diagonal[64];  // e and f as diagonal tiles
-threadgroup float end_diagonal[64];
-threadgroup float N[64];
-threadgroup float P[64];
-threadgroup float dN[64];  // D dN and D dP
-threadgroup float dP[64];
-threadgroup float d_log_D[128];       // of N, then of P
-threadgroup float scratch[SimdGroups * 128];
-threadgroup float e_part[SimdGroups * 64];        // d log e_t, one for each lane's element
-threadgroup float f_part[SimdGroups * C];         // d log f_t
-threadgroup float beta_part[SimdGroups * C];
-threadgroup float through_part[SimdGroups];       // d log exp(G_end)
+threadgroup float g_before[C];  // of the chunk before
+threadgroup float beta_before[C];
+threadgroup float from_start[C];  // e and f
+threadgroup float to_end[C];
+threadgroup float write_before[C];           // f b of the chunk before
+threadgroup float e_part[Groups * C];        // d log e_t
+threadgroup float f_part[Groups * C];        // d log f_t
+threadgroup float beta_part[Groups * C];
+threadgroup float through_part[Groups];      // d log exp(G_end)
 
 const int index = thread_index_in_threadgroup;
 const int simd_index = simdgroup_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
+const int lane_row = row_of(lane);
+const int lane_column = column_of(lane);
 const int n = threadgroup_position_in_grid.z;
 const int b = n / Hv;
 const int hv = n % Hv;
 const int hk = hv / (Hv / Hk);
 const int block = threadgroup_position_in_grid.y;
+const int rows = min(BV, Dv - block * BV);
 const int heads = threadgroups_per_grid.z;
 const int batch = heads / Hv;
-const size_t state_at = (size_t(n) * Dv + block * BV) * Dk;
-device float* dS = d_state + state_at;
-threadgroup float* raw = scratch + 128 * simd_index;
-threadgroup float* rest = raw + 64;
+const int first_key = 8 * Tiles * simd_index;
+const size_t state_at = (size_t(n) * Dv + block * BV) * Dk + first_key;
 
-for (int i = index; i < BV * Dk; i += threads) dS[i] = static_cast<float>(d_state_out[state_at + i]);
-for (int i = index; i < 64; i += threads) {
-  start_diagonal[i] = 0.0f;
-  end_diagonal[i] = 0.0f;
+simdgroup_float8x8 dS[value_tiles][Tiles];
+UNROLL
+for (int r = 0; r < value_tiles; ++r) {
+  UNROLL
+  for (int c = 0; c < Tiles; ++c) {
+    dS[r][c] = simdgroup_float8x8(0.0f);
+    if (8 * r < rows && first_key + 8 * c < Dk) {
+      simdgroup_load(dS[r][c], d_state_out + state_at + 8 * r * Dk + 8 * c, Dk);
+    }
+  }
 }
-threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
 
 for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
   const int start = chunk * C;
   const size_t token = size_t(b) * T + start;
-  const device float* S = states + size_t(chunk) * heads * Dv * Dk + state_at;
+  const bool second = chunk % 2 == 1;  // S is not kept, but made of the chunk before
+  const device float* S = states + size_t(chunk / 2) * heads * Dv * Dk + state_at;
 
-  for (int i = index; i < C * Dk; i += threads) {
-    const int t = i / Dk;
-    const int d = i % Dk;
-    const bool real = start + t < T && (!HasMask || mask[token + t]);
-    const size_t at = ((token + t) * Hk + hk) * Dk + d;
-    q_chunk[t * key_row + d] = real ? static_cast<float>(q[at]) : 0.0f;
-    k_chunk[t * key_row + d] = real ? static_cast<float>(k[at]) : 0.0f;
-  }
   for (int i = index; i < C * BV; i += threads) {
     const int t = i / BV;
     const int d = i % BV;
-    const bool real = start + t < T && (!HasMask || mask[token + t]);
+    const bool real = d < rows && start + t < T && (!HasMask || mask[token + t]);
     const size_t at = ((token + t) * Hv + hv) * Dv + block * BV + d;
-    U[t * value_row + d] = real ? static_cast<float>(v[at]) : 0.0f;
+    Y[t * value_row + d] = real ? y[at] : 0.0f;
     d_o_chunk[t * value_row + d] = real ? static_cast<float>(d_o[at]) : 0.0f;
   }
   for (int t = index; t < C; t += threads) {
     const bool real = start + t < T && (!HasMask || mask[token + t]);
+    const bool real_before = second && (!HasMask || mask[token - C + t]);
     const size_t at = (token + t) * Hv + hv;
     g_chunk[t] = real ? static_cast<float>(g[at]) : 0.0f;
     beta_chunk[t] = real ? static_cast<float>(beta[at]) : 0.0f;
+    g_before[t] = real_before ? static_cast<float>(g[at - C * Hv]) : 0.0f;
+    beta_before[t] = real_before ? static_cast<float>(beta[at - C * Hv]) : 0.0f;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_float8x8 q_tiles[chunk_tiles][Tiles];  // of this SIMD group's columns
+  simdgroup_float8x8 k_tiles[chunk_tiles][Tiles];
+  simdgroup_float8x8 k_transposed[chunk_tiles][Tiles];
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    const int t = 8 * i + lane_row;
+    const bool real = start + t < T && (!HasMask || mask[token + t]);
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      const int key = first_key + 8 * c;
+      const size_t at = ((token + t) * Hk + hk) * Dk + key + lane_column;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int s = 8 * i + lane_column + e;
+        const bool real_s = start + s < T && (!HasMask || mask[token + s]);
+        q_tiles[i][c].thread_elements()[e] =
+            real && key < Dk ? static_cast<float>(q[at + e]) : 0.0f;
+        k_tiles[i][c].thread_elements()[e] =
+            real && key < Dk ? static_cast<float>(k[at + e]) : 0.0f;
+        k_transposed[i][c].thread_elements()[e] =
+            real_s && key < Dk
+                ? static_cast<float>(k[((token + s) * Hk + hk) * Dk + key + lane_row])
+                : 0.0f;
+      }
+    }
+  }
 
-  // R and f K dS'^T, a SIMD group for each 8 rows of S; N and P.
+  // K dS'^T, K K^T and Q K^T are sums over all columns. In each round a SIMD group adds its own to
+  // another share of them.
+  for (int round = 0; round < Groups; ++round) {
+    const int turn = (simd_index + round) % Groups;
+    UNROLL
+    for (int r = 0; r < value_tiles; ++r) {
+      if (r / share != turn) continue;
+      UNROLL
+      for (int i = 0; i < chunk_tiles; ++i) {
+        threadgroup float* tile = dY + 8 * i * value_row + 8 * r;
+        simdgroup_float8x8 sum(0.0f);
+        if (round) simdgroup_load(sum, tile, value_row, ulong2(0, 0), true);
+        UNROLL
+        for (int c = 0; c < Tiles; ++c) {
+          simdgroup_multiply_accumulate(sum, dS[r][c], k_transposed[i][c], sum);
+        }
+        simdgroup_store(sum, tile, value_row, ulong2(0, 0), true);
+      }
+    }
+    UNROLL
+    for (int i = 0; i < chunk_tiles; ++i) {
+      UNROLL
+      for (int j = 0; j < chunk_tiles; ++j) {
+        const int pair = i * (i + 1) / 2 + j;
+        if (j > i || pair % Groups != turn) continue;
+        simdgroup_float8x8 k_k(0.0f);
+        simdgroup_float8x8 q_k(0.0f);
+        if (round) {
+          simdgroup_load(k_k, N + 64 * pair, 8);
+          simdgroup_load(q_k, P + 64 * pair, 8);
+        }
+        UNROLL
+        for (int c = 0; c < Tiles; ++c) {
+          simdgroup_multiply_accumulate(k_k, k_tiles[i][c], k_transposed[j][c], k_k);
+          simdgroup_multiply_accumulate(q_k, q_tiles[i][c], k_transposed[j][c], q_k);
+        }
+        simdgroup_store(k_k, N + 64 * pair, 8);
+        simdgroup_store(q_k, P + 64 * pair, 8);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
   for (int t = index; t < C; t += threads) {
-    start_diagonal[9 * t] = decay(g_chunk, 0, t);
-    end_diagonal[9 * t] = decay(g_chunk, t + 1, C - 1);
+    from_start[t] = decay(g_chunk, 0, t);
+    to_end[t] = decay(g_chunk, t + 1, C - 1);
+    write_before[t] = beta_before[t] * decay(g_before, t + 1, C - 1);
   }
-  float through = 0.0f;
-  for (int row = 8 * simd_index; row < BV; row += 8 * SimdGroups) {
-    simdgroup_float8x8 k_S(0.0f);
-    simdgroup_float8x8 k_dS(0.0f);
-    for (int d = 0; d < Dk; d += 8) {
-      simdgroup_float8x8 x, y, z;
-      simdgroup_load(x, k_chunk + d, key_row);
-      simdgroup_load(y, S + row * Dk + d, Dk, ulong2(0, 0), true);
-      simdgroup_load(z, dS + row * Dk + d, Dk, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(k_S, x, y, k_S);
-      simdgroup_multiply_accumulate(k_dS, x, z, k_dS);
-      through += y.thread_elements()[0] * z.thread_elements()[0] +
-                 y.thread_elements()[1] * z.thread_elements()[1];
-    }
-    simdgroup_store(k_S, raw, 8);
-    simdgroup_store(k_dS, rest, 8);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int e = lane; e < 64; e += 32) {
-      const int t = e / 8;
-      const int at = t * value_row + row + e % 8;
-      U[at] -= decay(g_chunk, 0, t) * raw[e];
-      dY[at] = decay(g_chunk, t + 1, C - 1) * rest[e];
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  through = simd_sum(through);
-  if (lane == 0) through_part[simd_index] = through;
-  for (int which = simd_index; which < 2; which += SimdGroups) {
-    const threadgroup float* left = which ? q_chunk : k_chunk;
-    threadgroup float* tile = which ? P : N;
-    simdgroup_float8x8 product(0.0f);
-    for (int d = 0; d < Dk; d += 8) {
-      simdgroup_float8x8 x, y;
-      simdgroup_load(x, left + d, key_row);
-      simdgroup_load(y, k_chunk + d, key_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(product, x, y, product);
-    }
-    simdgroup_store(product, tile, 8);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int e = lane; e < 64; e += 32) {
-      const int t = e / 8;
-      const int s = e % 8;
-      tile[e] = s < t + which ? decay(g_chunk, s + 1, t) * tile[e] : 0.0f;
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    UNROLL
+    for (int j = 0; j < chunk_tiles; ++j) {
+      const int pair = i * (i + 1) / 2 + j;
+      if (j > i || pair % Groups != simd_index) continue;
+      simdgroup_float8x8 k_k, q_k;
+      simdgroup_load(k_k, N + 64 * pair, 8);
+      simdgroup_load(q_k, P + 64 * pair, 8);
+      const int t = 8 * i + lane_row;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int s = 8 * j + lane_column + e;
+        const float through = decay(g_chunk, s + 1, t);
+        k_k.thread_elements()[e] = s < t ? through * k_k.thread_elements()[e] : 0.0f;
+        q_k.thread_elements()[e] = s <= t ? through * q_k.thread_elements()[e] : 0.0f;
+      }
+      simdgroup_store(k_k, N + 64 * pair, 8);
+      simdgroup_store(q_k, P + 64 * pair, 8);
+      if (i == j) {
+        k_k.thread_elements()[0] *= beta_chunk[t];
+        k_k.thread_elements()[1] *= beta_chunk[t];
+        simdgroup_store(unit_lower_inverse(k_k, lane), inverse + 64 * i, 8);
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // U forward and dY backward in time, a thread for each row of S.
-  float beta_sum[C];
-  float f_sum[C];
+  // dY and dV from the last token back, a SIMD group for some columns of V.
+  float beta_sum[chunk_tiles];
+  float f_sum[chunk_tiles];
   UNROLL
-  for (int t = 0; t < C; ++t) {
-    beta_sum[t] = 0.0f;
-    f_sum[t] = 0.0f;
+  for (int i = 0; i < chunk_tiles; ++i) {
+    beta_sum[i] = 0.0f;
+    f_sum[i] = 0.0f;
   }
-  for (int d = index; d < BV; d += threads) {
-    float u[C];
-    float y[C];
-    float dy[C];
+  for (int r = simd_index; r < value_tiles; r += Groups) {
+    simdgroup_float8x8 minus_dY[chunk_tiles];
     UNROLL
-    for (int t = 0; t < C; ++t) {
-      y[t] = U[t * value_row + d];
+    for (int i = chunk_tiles - 1; i >= 0; --i) {
+      const int t = 8 * i + lane_row;
+      simdgroup_float8x8 x, z, value, sum;
+      simdgroup_load(value, Y + 8 * i * value_row + 8 * r, value_row);
+      simdgroup_load(sum, dY + 8 * i * value_row + 8 * r, value_row);
       UNROLL
-      for (int s = 0; s < C; ++s) {
-        if (s < t) y[t] = fma(-N[8 * t + s], u[s], y[t]);
-      }
-      u[t] = beta_chunk[t] * y[t];
-      U[t * value_row + d] = u[t];
-    }
-    UNROLL
-    for (int t = C - 1; t >= 0; --t) {
-      float du = dY[t * value_row + d];
-      f_sum[t] += u[t] * du;
-      UNROLL
-      for (int s = 0; s < C; ++s) {
-        if (s >= t) du = fma(P[8 * s + t], d_o_chunk[s * value_row + d], du);
+      for (int e = 0; e < 2; ++e) {
+        sum.thread_elements()[e] *= to_end[t];
+        f_sum[i] += beta_chunk[t] * value.thread_elements()[e] * sum.thread_elements()[e];
       }
       UNROLL
-      for (int s = 0; s < C; ++s) {
-        if (s > t) du = fma(-N[8 * s + t], dy[s], du);
+      for (int j = 0; j < chunk_tiles; ++j) {
+        if (j < i) continue;
+        simdgroup_load(x, P + 64 * (j * (j + 1) / 2 + i), 8, ulong2(0, 0), true);
+        simdgroup_load(z, d_o_chunk + 8 * j * value_row + 8 * r, value_row);
+        simdgroup_multiply_accumulate(sum, x, z, sum);
+        if (j == i) continue;
+        simdgroup_load(x, N + 64 * (j * (j + 1) / 2 + i), 8, ulong2(0, 0), true);
+        simdgroup_multiply_accumulate(sum, x, minus_dY[j], sum);
       }
-      beta_sum[t] += du * y[t];
-      dy[t] = beta_chunk[t] * du;
-      dY[t * value_row + d] = dy[t];
-      if (start + t < T) d_v[((token + t) * Hv + hv) * Dv + block * BV + d] = dy[t];
+      simdgroup_load(x, inverse + 64 * i, 8, ulong2(0, 0), true);
+      simdgroup_multiply(sum, x, sum);
+      const size_t at = ((token + t) * Hv + hv) * Dv + block * BV + 8 * r + lane_column;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        beta_sum[i] += sum.thread_elements()[e] * value.thread_elements()[e];
+        sum.thread_elements()[e] *= beta_chunk[t];
+        minus_dY[i].thread_elements()[e] = -sum.thread_elements()[e];
+        if (8 * r < rows && start + t < T) d_v[at + e] = sum.thread_elements()[e];
+      }
+      simdgroup_store(sum, dY + 8 * i * value_row + 8 * r, value_row);
     }
   }
   UNROLL
-  for (int t = 0; t < C; ++t) {
-    const float beta_all = simd_sum(beta_sum[t]);
-    const float f_all = simd_sum(f_sum[t]);
-    if (lane == 0) {
-      beta_part[C * simd_index + t] = beta_all;
-      f_part[C * simd_index + t] = f_all;
+  for (int i = 0; i < chunk_tiles; ++i) {
+    const float beta_all = row_sum(beta_sum[i]);
+    const float f_all = row_sum(f_sum[i]);
+    if (lane_column == 0) {
+      beta_part[C * simd_index + 8 * i + lane_row] = beta_all;
+      f_part[C * simd_index + 8 * i + lane_row] = f_all;
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // dN and dP.
-  for (int which = simd_index; which < 2; which += SimdGroups) {
-    const threadgroup float* left = which ? d_o_chunk : dY;
-    threadgroup float* tile = which ? dP : dN;
-    simdgroup_float8x8 product(0.0f);
-    for (int d = 0; d < BV; d += 8) {
-      simdgroup_float8x8 x, y;
-      simdgroup_load(x, left + d, value_row);
-      simdgroup_load(y, U + d, value_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(product, x, y, product);
-    }
-    simdgroup_store(product, tile, 8);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int e = lane; e < 64; e += 32) {
-      const int t = e / 8;
-      const int s = e % 8;
-      const float entry = s < t + which ? (which ? tile[e] : -tile[e]) : 0.0f;
-      d_log_D[64 * which + e] = (which ? P : N)[e] * entry;
-      tile[e] = decay(g_chunk, s + 1, t) * entry;
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    UNROLL
+    for (int j = 0; j < chunk_tiles; ++j) {
+      const int pair = i * (i + 1) / 2 + j;
+      if (j > i || pair % Groups != simd_index) continue;
+      simdgroup_float8x8 x, z;
+      simdgroup_float8x8 from_N(0.0f);
+      simdgroup_float8x8 from_P(0.0f);
+      for (int d = 0; d < BV; d += 8) {
+        simdgroup_load(z, Y + 8 * j * value_row + d, value_row, ulong2(0, 0), true);
+        simdgroup_load(x, dY + 8 * i * value_row + d, value_row);
+        simdgroup_multiply_accumulate(from_N, x, z, from_N);
+        simdgroup_load(x, d_o_chunk + 8 * i * value_row + d, value_row);
+        simdgroup_multiply_accumulate(from_P, x, z, from_P);
+      }
+      simdgroup_load(x, N + 64 * pair, 8);
+      simdgroup_load(z, P + 64 * pair, 8);
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int t = 8 * i + lane_row;
+        const int s = 8 * j + lane_column + e;
+        const float through = decay(g_chunk, s + 1, t);
+        const float n_entry = s < t ? -beta_chunk[s] * from_N.thread_elements()[e] : 0.0f;
+        const float p_entry = s <= t ? beta_chunk[s] * from_P.thread_elements()[e] : 0.0f;
+        x.thread_elements()[e] =
+            x.thread_elements()[e] * n_entry + z.thread_elements()[e] * p_entry;
+        from_N.thread_elements()[e] = through * n_entry;
+        from_P.thread_elements()[e] = through * p_entry;
+      }
+      simdgroup_store(x, d_log_D + 64 * pair, 8);
+      simdgroup_store(from_N, dN + 64 * pair, 8);
+      simdgroup_store(from_P, dP + 64 * pair, 8);
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // dQ, dK and dS before the chunk, a SIMD group for each 8 columns of S.
-  const float through_all = start_diagonal[63];  // exp(G_end)
-  float e_sum[2] = {0.0f, 0.0f};
-  for (int column = 8 * simd_index; column < Dk; column += 8 * SimdGroups) {
-    simdgroup_float8x8 k_from_S(0.0f);
-    simdgroup_float8x8 q_from_S(0.0f);
-    simdgroup_float8x8 from_dS(0.0f);
-    simdgroup_float8x8 x, y, e_q, e_k;
-    simdgroup_load(x, start_diagonal, 8);
-    simdgroup_load(e_q, q_chunk + column, key_row);
-    simdgroup_load(e_k, k_chunk + column, key_row);
-    simdgroup_multiply(e_q, x, e_q);
-    simdgroup_multiply(e_k, x, e_k);
-    e_k.thread_elements()[0] *= -1.0f;
-    e_k.thread_elements()[1] *= -1.0f;
-    for (int row = 0; row < BV; row += 8) {
-      simdgroup_load(y, S + row * Dk + column, Dk);
-      simdgroup_load(x, dY + row, value_row);
-      simdgroup_multiply_accumulate(k_from_S, x, y, k_from_S);
-      simdgroup_load(x, d_o_chunk + row, value_row);
-      simdgroup_multiply_accumulate(q_from_S, x, y, q_from_S);
-      simdgroup_load(x, U + row, value_row);
-      simdgroup_load(y, dS + row * Dk + column, Dk);
-      simdgroup_multiply_accumulate(from_dS, x, y, from_dS);
-      y.thread_elements()[0] *= through_all;
-      y.thread_elements()[1] *= through_all;
-      simdgroup_load(x, d_o_chunk + row, value_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(y, x, e_q, y);
-      simdgroup_load(x, dY + row, value_row, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(y, x, e_k, y);
-      simdgroup_store(y, dS + row * Dk + column, Dk);
-    }
-    for (int which = 0; which < 2; ++which) {  // dK, dQ
-      simdgroup_float8x8 sum(0.0f);
-      simdgroup_load(y, k_chunk + column, key_row);
-      simdgroup_load(x, which ? dP : dN, 8);
-      simdgroup_multiply_accumulate(sum, x, y, sum);
-      if (!which) {
-        simdgroup_load(x, dN, 8, ulong2(0, 0), true);
-        simdgroup_multiply_accumulate(sum, x, y, sum);
-        simdgroup_load(y, q_chunk + column, key_row);
-        simdgroup_load(x, dP, 8, ulong2(0, 0), true);
-        simdgroup_multiply_accumulate(sum, x, y, sum);
-        simdgroup_load(x, end_diagonal, 8);
-        simdgroup_multiply_accumulate(sum, x, from_dS, sum);
-      }
-      if (which) {
-        simdgroup_store(q_from_S, raw, 8);
-      } else {
-        simdgroup_store(k_from_S, raw, 8);
-      }
-      simdgroup_store(sum, rest, 8);
-      simdgroup_barrier(mem_flags::mem_threadgroup);
+  // dQ, dK and dS before the chunk.
+  const float through_all = from_start[C - 1];  // exp(G_end)
+  const float through_before = decay(g_before, 0, C - 1);
+  float through = 0.0f;
+  float e_sum[chunk_tiles];
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) e_sum[i] = 0.0f;
+  simdgroup_float8x8 k_before[chunk_tiles][Tiles];
+  simdgroup_float8x8 q_from_S[chunk_tiles][Tiles];
+  simdgroup_float8x8 k_from_S[chunk_tiles][Tiles];
+  simdgroup_float8x8 from_dS[chunk_tiles][Tiles];
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    const int t = 8 * i + lane_row;
+    const bool real_before = second && (!HasMask || mask[token - C + t]);
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      const int key = first_key + 8 * c;
+      const size_t at = ((token - C + t) * Hk + hk) * Dk + key + lane_column;
+      q_from_S[i][c] = simdgroup_float8x8(0.0f);
+      k_from_S[i][c] = simdgroup_float8x8(0.0f);
+      from_dS[i][c] = simdgroup_float8x8(0.0f);
       UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int e = lane + 32 * i;
-        const int t = e / 8;
-        const int d = column + e % 8;
-        const float scaled = (which ? 1.0f : -1.0f) * start_diagonal[9 * t] * raw[e];
-        e_sum[i] += scaled * (which ? q_chunk : k_chunk)[t * key_row + d];
-        if (start + t < T) {
-          const bool real = !HasMask || mask[token + t];
-          const size_t row = (size_t(block) * batch * T + token + t) * Hv + hv;
-          (which ? d_q : d_k)[row * Dk + d] = real ? scaled + rest[e] : 0.0f;
-        }
+      for (int e = 0; e < 2; ++e) {
+        k_before[i][c].thread_elements()[e] =
+            real_before && key < Dk ? write_before[t] * static_cast<float>(k[at + e]) : 0.0f;
       }
-      simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
   UNROLL
-  for (int i = 0; i < 2; ++i) e_part[64 * simd_index + lane + 32 * i] = e_sum[i];
+  for (int r = 0; r < value_tiles; ++r) {
+    if (8 * r >= rows) continue;
+    simdgroup_float8x8 x;
+    simdgroup_float8x8 S_tiles[Tiles];
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      if (first_key + 8 * c < Dk) {
+        simdgroup_load(S_tiles[c], S + 8 * r * Dk + 8 * c, Dk);
+      } else {
+        S_tiles[c] = simdgroup_float8x8(0.0f);
+      }
+      if (second) {
+        S_tiles[c].thread_elements()[0] *= through_before;
+        S_tiles[c].thread_elements()[1] *= through_before;
+      }
+    }
+    if (second) {
+      UNROLL
+      for (int i = 0; i < chunk_tiles; ++i) {
+        const size_t at = ((token - C + 8 * i) * Hv + hv) * Dv + block * BV + 8 * r;
+        simdgroup_load(x, y + at, Hv * Dv, ulong2(0, 0), true);
+        UNROLL
+        for (int c = 0; c < Tiles; ++c) {
+          simdgroup_multiply_accumulate(S_tiles[c], x, k_before[i][c], S_tiles[c]);
+        }
+      }
+    }
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      through += S_tiles[c].thread_elements()[0] * dS[r][c].thread_elements()[0] +
+                 S_tiles[c].thread_elements()[1] * dS[r][c].thread_elements()[1];
+    }
+    UNROLL
+    for (int i = 0; i < chunk_tiles; ++i) {
+      simdgroup_load(x, d_o_chunk + 8 * i * value_row + 8 * r, value_row);
+      UNROLL
+      for (int c = 0; c < Tiles; ++c) {
+        simdgroup_multiply_accumulate(q_from_S[i][c], x, S_tiles[c], q_from_S[i][c]);
+      }
+      simdgroup_load(x, dY + 8 * i * value_row + 8 * r, value_row);
+      UNROLL
+      for (int c = 0; c < Tiles; ++c) {
+        simdgroup_multiply_accumulate(k_from_S[i][c], x, S_tiles[c], k_from_S[i][c]);
+      }
+      simdgroup_load(x, Y + 8 * i * value_row + 8 * r, value_row);
+      UNROLL
+      for (int c = 0; c < Tiles; ++c) {
+        simdgroup_multiply_accumulate(from_dS[i][c], x, dS[r][c], from_dS[i][c]);
+      }
+    }
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      dS[r][c].thread_elements()[0] *= through_all;
+      dS[r][c].thread_elements()[1] *= through_all;
+    }
+    UNROLL
+    for (int i = 0; i < chunk_tiles; ++i) {
+      const int t = 8 * i + lane_column;
+      simdgroup_load(x, d_o_chunk + 8 * i * value_row + 8 * r, value_row, ulong2(0, 0), true);
+      x.thread_elements()[0] *= from_start[t];
+      x.thread_elements()[1] *= from_start[t + 1];
+      UNROLL
+      for (int c = 0; c < Tiles; ++c) {
+        simdgroup_multiply_accumulate(dS[r][c], x, q_tiles[i][c], dS[r][c]);
+      }
+      simdgroup_load(x, dY + 8 * i * value_row + 8 * r, value_row, ulong2(0, 0), true);
+      x.thread_elements()[0] *= -from_start[t];
+      x.thread_elements()[1] *= -from_start[t + 1];
+      UNROLL
+      for (int c = 0; c < Tiles; ++c) {
+        simdgroup_multiply_accumulate(dS[r][c], x, k_tiles[i][c], dS[r][c]);
+      }
+    }
+  }
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    const int t = 8 * i + lane_row;
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        q_from_S[i][c].thread_elements()[e] *= from_start[t];
+        k_from_S[i][c].thread_elements()[e] *= -from_start[t];
+        e_sum[i] += q_from_S[i][c].thread_elements()[e] * q_tiles[i][c].thread_elements()[e] +
+                    k_from_S[i][c].thread_elements()[e] * k_tiles[i][c].thread_elements()[e];
+        k_from_S[i][c].thread_elements()[e] +=
+            to_end[t] * beta_chunk[t] * from_dS[i][c].thread_elements()[e];
+      }
+    }
+    UNROLL
+    for (int j = 0; j < chunk_tiles; ++j) {
+      simdgroup_float8x8 x, z;
+      if (j <= i) {
+        const int pair = i * (i + 1) / 2 + j;
+        simdgroup_load(x, dP + 64 * pair, 8);
+        simdgroup_load(z, dN + 64 * pair, 8);
+        UNROLL
+        for (int c = 0; c < Tiles; ++c) {
+          simdgroup_multiply_accumulate(q_from_S[i][c], x, k_tiles[j][c], q_from_S[i][c]);
+          simdgroup_multiply_accumulate(k_from_S[i][c], z, k_tiles[j][c], k_from_S[i][c]);
+        }
+      }
+      if (j >= i) {
+        const int pair = j * (j + 1) / 2 + i;
+        simdgroup_load(x, dP + 64 * pair, 8, ulong2(0, 0), true);
+        simdgroup_load(z, dN + 64 * pair, 8, ulong2(0, 0), true);
+        UNROLL
+        for (int c = 0; c < Tiles; ++c) {
+          simdgroup_multiply_accumulate(k_from_S[i][c], x, q_tiles[j][c], k_from_S[i][c]);
+          simdgroup_multiply_accumulate(k_from_S[i][c], z, k_tiles[j][c], k_from_S[i][c]);
+        }
+      }
+    }
+    const bool real = !HasMask || (start + t < T && mask[token + t]);
+    const size_t row = (size_t(block) * batch * T + token + t) * Hv + hv;
+    UNROLL
+    for (int c = 0; c < Tiles; ++c) {
+      const int key = first_key + 8 * c;
+      UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if (start + t < T && key < Dk) {
+          const size_t at = row * Dk + key + lane_column + e;
+          d_q[at] = real ? q_from_S[i][c].thread_elements()[e] : 0.0f;
+          d_k[at] = real ? k_from_S[i][c].thread_elements()[e] : 0.0f;
+        }
+      }
+    }
+  }
+  UNROLL
+  for (int i = 0; i < chunk_tiles; ++i) {
+    const float e_all = row_sum(e_sum[i]);
+    if (lane_column == 0) e_part[C * simd_index + 8 * i + lane_row] = e_all;
+  }
+  through = simd_sum(through);
+  if (lane == 0) through_part[simd_index] = through_all * through;
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // d_beta and d_g, a thread for each token.
   for (int r = index; r < C; r += threads) {
     float sum_beta = 0.0f;
     float sum_g = 0.0f;
-    for (int i = 0; i < SimdGroups; ++i) {
+    for (int i = 0; i < Groups; ++i) {
       sum_beta += beta_part[C * i + r];
-      sum_g += start_diagonal[63] * through_part[i];
+      sum_g += through_part[i];
       for (int t = 0; t < r; ++t) sum_g += f_part[C * i + t];
-      for (int e = 8 * r; e < 64; ++e) sum_g += e_part[64 * i + e];
+      for (int t = r; t < C; ++t) sum_g += e_part[C * i + t];
     }
     for (int t = r; t < C; ++t) {
-      for (int s = 0; s < r; ++s) sum_g += d_log_D[8 * t + s] + d_log_D[64 + 8 * t + s];
+      for (int s = 0; s < r; ++s) {
+        const int pair = t / 8 * (t / 8 + 1) / 2 + s / 8;
+        sum_g += d_log_D[64 * pair + t % 8 * 8 + s % 8];
+      }
     }
     if (start + r < T) {
       const bool real = !HasMask || mask[token + r];
@@ -557,7 +874,14 @@ for (int chunk = (T + C - 1) / C - 1; chunk >= 0; --chunk) {
       d_g[at] = real ? sum_g : 0.0f;
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+}
+UNROLL
+for (int r = 0; r < value_tiles; ++r) {
+  UNROLL
+  for (int c = 0; c < Tiles; ++c) {
+    if (8 * r >= rows || first_key + 8 * c >= Dk) continue;
+    simdgroup_store(dS[r][c], d_state + state_at + 8 * r * Dk + 8 * c, Dk);
+  }
 }
 
 // kernel gated_delta_step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, state, Hk, Hv) -> (o, conv_out, state_out)

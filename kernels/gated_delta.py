@@ -13,7 +13,7 @@ from .source import kernel
 SIMD_GROUPS = 8  # of a threadgroup of the step
 
 prefill = partial(chunks.prefill, "gated_delta")
-backward = partial(chunks.backward, "gated_delta")
+backward = partial(chunks.backward, "gated_delta", solves=True)
 
 
 def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, state, Hk):

@@ -19,7 +19,8 @@ MODEL = fake_model(window=200)
 
 
 class Server:
-    """url, engine, and `reply`: what the model says from now on, or a function of the request.
+    """url, engine, and `reply`: what the model says from now on, or a function of the request;
+    None is its own words.
     `pause` seconds pass before each token, and none is said while `gate` is closed."""
 
     def __init__(self, home, monkeypatch, *, key=None, origins=(), host="127.0.0.1", **options):
@@ -27,7 +28,14 @@ class Server:
         self.gate = threading.Event()
         self.gate.set()
         self._limit = options.pop("limit", 8)
-        monkeypatch.setattr(jobs, "_sampler", self._sampler)
+        set_up = jobs._set_up
+
+        def scripted(session, request, like):
+            set_up(session, request, like)
+            if self.reply is not None:
+                session.sampler = self._sampler(request)
+
+        monkeypatch.setattr(jobs, "_set_up", scripted)
         like = Session(MODEL, TOKENIZER, max_tokens=64)
         kept = sessions.Sessions(like, "fingerprint", "tiny", home=home, limit=self._limit)
         self.engine = engine.Engine(kept, **{"idle": 0, **options})
@@ -39,7 +47,7 @@ class Server:
         self._thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listener]})
         self._listener = listener
 
-    def _sampler(self, request, *_):
+    def _sampler(self, request):
         text = self.reply(request) if callable(self.reply) else self.reply
         ids = itertools.chain(TOKENIZER.encode_text(text), itertools.repeat(TOKENIZER.end_ids[0]))
 

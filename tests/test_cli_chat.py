@@ -320,6 +320,17 @@ def test_an_idle_sleep_that_fails_is_shown_once_and_a_bug_is_raised():
     assert session.calls == 0
 
 
+def test_an_idle_sleep_that_may_not_be_says_why_and_asks_again():
+    shown, reasons = [], iter(["on battery", "on battery"])
+    session = Broken(UserError("slept"))
+    args = session, 0.01, shown.append, shown.append, lambda: next(reasons, "")
+    sleeper = IdleSleeper(*args)
+    sleeper.start()
+    sleeper._ended.wait(20)
+    sleeper.stop()
+    assert shown == ["no sleep now: on battery; /sleep does it all the same"] * 2 + ["error: slept"]
+
+
 def test_ctrl_c_never_leaves_the_session_to_two_threads():
     session = Broken(None)
     sleeping, interrupted, finished = (threading.Event() for _ in range(3))

@@ -25,6 +25,7 @@ ALLOWED = {
     "sleep": "models",
     "wake": "models",
     "sampling": "models",
+    "manners": "",
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template thoughts",
     "server": "session memory sleep",

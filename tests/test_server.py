@@ -103,12 +103,9 @@ def test_stop_strings_end_a_reply(serve, tmp_path):
     assert pending("m", tmp_path).count("count") == 1
 
 
-def test_a_seed_gives_the_same_reply_whatever_runs_beside_it(serve, monkeypatch):
-    from mlx_sleep.server import jobs
-
-    sampler = jobs._sampler
+def test_a_seed_gives_the_same_reply_whatever_runs_beside_it(serve):
     server = serve()
-    monkeypatch.setattr(jobs, "_sampler", sampler)  # the model's own words
+    server.reply = None
     options = {"temperature": 1.0, "max_tokens": 20, "seed": 7}
     alone = text_of(server.post("hello", **options))
     others = [

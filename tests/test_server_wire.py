@@ -40,7 +40,8 @@ def test_a_request_whole():
     )
     assert got.system == "Be kind." and got.text == "What cat?"
     assert got.history == [("My cat My cat", "I see.")]
-    assert (got.temp, got.top_p, got.max_tokens, got.seed) == (0.5, 0.9, 5, 2**64 - 1)
+    assert got.sampling == {"temp": 0.5, "top_p": 0.9}
+    assert (got.max_tokens, got.seed) == (5, 2**64 - 1)
     assert got.stop == ("\n",) and got.stream and got.include_usage and got.user == "anna"
 
 

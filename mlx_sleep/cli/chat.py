@@ -11,7 +11,7 @@ import typer
 
 from ..utils.errors import UserError
 from . import output, slash
-from .options import MemoryName, SessionOptions, with_session_options
+from .options import MemoryName, SessionOptions, SleepOnBattery, with_session_options
 from .sleeping import Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
@@ -30,10 +30,12 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    sleep_on_battery: SleepOnBattery = False,
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
 
-    In a pipe each line is a turn.
+    In a pipe each line is a turn. Idle, it does not sleep on battery, in a low power mode or when
+    the machine is hot; it does when the window is full, on /sleep and at the end.
 
     Example: mlx-sleep chat --memory work --idle 30
     """
@@ -48,9 +50,11 @@ def chat(
     with output.StatusLine() as status:
         status.show(f"loading {options.chosen.name} ...")
         session = options.open(memory)
+    from ..manners import Manners
     from .terminal import Terminal
 
-    Terminal(session, options.chosen.name, idle).run()
+    manners = Manners(on_battery=sleep_on_battery)
+    Terminal(session, options.chosen.name, idle, manners).run()
 
 
 @with_session_options

@@ -81,6 +81,9 @@ Passes = Annotated[int | None, typer.Option(help="Passes of a sleep. (default: t
 Window = Annotated[
     int | None, typer.Option(help="Tokens that fit before it must sleep. (default: the model's)")
 ]
+SleepOnBattery = Annotated[
+    bool, typer.Option("--sleep-on-battery", help="Sleep when idle on battery too.")
+]
 PassesToTry = Annotated[
     Numbers,
     typer.Option(

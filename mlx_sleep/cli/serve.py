@@ -8,7 +8,11 @@ import typer
 
 from ..utils.errors import UserError
 from . import output
-from .options import SessionOptions, with_session_options
+from .options import SessionOptions, SleepOnBattery, with_session_options
+from .sleeping import IDLE, kind, may_sleep
+
+QUIET = 5.0
+"""Seconds without a key press on the machine before a memory sleeps, where the machine tells."""
 
 
 @with_session_options
@@ -28,8 +32,14 @@ def serve(
         typer.Option(help="A web page's origin that may ask, as https://app.example; repeatable."),
     ] = None,
     idle: Annotated[
-        float, typer.Option(help="Seconds without a request before a memory sleeps; 0 is never.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            help="Seconds without a request before a memory sleeps; 0 is never. "
+            "(default: 10; 0 for a model that was not trained to sleep)",
+            show_default=False,
+        ),
+    ] = None,
+    sleep_on_battery: SleepOnBattery = False,
     memories: Annotated[
         int, typer.Option(min=4, help="Sessions kept in RAM; the others wait on the disk.")
     ] = 8,
@@ -37,12 +47,15 @@ def serve(
     """Serve the model to other programs: OpenAI's chat completions, and a page to chat in.
 
     A memory is chosen by the header X-Memory, or by the request's `user`; without one, nothing is
-    remembered.
+    remembered. Idle, a memory does not sleep on battery, in a low power mode, or when the machine
+    is hot or somebody uses it.
 
     Example: mlx-sleep serve --port 8080
     """
-    if not 0 <= idle < float("inf"):
+    if idle is not None and not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
+    from ..manners import Manners
+
     try:
         from ..server import app, engine, run, sessions
     except ImportError as error:
@@ -59,7 +72,12 @@ def serve(
             made = sessions.Sessions(
                 like, _fingerprint(options), chosen.name, home=options.home, limit=memories
             )
-        runs = engine.Engine(made, idle=idle)
+        # The chat's user has left the keyboard when it sleeps; a server's may be working.
+        manners = Manners(on_battery=sleep_on_battery, quiet=QUIET)
+        if not may_sleep(like.model, idle):
+            output.note(kind(like.model))
+            idle = 0
+        runs = engine.Engine(made, idle=IDLE if idle is None else idle, may_sleep=manners)
         served = app.make_app(runs, host=host, key=api_key, origins=allow_origin or ())
         name = f"[{host}]" if ":" in host else host
         port = listener.getsockname()[1]

@@ -26,6 +26,7 @@ class IdleSleeper:
     Between start and stop the session belongs to that thread. A key press cancels a sleep within
     one block of the model; the idle time then starts again. `show` gets each new status, `note`
     a line about each sleep that was done; both are called from the thread. idle 0 is never.
+    manners tell why not to sleep now, or ""; they are asked again after another idle time.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class IdleSleeper:
         idle: float,
         show: Callable[[str], None],
         note: Callable[[str], None],
+        manners: Callable[[], str] = lambda: "",
     ):
+        self._manners = manners
         self._session, self._idle, self._show, self._note = session, idle, show, note
         self._key = threading.Event()
         self._ended = threading.Event()
@@ -69,6 +72,8 @@ class IdleSleeper:
             while self._session.pending and not self.stopping:
                 if self._key.wait(self._idle or None):
                     self._key.clear()
+                elif reason := self._manners():
+                    self._show(f"no sleep now: {reason}; /sleep does it all the same")
                 else:
                     self._sleep()
         except UserError as error:  # not again before the next turn
@@ -100,9 +105,12 @@ class IdleSleeper:
 class Terminal:
     """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
 
-    def __init__(self, session: Session, model: str, idle: float | None) -> None:
+    def __init__(
+        self, session: Session, model: str, idle: float | None, manners: Callable[[], str]
+    ) -> None:
         from prompt_toolkit import PromptSession
 
+        self._manners = manners
         self._session, self._model = session, model
         self._sleeps = may_sleep(session.model, idle)
         self._idle = (IDLE if idle is None else idle) if self._sleeps else 0
@@ -170,7 +178,9 @@ class Terminal:
         if self._idle and self._session.pending:
             self._status += f", sleeps after {self._idle:g} s without a key"
         with patch_stdout(raw=True):
-            self._sleeper = IdleSleeper(self._session, self._idle, self._show, self._note)
+            self._sleeper = IdleSleeper(
+                self._session, self._idle, self._show, self._note, self._manners
+            )
             self._sleeper.start()
             try:
                 return self._prompt.prompt().strip()

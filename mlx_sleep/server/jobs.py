@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 
 from ..session import OnPass, Session, ShouldStop
 from ..sleep import SleepReport, count_steps
@@ -97,8 +96,7 @@ class ChatJob(Job):
                 before, opening = slot.conversation.add(user, reply, before), False
                 yield
             said = _opened(request.system, request.text) if opening else request.text
-            slot.session.max_tokens = request.max_tokens or sessions.like.max_tokens
-            slot.session.sampler = _sampler(request)
+            _set_up(slot.session, request, sessions.like)
             yield from self._reply(slot, said, heard, before)
 
     def _reply(self, slot: Slot, said: str, heard: int, before: int | None) -> Generator[None]:
@@ -125,7 +123,7 @@ class ChatJob(Job):
             slot.conversation.add(request.text, text, before)
         read = prompt - heard
         completion = max(0, _heard(session) - prompt - len(session.tokenizer.end_ids))
-        cut = completion >= session.max_tokens and not stop.hit
+        cut = session.cut and not stop.hit
         attended = max(read, len(session.pending) - (_heard(session) - prompt))
         self.emit(Done("length" if cut else "stop", Usage(attended, completion, attended - read)))
 
@@ -168,9 +166,10 @@ def _opened(system: str, text: str) -> str:
     return f"{system}\n\n{text}" if system else text
 
 
-def _sampler(request: ChatRequest) -> Callable[[mx.array], mx.array]:
-    temp = 0.0 if request.temp is None else request.temp
-    return make_sampler(temp=temp, top_p=1.0 if request.top_p is None else request.top_p)
+def _set_up(session: Session, request: ChatRequest, like: Session) -> None:
+    """A session's options are those of its last request; the others are those of `like`."""
+    session.max_tokens = request.max_tokens or like.max_tokens
+    session.sampling = replace(like.sampling, **request.sampling)
 
 
 class _Random:

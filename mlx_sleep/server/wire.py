@@ -49,7 +49,9 @@ class ChatRequest:
     history     (user, reply) pairs before the new turn; a reply may be "" (it never came)
     text        the new turn
     system      the system messages, joined; "" for none
-    None stands for the model's default: max_tokens, temp, top_p, seed.
+    sampling    settings of `Sampling` that were given; the model's own stand for the others
+    max_tokens  None is the server's own
+    seed        None draws as it comes
     """
 
     model: str
@@ -57,8 +59,7 @@ class ChatRequest:
     history: list[tuple[str, str]] = field(default_factory=list)
     system: str = ""
     max_tokens: int | None = None
-    temp: float | None = None
-    top_p: float | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
@@ -103,8 +104,7 @@ def read_request(raw: bytes) -> ChatRequest:
         history=history,
         system=system,
         max_tokens=_integer(body, limit, 1, 2**31),
-        temp=_number(body, "temperature", 0, 2),
-        top_p=_number(body, "top_p", 0, 1),
+        sampling=_read_sampling(body),
         # OpenAI's seeds may be negative; the session's may not.
         seed=None if (seed := _integer(body, "seed", -(2**63), 2**63)) is None else seed % 2**64,
         stop=_read_stop(body.get("stop")),
@@ -187,6 +187,18 @@ def _content(content: Any, where: str, empty: bool) -> str:
     if not content.strip() and not empty:
         raise ApiError(400, f"{param} is empty", param=param)
     return content.strip()
+
+
+def _read_sampling(body: dict) -> dict[str, Any]:
+    """Settings by the session's names. The last three are mlx_lm.server's, not OpenAI's."""
+    settings = {
+        "temp": _number(body, "temperature", 0, 2),
+        "top_p": _number(body, "top_p", 0, 1),
+        "top_k": _integer(body, "top_k", 0, 2**31),
+        "min_p": _number(body, "min_p", 0, 1),
+        "repetition_penalty": _number(body, "repetition_penalty", 0, 10),
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _read_stop(stop: Any) -> tuple[str, ...]:

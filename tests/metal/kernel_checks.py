@@ -17,8 +17,9 @@ from mlx_sleep.ops.gated_delta import gated_delta_naive
 from mlx_sleep.ops.ssd import ssd_naive
 from tests.ops_reference import arrays, assert_close, draw, gradients, reference, weights
 
-HEADS = {"B": 2, "T": 37, "Hk": 2, "Hv": 4, "Dk": 40, "Dv": 112}  # two blocks of Dv
-ONE_HEAD = HEADS | {"B": 1, "T": 19, "Hk": 1, "Hv": 1}
+HEADS = {"B": 2, "T": 37, "Hk": 2, "Hv": 4, "Dk": 40, "Dv": 136}
+ONE_HEAD = HEADS | {"B": 1, "T": 19, "Hk": 1, "Hv": 1, "Dv": 40}
+WIDE = ONE_HEAD | {"Dk": 136, "Dv": 112}
 
 
 def gated_delta_mixer(qkv, z, ba, conv, weight, A_log, dt_bias, norm, eps, state, Hk):
@@ -167,16 +168,18 @@ def _conv(backward, dynamic):
 
 
 D = mx.array([0.5, -1.0, 2.0, 1.5])
-# With Dv = 112 a prefill has 7 SIMD groups, more than it has tiles of A and P; with 136 it has one.
+# HEADS have two blocks of Dv in the backward pass, and in prefill a last SIMD group with fewer
+# tiles than the others. WIDE have chunks of 8 tokens, two parts of the keys, and two blocks.
 CHECKS = {
     "gated_delta_prefill": (
         lambda: _prefill("gated_delta", gated_delta, ONE_HEAD),
         lambda: _prefill("gated_delta", gated_delta, HEADS),
-        lambda: _prefill("gated_delta", gated_delta, ONE_HEAD | {"Dv": 136}),
+        lambda: _prefill("gated_delta", gated_delta, WIDE),
     ),
     "gated_delta_backward": (
         lambda: _backward(gated_delta, gated_delta_naive, ONE_HEAD),
         lambda: _backward(gated_delta, gated_delta_naive, HEADS),
+        lambda: _backward(gated_delta, gated_delta_naive, WIDE),
     ),
     "gated_delta_step": (
         lambda: _step(gated_delta, draw_gated_delta_mixer, gated_delta_mixer, 1),
@@ -185,12 +188,12 @@ CHECKS = {
     "ssd_prefill": (
         lambda: _prefill("ssd", ssd, ONE_HEAD, D=D[:1]),
         lambda: _prefill("ssd", ssd, HEADS, D=D),
-        lambda: _prefill("ssd", ssd, ONE_HEAD | {"Dv": 136}),
+        lambda: _prefill("ssd", ssd, WIDE),
     ),
     "ssd_backward": (
         lambda: _backward(ssd, ssd_naive, ONE_HEAD, D[:1]),
         lambda: _backward(ssd, ssd_naive, HEADS, D),
-        lambda: _backward(ssd, ssd_naive, ONE_HEAD),
+        lambda: _backward(ssd, ssd_naive, WIDE),
     ),
     "ssd_step": (
         lambda: _step(ssd, draw_ssd_mixer, ssd_mixer, 1, (0.1, 1.5)),

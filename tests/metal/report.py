@@ -37,6 +37,7 @@ from . import harness
 
 assert mlx_sleep  # imported for its effect
 STEP = 32  # tokens: a multiple of every kernel's chunk
+COUNTED = "device_read device_written barriers simd_ops matrix_loads matrix_products".split()
 
 
 def rows(tokens: int = 2048) -> Iterator[dict]:
@@ -51,7 +52,9 @@ def rows(tokens: int = 2048) -> Iterator[dict]:
     ratio_to_mlx_lm  device_bytes over those of mlx-lm's generic kernel; None where it has none
     barriers         threadgroup barriers, over all threadgroups
     simd_ops         reductions, shuffles and matrix operations of SIMD groups
+    loads_a_product  8 x 8 operands loaded from memory for each matrix product of SIMD groups
     launches         kernel launches
+    scratch_bytes    what launches write that is not part of the results
     buffer_bytes     memory beside the inputs: of kernels the outputs of all launches, and of
                      gradients the results; of the others the peak of `mx.get_peak_memory`
     ratio_to_mlx     buffer_bytes over those of MLX's own gradient; None but for gradients
@@ -94,16 +97,12 @@ def _count(kernel: str, dims, tokens: int, run: Callable, inputs: Inputs) -> dic
         with harness.launches() as launches:
             outputs = run(*arrays)
             mx.eval(outputs)
-        total = {
-            name: sum(launch.counts[name] for launch in launches)
-            for name in ("device_read", "device_written", "barriers", "simd_ops")
-        }
+        total = {name: sum(launch.counts[name] for launch in launches) for name in COUNTED}
         results = sum(x.nbytes for x in outputs)
         least = results + sum(x.nbytes for x in arrays if isinstance(x, mx.array))
         buffers = sum(launch.output_bytes for launch in launches)
-        if len(launches) > 1:  # buffers between launches, and the results made of the last one's
-            buffers += results
         more = {"least_bytes": least, "launches": len(launches), "buffer_bytes": buffers}
+        more["scratch_bytes"] = buffers - results
         return total | more
 
     steps, rest = divmod(tokens, STEP)
@@ -126,7 +125,10 @@ def _row(counts: dict, generic: dict | None = None, mlx: dict | None = None) -> 
     row["least_bytes"] = least
     row["ratio_to_least"] = None if moved is None else moved / least
     row["ratio_to_mlx_lm"] = None if generic is None else moved / _moved(generic)
-    row |= {name: counts.get(name) for name in ("barriers", "simd_ops", "launches", "buffer_bytes")}
+    row |= {name: counts.get(name) for name in ("barriers", "simd_ops")}
+    products = counts.get("matrix_products")
+    row["loads_a_product"] = counts["matrix_loads"] / products if products else None
+    row |= {name: counts.get(name) for name in ("launches", "scratch_bytes", "buffer_bytes")}
     row["ratio_to_mlx"] = None if mlx is None else row["buffer_bytes"] / mlx["buffer_bytes"]
     return row
 

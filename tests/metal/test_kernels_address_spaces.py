@@ -137,22 +137,25 @@ def test_every_kernel_compiles_with_address_spaces(launched, rng, dtype):
 
 WRONG = {
     "a pointer of no address space": (
-        "threadgroup float* tile = (which",
-        "float* tile = (which",
+        "threadgroup float* own_half =",
+        "float* own_half =",
     ),
-    "device for threadgroup": ("const threadgroup float* left", "const device float* left"),
+    "device for threadgroup": (
+        "const threadgroup float* other_half",
+        "const device float* other_half",
+    ),
     "a function that takes any pointer": (
         "decay(const threadgroup float* g",
         "decay(const float* g",
     ),
     "an input is written": ("g_chunk[t] = real", "g[t] = real"),
     "a load through a pointer of no address space": (
-        "simdgroup_load(x, left + d, row_size);",
-        "const float* any = (const float*)left; simdgroup_load(x, any + d, row_size);",
+        "simdgroup_load(x, P + ",
+        "const float* any = (const float*)P; simdgroup_load(x, any + ",
     ),
     "a transpose flag that is no constant": (
-        "simdgroup_load(x, left + d, row_size);",
-        "simdgroup_load(x, left + d, row_size, ulong2(0, 0), which == 0);",
+        "simdgroup_load(x, k_chunk + 8 * i * row_size + d, row_size);",
+        "simdgroup_load(x, k_chunk + 8 * i * row_size + d, row_size, ulong2(0, 0), i == lane);",
     ),
     "an undeclared name": ("precise::exp(sum)", "precise::exp(total)"),
 }
@@ -185,7 +188,7 @@ def test_plain_text(file):
     assert (
         re.findall(r"(?<![\w.])(?:\d+\.\d*|\.\d+)(?:e[-+]?\d+)?(?![\d.fe])|\bdouble\b", code) == []
     )
-    flags = re.findall(r"ulong2\([^)]*\), (.*?)\);", code)
+    flags = re.findall(r"ulong2\([^)]*\),\s+(.*?)\);", code)
     assert set(flags) <= {"true", "false"}
 
 

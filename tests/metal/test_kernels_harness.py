@@ -199,6 +199,8 @@ def test_a_good_kernel_and_its_counts(rng, order):
         "simdgroup_barriers": 0,
         "simd_ops": 0,
         "multiply_adds": 0,
+        "matrix_loads": 0,
+        "matrix_products": 0,
     }
 
 

@@ -48,6 +48,8 @@ _COUNTS = (
     "barriers",
     "simdgroup_barriers",
     "simd_ops",
+    "matrix_loads",
+    "matrix_products",
     "multiply_adds",
 )
 

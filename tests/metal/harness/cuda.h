@@ -78,6 +78,7 @@ inline float simd_sum(float x) {
   for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(0xFFFFFFFF, x, step);
   return x;
 }
+inline float simd_shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFF, x, mask); }
 
 // Each lane holds two neighbours of one row, in the places of msl.h.
 struct simdgroup_float8x8 {

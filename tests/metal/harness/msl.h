@@ -280,13 +280,13 @@ inline long element(int i, ulong row_size, ulong2 origin, bool transpose) {
 template <typename T>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, const T* from, ulong row_size,
                            ulong2 origin = ulong2(0), bool transpose = false) {
-  harness::count_simd_op();
+  harness::count_matrix_load();
   for (int i = 0; i < 2; ++i) m.elements[i] = from[element<T>(i, row_size, origin, transpose)];
 }
 template <typename T>
 inline void simdgroup_store(simdgroup_matrix<T, 8, 8> m, T* to, ulong row_size,
                             ulong2 origin = ulong2(0), bool transpose = false) {
-  harness::count_simd_op();
+  harness::count_matrix_store();
   for (int i = 0; i < 2; ++i) to[element<T>(i, row_size, origin, transpose)] = m.elements[i];
 }
 
@@ -317,7 +317,7 @@ UNWATCHED void multiply_accumulate(simdgroup_matrix<T, 8, 8>& d, const simdgroup
       }
   }, 0);
   d.elements = {mine.d[0], mine.d[1]};
-  if (harness::lane() == 0) harness::count_multiply_add(512);
+  harness::count_matrix_product();
 }
 template <typename T>
 inline void simdgroup_multiply_accumulate(simdgroup_matrix<T, 8, 8>& d,

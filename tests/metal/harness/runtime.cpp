@@ -346,7 +346,15 @@ void* threadgroup_memory(size_t bytes, int key) {
   return data;
 }
 
-void count_simd_op() { m->counts.simd_ops += m->running->ids.lane == 0; }
+void count_matrix_load() {
+  m->counts.simd_ops += m->running->ids.lane == 0;
+  m->counts.matrix_loads += m->running->ids.lane == 0;
+}
+void count_matrix_store() { m->counts.simd_ops += m->running->ids.lane == 0; }
+void count_matrix_product() {
+  m->counts.matrix_products += m->running->ids.lane == 0;
+  m->counts.multiply_adds += m->running->ids.lane == 0 ? 512 : 0;
+}
 void count_multiply_add(int many) { m->counts.multiply_adds += many; }
 uint32_t lane() { return m->running->ids.lane; }
 

@@ -21,6 +21,7 @@ struct Counts {
   uint64_t barriers;                               // threadgroup barriers, once a threadgroup
   uint64_t simdgroup_barriers;                     // once a SIMD group
   uint64_t simd_ops;                               // reductions, shuffles, matrix operations
+  uint64_t matrix_loads, matrix_products;          // of SIMD groups: 8 x 8 operands
   uint64_t multiply_adds;                          // of matrix products and fma()
 };
 
@@ -34,7 +35,9 @@ void together(const char* what, int line, void* operand, Work work, int argument
 void barrier(int memory, int line);            // threadgroup_barrier
 void simdgroup_barrier(int memory, int line);
 void* threadgroup_memory(size_t bytes, int key);  // the same address for one key and threadgroup
-void count_simd_op();                          // called by every lane, counted once
+void count_matrix_load();                      // called by every lane, counted once, as below
+void count_matrix_store();
+void count_matrix_product();
 void count_multiply_add(int many);
 uint32_t lane();
 
