@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
-from .thoughts import Marks, ThoughtReader
+from .thoughts import Marks, Thinking, ThoughtReader
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
-Thinking = Literal["auto", "on", "off"]
-
-# What templates call their switch (Qwen, GLM, SmolLM3; Granite, DeepSeek; Command A).
+# What templates call their switch (Qwen, GLM, SmolLM3; Granite, DeepSeek; Command A). Seed's has
+# thinking_budget.
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -271,9 +270,8 @@ def _switch(
     """The template's arguments for `thinking`. Templates differ in what they call it."""
     if thinking == "auto" or not tokenizer.has_chat_template:
         return {}
-    on: dict[str, Any]
-    on, off = ({name: x for name in _SWITCHES} for x in (True, False))
-    off |= {"thinking_budget": 0}
+    on: dict[str, Any] = dict.fromkeys(_SWITCHES, True)
+    off: dict[str, Any] = {**dict.fromkeys(_SWITCHES, False), "thinking_budget": 0}
     texts = [_Apply(tokenizer, each)(_TEXTS[:1], tokenize=False) for each in (on, off)]
     if texts[0] == texts[1] and (thinks or thinking == "on"):
         raise UserError(

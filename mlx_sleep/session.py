@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .chat_template import ChatTokenizer, Thinking
+from .chat_template import ChatTokenizer
 from .memory import Memory
 from .models.base import (
     SleepConfig,
@@ -37,7 +37,7 @@ from .models.calibrate import calibrate
 from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
-from .thoughts import Split, Stream, Thought
+from .thoughts import Split, Stream, Thinking, Thought
 from .utils.errors import UserError
 from .wake import READ, Mark, WorkingState
 

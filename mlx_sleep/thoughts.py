@@ -6,7 +6,10 @@ A template drops the thoughts of earlier turns, so a session reads them and forg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+Thinking = Literal["auto", "on", "off"]
+"""As the template has it, or by its switch."""
 
 
 class Thought(str):

@@ -6,8 +6,12 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 from mlx_lm import tokenizer_utils
+from rich.console import Console
 
 from mlx_sleep.chat_template import ChatTokenizer
+from mlx_sleep.cli import output
+from mlx_sleep.cli.chat import _print_reply
+from mlx_sleep.cli.sleeping import Interrupts
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import passes_over
@@ -43,16 +47,17 @@ def template(before_past: str, after_prompt: str) -> str:
 
 AFTER_LAST = f"'{NONE}' if loop.index0 > ns.last else ''".replace("\n", "\\n")
 CLOSED = "{% if " + OFF + " %}{{ '" + NONE + "' }}{% endif %}"
+OPENED = "{% if " + OFF + " %}{{ '" + NONE + "' }}{% else %}{{ '<think>\n' }}{% endif %}"
 TEMPLATES = {
     # The model opens its thought itself, as Qwen3's does; the past has none.
     "opens": template(AFTER_LAST, CLOSED),
     # The prompt opens it, as Qwen3.5's does.
-    "opened": template(AFTER_LAST, CLOSED.replace("{% endif", "{% else %}{{ '<think>\n' }}{% endif")),
+    "opened": template(AFTER_LAST, OPENED),
     # Each reply of the past has an empty one, which the prompt leaves to the model.
     "empty": template(f"'{NONE}'".replace("\n", "\\n"), CLOSED),
     # As "empty", but only when thinking is off, as SmolLM3's.
     "with the switch": template(f"'{NONE}' if {OFF} else ''".replace("\n", "\\n"), CLOSED),
-}  # fmt: skip
+}
 SPECIAL = {"special": MARKS[:1], "eos": MARKS[1], "plain": ("<think>", "</think>")}
 
 
@@ -215,6 +220,35 @@ def test_a_template_without_a_switch():
     assert ChatTokenizer(wrapped, "off").turn("hi", True) == plain.turn("hi", True)
     with pytest.raises(UserError, match="no switch"):
         ChatTokenizer(wrapped, "on")
+
+
+# --- on the screen -------------------------------------------------------------------------------
+
+
+class Says:
+    """A session that has thought."""
+
+    def say(self, text, should_stop=None):
+        yield from (Thought("hm "), Thought("\x1b[2Jwell"), "Yes", ".")
+
+
+def test_in_a_pipe_thoughts_are_not_in_the_output(capsys):
+    _print_reply(Says(), "hi", Interrupts())
+    assert capsys.readouterr() == ("Yes.\n", "")
+
+
+def test_on_a_terminal_they_are_dim(monkeypatch, capsys):
+    console = Console(force_terminal=True, stderr=True, highlight=False)
+    monkeypatch.setattr(output, "stderr", lambda: console)
+    _print_reply(Says(), "hi", Interrupts())
+    out, error = capsys.readouterr()
+    assert out == "Yes.\n" and error == "\x1b[2mhm \x1b[0m\x1b[2m[2Jwell\x1b[0m\n"
+
+
+def test_the_option(refused):
+    wrong = "--thinking takes on, off or auto, not 'maybe'"
+    assert wrong in refused("generate", "--model", "embedded", "-p", "hi", "--thinking", "maybe")
+    assert "no switch" in refused("generate", "--model", "embedded", "-p", "hi", "--thinking", "on")
 
 
 # --- token by token ------------------------------------------------------------------------------

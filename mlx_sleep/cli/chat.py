@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
 from .options import MemoryName, SessionOptions, SleepOnBattery, with_session_options
@@ -134,11 +135,18 @@ def _closing(session: Session, sleeps: bool) -> Iterator[None]:
 def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
     from ..sleep import SleepCancelled
 
+    thoughts, thinking = output.stderr(), False
     try:
         said = session.say(text, should_stop=lambda: ctrl_c.count > 0)
         with contextlib.closing(said) as pieces:
             for piece in pieces:
-                output.piece(piece)
+                if isinstance(piece, Thought):
+                    output.thought(piece, thoughts)
+                elif thinking:
+                    output.thought("\n", thoughts)
+                thinking = isinstance(piece, Thought)
+                if not thinking:
+                    output.piece(piece)
                 if ctrl_c.count:
                     break
     except SleepCancelled:  # by Ctrl-C, while the window slept because it was full

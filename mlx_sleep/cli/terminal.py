@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
 from .sleeping import IDLE, Interrupts, SleepProgress, describe, kind, may_sleep, watch
@@ -121,6 +122,7 @@ class Terminal:
         self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
         self._sleeper: IdleSleeper | None = None
         self._status = ""
+        self._thinking = False  # the last piece was a thought
         self._in_line = False  # a reply has begun a line and not ended it
 
     def run(self) -> None:
@@ -236,14 +238,21 @@ class Terminal:
 
     def _write(self, text: str) -> None:
         self._progress.clear()
-        output.piece(text)
+        if isinstance(text, Thought) is not self._thinking:
+            self._thinking = not self._thinking
+            self._end_line()
+        if self._thinking:
+            output.thought(text, self._console)
+        else:
+            output.piece(text)
         if text:
             self._in_line = not text.endswith("\n")
 
     def _end_line(self) -> None:
         self._progress.clear()
         if self._in_line:
-            self._write("\n")
+            output.piece("\n")
+            self._in_line = False
 
     def _note(self, text: str, style: str = "dim") -> None:
         self._end_line()

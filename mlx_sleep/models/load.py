@@ -14,12 +14,13 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..thoughts import Thinking
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
 from ..utils.safetensors import read_metadata
@@ -43,9 +44,6 @@ EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron", "ouro")
 """Our own architectures: `model_type` is the name of a module beside this one."""
-
-if TYPE_CHECKING:  # it imports all of transformers
-    from ..chat_template import Thinking
 
 _BLOCK = 64 * 1024
 _WINDOW = 2048  # of models that were not trained to sleep

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..session import OnPass, Session, ShouldStop
 from ..sleep import SleepReport, count_steps
+from ..thoughts import Thought
 from .sessions import Sessions, Slot
 from .wire import ChatRequest, StopStrings, Usage
 
@@ -112,6 +113,9 @@ class ChatJob(Job):
                 while not (stop.hit or self.cancelled.is_set()):
                     with random:
                         piece = next(pieces, None)
+                    if isinstance(piece, Thought):
+                        yield
+                        continue
                     certain = stop.rest() if piece is None else stop.feed(piece)
                     if certain:
                         text += certain

@@ -135,6 +135,7 @@ class Sessions:
             passes=like.passes,
             window=like.window,
             max_tokens=like.max_tokens,
+            keep_thoughts=like.keep_thoughts,
         )
         slot = Slot(name, session, Conversation(), session.stats())
         self.slots.append(slot)
