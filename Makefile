@@ -4,6 +4,7 @@
 #   make lint | types | wheel | clean
 #   make parity [ARGS="NAME --json"]    compare the architectures with PyTorch's; needs torch
 #   make kernel-report                  count what the kernels ask of a GPU, without one
+#   make fuzz [ARGS="--count 20000"]    damage files in many ways; none may crash or pass for sound
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
 
 READY := .venv/.ready
@@ -29,6 +30,9 @@ types: $(READY)
 mutants: $(READY)
 	@.venv/bin/python -m tests.metal.mutants $(ARGS)
 
+fuzz: $(READY)
+	@.venv/bin/python -m tests.fuzz $(ARGS)
+
 kernel-report: $(READY)
 	@.venv/bin/python -m tests.metal.report $(ARGS)
 
@@ -41,7 +45,7 @@ wheel: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint types parity kernel-report mutants wheel clean
+.PHONY: chat test lint types parity fuzz kernel-report mutants wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \

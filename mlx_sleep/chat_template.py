@@ -227,7 +227,7 @@ def load(
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -121,7 +121,7 @@ def test_limits_can_be_lifted(monkeypatch):
 
 def test_an_architecture_that_would_exit(folder):
     edit(folder / "config.json", model_type="olmo")  # mlx-lm's module calls sys.exit
-    assert "unknown model_type 'olmo'" in refusal(load, folder)
+    assert 'unknown model_type "olmo"' in refusal(load, folder)
 
 
 def test_convert_names_the_field_too(folder, tmp_path):

@@ -18,6 +18,7 @@ import typer.core
 from .. import __version__
 from ..utils import limits
 from ..utils.errors import UserError
+from ..utils.malloc import keep_freed_memory
 from . import output
 
 # name -> module of this package and what it has: a function, or a Typer with commands of its own
@@ -25,6 +26,7 @@ COMMANDS = {
     "chat": ("chat", "chat"),
     "generate": ("chat", "generate"),
     "serve": ("serve", "serve"),
+    "service": ("service", "app"),
     "sleep": ("memory", "sleep"),
     "memory": ("memory", "app"),
     "train": ("train", "train"),
@@ -94,6 +96,7 @@ def main() -> NoReturn:
     """The entry point. An error is one line on standard error; the exit code is 2 where typer
     could not read the command line, 1 for a UserError."""
     _open_standard_streams()
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a reply may not fit the locale's encoding
             stream.reconfigure(errors="replace")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..utils.errors import UserError
+from ..utils.files import reading
 from . import output
 from .options import SessionOptions, SleepOnBattery, with_session_options
 from .sleeping import IDLE, kind, may_sleep
@@ -26,6 +28,9 @@ def serve(
             envvar="MLX_SLEEP_API_KEY",
             help="Key that clients must send; others can see it here, not in the environment.",
         ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with that key, which nobody else can read.")
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
@@ -63,6 +68,8 @@ def serve(
             raise
         message = f"there is no {error.name} here; pip install 'mlx-sleep[serve]'"
         raise UserError(message) from None
+    if api_key_file is not None:
+        api_key = _read_key(api_key_file)
     run.check_key(host, api_key)
     with run.listen(host, port) as listener:
         chosen = options.chosen
@@ -84,6 +91,13 @@ def serve(
         output.line(f"mlx-sleep serves {chosen.name} at http://{name}:{port}; Ctrl-C stops it")
         run.run(served, runs, listener)
         output.note("stopped; what was said is kept")
+
+
+def _read_key(file: Path) -> str:
+    with reading(file):
+        if file.stat().st_mode & 0o077:
+            raise UserError(f"others can read {file}: chmod 600 {file}")
+        return file.read_bytes().decode(errors="replace").strip()
 
 
 def _fingerprint(options: SessionOptions) -> str:

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..thoughts import Thinking
+from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
 from ..utils.safetensors import read_metadata
@@ -58,9 +59,9 @@ def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any
         from . import mlx_lm_model
 
         return mlx_lm_model.Model, mlx_lm_model.ModelArgs
-    known = ", ".join(MODEL_TYPES)
+    shown, known = schema.shown(model_type), ", ".join(MODEL_TYPES)
     raise UserError(
-        f"unknown model_type {model_type!r}; mlx-sleep can load {known}, and what mlx-lm can load"
+        f"unknown model_type {shown}; mlx-sleep can load {known}, and what mlx-lm can load"
     )
 
 
@@ -356,12 +357,11 @@ def build(
     tensors  the names of the weights: a layer is quantized where they have its scales
     where    the file that an error is about
     """
-    model_class, args_class = get_model_classes(config.get("model_type"))
     if "model_file" in config:
-        raise UserError(
-            f"{where} asks to run {config['model_file']!r}: mlx-sleep runs no such code"
-        )
+        name = schema.shown(config["model_file"])
+        raise UserError(f"{where} asks to run {name}: mlx-sleep runs no such code")
     try:
+        model_class, args_class = get_model_classes(config.get("model_type"))
         model = model_class(args_class.from_dict(config))
         if config.get("sleep_layers"):
             from . import inserted

@@ -24,6 +24,8 @@ WINDOW = 2**24
 """Tokens of a window."""
 TENSORS = 2**18
 """Tensors of a weights file."""
+NAME_CHARACTERS = 500
+"""The name of a tensor."""
 HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the limit of the safetensors library."""
 JSON_BYTES = 2**24

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
 
 import mlx.core as mx
 
+from . import limits, schema
 from .errors import UserError
 from .files import reading
+from .schema import Range
 
 DTYPES = {
     mx.bool_: "BOOL",
@@ -38,6 +40,7 @@ DTYPES = {
     mx.int64: "I64",
 }
 """MLX dtype -> its name in a header: what MLX can read and write."""
+_AGAIN = "download it again"
 MLX_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _NAMES = {str(dtype).removeprefix("mlx.core."): name for dtype, name in DTYPES.items()}
 
@@ -58,6 +61,7 @@ def read_json_header(file: BinaryIO) -> bytes:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError("truncated or not a safetensors file")
+    limits.check("the size of the header of a safetensors file", length, limits.HEADER_BYTES)
     return file.read(length)
 
 
@@ -76,28 +80,55 @@ def read_header(
         except ValueError as error:
             raise UserError(f"{file} is {error}") from error
         data_bytes = os.fstat(stream.fileno()).st_size - 8 - len(raw)
+    damaged = f"{file} has a damaged header; download it again"
     try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-        header.pop("__metadata__", None)
-        tensors, ends = {}, [0]
-        sizes = {**{name: dtype.size for name, dtype in MLX_DTYPES.items()}, **more}
-        for name, entry in header.items():
-            dtype, shape = entry["dtype"], [int(n) for n in entry["shape"]]
-            start, end = entry["data_offsets"]
-            if dtype not in sizes:
-                known = ", ".join(sizes)
-                raise UserError(f"{file}: {name} has type {dtype}; known types: {known}")
-            nbytes = math.prod(shape) * sizes[dtype]
-            if end - start != nbytes or min(start, *shape, 0) < 0:
-                raise ValueError(name)
-            tensors[name] = dtype, shape
-            ends.append(end)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{file} has a damaged header; download it again") from error
-    if data_bytes < max(ends):
-        missing = max(ends) - data_bytes
-        raise UserError(f"{file} is truncated: {missing} bytes are missing; download it again")
+        header = json.loads(raw.decode(), object_pairs_hook=_without_repeats)
+    except (RecursionError, ValueError) as error:
+        raise UserError(damaged) from error
+    sizes = {**{name: dtype.size for name, dtype in MLX_DTYPES.items()}, **more}
+    entries = _entries(file, header)
+    tensors, end = {}, 0
+    for name, entry in entries.items():
+        if entry.dtype not in sizes:
+            known = ", ".join(sizes)
+            raise UserError(f"{file}: {name} has type {entry.dtype[:20]}; known types: {known}")
+        start, stop = entry.data_offsets
+        if stop - start != math.prod(entry.shape) * sizes[entry.dtype] or start < 0:
+            raise UserError(f"{file} has a damaged header ({name}: data_offsets); {_AGAIN}")
+        tensors[name] = entry.dtype, entry.shape
+    places = sorted(entry.data_offsets for entry in entries.values())
+    last = max((stop for _, stop in places), default=0)
+    if data_bytes < last:
+        raise UserError(f"{file} is truncated: {last - data_bytes} bytes are missing; {_AGAIN}")
+    for start, stop in places:
+        if start != end:
+            raise UserError(damaged)  # tensors that overlap, or a hole
+        end = stop
+    if data_bytes > end:
+        raise UserError(f"{file} has {data_bytes - end} bytes that are of no tensor; {_AGAIN}")
     return tensors
+
+
+@dataclass
+class _Listed:
+    """A tensor's entry in a header."""
+
+    dtype: str
+    shape: Annotated[list[Annotated[int, Range(0)]], Range(0, 32)]
+    data_offsets: tuple[int, int]
+
+
+def _entries(file: Path, header: Any) -> dict[str, _Listed]:
+    with schema.naming(f"{file} has a damaged header"):
+        if not isinstance(header, dict):
+            raise UserError(f"the header must be an object; {_AGAIN}")
+        limits.check("the number of tensors", len(header), limits.TENSORS)
+        metadata = header.pop("__metadata__", None)
+        schema.check(dict[str, str] | None, metadata, "__metadata__")
+        for name in header:
+            schema.check(str, name, "a tensor's name")
+            limits.check("the length of a tensor's name", len(name), limits.NAME_CHARACTERS)
+        return {name: schema.read(_Listed, x, f"{name}: ") for name, x in header.items()}
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def read(cls: type[T], values: Any, where: str = "", *, closed: bool = False) ->
     """
     owner = where.rstrip(".: ") or "it"
     if not isinstance(values, dict):
-        raise UserError(f"{owner} must be an object, not {_shown(values)}")
+        raise UserError(f"{owner} must be an object, not {shown(values)}")
     hints = _hints(cls)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     if closed and (unknown := sorted(set(values) - set(fields))):
@@ -113,7 +113,7 @@ def check(kind: Any, value: Any, where: str) -> Any:
     choices = arguments if origin in (Union, types.UnionType) else (kind,)
     fitting = next((each for each in choices if _fits(each, value)), None)
     if fitting is None:
-        raise UserError(f"{where} must be {_described(kind)}, not {_shown(value)}")
+        raise UserError(f"{where} must be {_described(kind)}, not {shown(value)}")
     if fitting is not kind:
         return check(fitting, value, where)
     if dataclasses.is_dataclass(kind):
@@ -192,7 +192,7 @@ def _check_range(bound: Range, value: Any, where: str) -> None:
         value, where = len(value), f"the length of {where}"
     if value < bound.low:
         least = "above 0" if 0 < bound.low < 1 else f">= {bound.low:,}"
-        raise UserError(f"{where} must be {least}, not {_shown(value)}")
+        raise UserError(f"{where} must be {least}, not {shown(value)}")
     limits.check(where, value, bound.high)
 
 
@@ -231,7 +231,7 @@ _PLURALS: dict[Any, str] = {
 }
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of JSON in an error, not too long."""
     try:
         text = json.dumps(value)

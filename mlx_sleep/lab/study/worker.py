@@ -20,6 +20,7 @@ from ...training.trainer import Trainer
 from ...training.windows import Window
 from ...utils.atomic import replace_file
 from ...utils.errors import UserError
+from ...utils.malloc import keep_freed_memory
 from . import models
 from .probes import halting, retention
 from .records import (
@@ -178,4 +179,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()
