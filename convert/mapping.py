@@ -66,10 +66,11 @@ def map_tensors(
         _check(targets, wanted)
         return Mapping(targets, {})
     clean = without_wrappers(tensors)
+    patterns = (*architecture.dropped, *architecture.dropped_for(config))
     dropped = {
         original: "holds no weights"
         for name, original in clean.items()
-        if any(re.fullmatch(pattern, name) for pattern in architecture.dropped)
+        if any(re.fullmatch(pattern, name) for pattern in patterns)
     }
     clean = {name: original for name, original in clean.items() if original not in dropped}
     renamed = _best_prefix(architecture, config, tensors, clean, wanted)

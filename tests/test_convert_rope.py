@@ -36,4 +36,10 @@ def test_scaled_rope_that_mlx_lm_computes_is_not():
 def test_granite_has_no_scaled_rope():
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     with pytest.raises(UserError, match="granitemoehybrid with scaled RoPE"):
-        _granite({"position_embedding_type": "rope", "rope_parameters": rope})
+        _granite(
+            {
+                "model_type": "granitemoehybrid",
+                "position_embedding_type": "rope",
+                "rope_parameters": rope,
+            }
+        )

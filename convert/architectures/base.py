@@ -29,6 +29,8 @@ class Architecture:
     loop_range  of our config: the blocks that the paper loops over; None is all
     dropped     regular expressions (matched in full) of source tensors that hold no weights of
                 the decoder: rotary inv_freq, heads for training, ...
+    dropped_for more of them, of our config
+    reads       (their config) -> whether this reads it, where several have the same source
     sanitize    (our config, all tensors) -> all tensors, where a target is made of several
                 sources, as in mlx-lm. It runs in place of to_ours
     unsanitize  its inverse, to the bit, in place of to_theirs
@@ -41,6 +43,8 @@ class Architecture:
     to_theirs: Callable[[str, mx.array], Tensor] | None = unchanged
     loop_range: Callable[[dict], tuple[int, int] | None] = lambda config: None
     dropped: tuple[str, ...] = ()
+    dropped_for: Callable[[dict], tuple[str, ...]] = lambda config: ()
+    reads: Callable[[dict], bool] = lambda config: True
     sanitize: Callable[[dict, Weights], Weights] | None = None
     unsanitize: Callable[[dict, Weights], Weights] | None = None
 

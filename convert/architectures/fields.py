@@ -1,19 +1,33 @@
 """Fields of a config.json of transformers, brought to what mlx-lm reads.
 
-A value that mlx-lm would ignore is refused, since its model would compute something else than
-PyTorch's.
+Fields left out take the maker's defaults, which are those of transformers' config classes and not
+always mlx-lm's: defaults.json has them, and a test holds it to transformers. A value that mlx-lm
+would ignore is refused, since its model would compute something else than PyTorch's.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ...models import mlx_lm_model
 from ...utils.errors import UserError
 
 NO_LIMIT = (0.0, math.inf)
+
+
+@functools.cache
+def _defaults() -> dict[str, dict]:
+    return json.loads((Path(__file__).parent / "defaults.json").read_text())
+
+
+def complete(config: dict) -> dict:
+    """A copy with the maker's defaults for fields left out. model_type is ours by now."""
+    return {**_defaults()[config["model_type"]], **config}
 
 
 def only(config: dict, **known: Any) -> dict:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from ...models import mlx_lm_model
 from ...utils.errors import UserError
 from .base import Architecture, Weights
-from .fields import NO_LIMIT, every, finite, flat_rope, only, text_model
+from .fields import NO_LIMIT, complete, every, finite, flat_rope, only, text_model
 
 _ROTARY = r".*rotary_emb\.inv_freq"
 _MTP = r"(model\.)?mtp\..*"
@@ -25,20 +25,30 @@ _VISION = r"(model\.)?(visual|vision_tower)\..*"
 
 def _qwen3_5(config: dict) -> dict:
     """The text model of a config with or without a vision tower."""
-    text = text_model(config, "qwen3_5")
-    return flat_rope(every(only(text, hidden_act="silu")))
+    return _qwen_text(text_model(config, "qwen3_5"))
+
+
+def _qwen3_5_moe(config: dict) -> dict:
+    return _qwen_text(text_model(config, "qwen3_5_moe"))
+
+
+def _qwen_text(config: dict) -> dict:
+    config = flat_rope(every(only(complete(config), hidden_act="silu")))
+    names = ("rope_theta", "partial_rotary_factor")  # which mlx-lm reads in rope_parameters alone
+    rope = {"rope_type": "default", **(config.get("rope_parameters") or {})}
+    return {**config, "rope_parameters": {**rope, **{name: config[name] for name in names}}}
 
 
 def _qwen3_next(config: dict) -> dict:
-    if not config.get("num_experts"):
+    if not config.get("num_experts", 1):
         raise UserError("qwen3_next without experts is not known to mlx-lm")
-    return flat_rope(every(only(config, hidden_act="silu")))
+    return flat_rope(every(only(complete(config), hidden_act="silu")))
 
 
 def _olmo_hybrid(config: dict) -> dict:
-    config = flat_rope(only(config, hidden_act="silu"))
+    config = flat_rope(only(complete(config), hidden_act="silu"))
     if not config.get("rope_parameters"):
-        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10_000.0)}
+        config["rope_parameters"] = {"rope_theta": config["rope_theta"]}
     if config.get("rope_scaling"):
         raise UserError("olmo_hybrid with scaled RoPE is not known to mlx-lm")
     return config
@@ -46,7 +56,7 @@ def _olmo_hybrid(config: dict) -> dict:
 
 def _nemotron_h(config: dict) -> dict:
     config = only(
-        config, mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False
+        complete(config), mlp_hidden_act="relu2", mamba_hidden_act="silu", tie_word_embeddings=False
     )
     kinds = config.get("layers_block_type") or config.get("layer_types")
     if kinds and not config.get("hybrid_override_pattern"):
@@ -60,7 +70,7 @@ def _nemotron_h(config: dict) -> dict:
 
 
 def _granite(config: dict) -> dict:
-    config = flat_rope(only(config, hidden_act="silu", mamba_n_groups=1))
+    config = flat_rope(only(complete(config), hidden_act="silu", mamba_n_groups=1))
     if config.get("rope_scaling") and config.get("position_embedding_type") == "rope":
         raise UserError("granitemoehybrid with scaled RoPE is not known to mlx-lm")
     kinds = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -77,14 +87,16 @@ def _granite(config: dict) -> dict:
 
 
 def _falcon_h1(config: dict) -> dict:
-    config = flat_rope(only(config, hidden_act="silu"))
+    config = flat_rope(only(complete(config), hidden_act="silu"))
     if config.get("mamba_rms_norm"):
         only(config, mamba_n_groups=1)
     limit = mlx_lm_model.untagged(config.get("time_step_limit") or NO_LIMIT)
     if tuple(limit) != NO_LIMIT:
         raise UserError("falcon_h1 with a time_step_limit is not known to mlx-lm")
     if config.get("mamba_d_ssm") is None:
-        config["mamba_d_ssm"] = int(config.get("mamba_expand", 2) * config["hidden_size"])
+        config["mamba_d_ssm"] = int(config["mamba_expand"] * config["hidden_size"])
+    if config.get("mamba_d_head") in (None, "auto"):
+        config["mamba_d_head"] = config["mamba_d_ssm"] // config["mamba_n_heads"]
     return config
 
 
@@ -94,13 +106,16 @@ def _sanitize(config: dict, weights: Weights) -> Weights:
     return model.inner.sanitize(_as_saved(config, weights))
 
 
+_FUSED = r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)"
+
+
 def _as_saved(config: dict, weights: Weights) -> Weights:
     """The state_dict of a running model of transformers, named as its save_pretrained does it."""
     kind, out = config["model_type"], {}
     for name, x in weights.items():
         if kind == "nemotron_h":
             name = re.sub(r"^model\.", "backbone.", name)
-        experts = re.fullmatch(r"(.*)\.experts\.(gate_up_proj|up_proj|down_proj)", name)
+        experts = kind != "qwen3_5_moe" and re.fullmatch(_FUSED, name)
         if kind == "granitemoehybrid":
             name = name.replace("moe.router.weight", "moe.router.layer.weight")
             name = name.replace("moe.experts.gate_up_proj", "moe.input_linear.weight")
@@ -113,7 +128,19 @@ def _as_saved(config: dict, weights: Weights) -> Weights:
                     out[f"{prefix}.experts.{n}.{each}.weight"] = y
         else:
             out[name] = x
-    return out
+    return _stacked(out) if kind == "qwen3_5_moe" else out
+
+
+def _stacked(weights: Weights) -> Weights:
+    """Experts that transformers saves one by one, stacked as mlx-lm has them."""
+    experts: dict[str, dict[int, mx.array]] = {}
+    out: Weights = {}
+    for name, x in weights.items():
+        if one := re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name):
+            experts.setdefault(f"{one[1]}.switch_mlp.{one[3]}.weight", {})[int(one[2])] = x
+        else:
+            out[name] = x
+    return {**out, **{n: mx.stack([xs[i] for i in sorted(xs)]) for n, xs in experts.items()}}
 
 
 def _swap_conv(name: str, x: mx.array) -> mx.array:
@@ -232,7 +259,14 @@ ARCHITECTURES = (
     _of(
         "qwen3_5",
         _qwen3_5,
-        sources=("qwen3_5", "qwen3_5_text"),
+        sources=("qwen3_5_text", "qwen3_5"),
+        sanitize=_sanitize,
+        dropped=(_ROTARY, _MTP, _VISION),
+    ),
+    _of(
+        "qwen3_5_moe",
+        _qwen3_5_moe,
+        sources=("qwen3_5_moe_text", "qwen3_5_moe"),
         sanitize=_sanitize,
         dropped=(_ROTARY, _MTP, _VISION),
     ),

@@ -10,14 +10,14 @@ import re
 
 from ...utils.errors import UserError
 from .base import Architecture, Tensor
-from .fields import flat_rope, only, text_model
+from .fields import complete, flat_rope, only, text_model
 
 _ROTARY = r".*rotary_emb\.inv_freq"
 _VISION = r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 
 
 def _llama(config: dict) -> dict:
-    return flat_rope(only(config, hidden_act="silu"))
+    return flat_rope(only(complete(config), hidden_act="silu"))
 
 
 def _qwen(config: dict) -> dict:
@@ -37,7 +37,7 @@ def _smollm3(config: dict) -> dict:
 
 def _gemma2(config: dict) -> dict:
     config = only(
-        config,
+        complete(config),
         hidden_activation="gelu_pytorch_tanh",
         attention_bias=False,
         tie_word_embeddings=True,
@@ -53,8 +53,9 @@ def _gemma2(config: dict) -> dict:
 
 
 def _gemma3(config: dict) -> dict:
+    given = text_model(config, "gemma3_text")
     config = only(
-        text_model(config, "gemma3_text"),
+        complete(given),
         hidden_activation="gelu_pytorch_tanh",
         attention_bias=False,
         attn_logit_softcapping=None,
@@ -76,10 +77,10 @@ def _gemma3(config: dict) -> dict:
                 config["rope_scaling"] = dict(rope[kind]) if scaled else None
     flat_rope(config)
     kinds = config.get("layer_types")
-    if kinds and "sliding_window_pattern" not in config:
+    if kinds and "sliding_window_pattern" not in given:
         full = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
         config["sliding_window_pattern"] = full
-    every = config.get("sliding_window_pattern", 6)
+    every = config["sliding_window_pattern"]
     if kinds and [kind == "full_attention" for kind in kinds] != [
         not i % every for i in range(1, len(kinds) + 1)
     ]:
@@ -94,7 +95,7 @@ def _gemma3_to_ours(name: str, x) -> Tensor:
 
 
 def _phi3(config: dict) -> dict:
-    config = flat_rope(only(config, hidden_act="silu"), short_factors=True)
+    config = flat_rope(only(complete(config), hidden_act="silu"), short_factors=True)
     rope = config.get("rope_scaling")
     if not rope:
         return config

@@ -15,7 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 # The families that keep S as [B, H, Dk, Dv].
-_DELTA = ("olmo_hybrid", "qwen3_5_text", "qwen3_next")
+_DELTA = (
+    "bailing_hybrid",
+    "kimi_linear",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+)
 
 
 class State(list):

@@ -11,6 +11,7 @@ they were given, so a snapshot is nothing but a reference.
                      offset        int, or [B] int32         tokens seen so far (for RoPE)
                      valid         [B, capacity] bool        only with padded batches
 
+An SSM layer that turns its keys by RoPE has an offset too.
 An absent entry is an empty one: {} is a fresh layer of either kind. A layer with attention and an
 SSM side by side has the entries of both.
 """
@@ -201,6 +202,8 @@ def evict(state: State, sleep: SleepConfig) -> State:
     kept = []
     for layer in state:
         rest = {name: x for name, x in layer.items() if name not in gone}
+        if keep and "offset" in layer:  # of a layer that counts, with or without KV
+            rest["offset"] = layer["offset"]
         kept.append({**rest, **_trim(layer, keep)} if keep and "keys" in layer else rest)
     return kept
 
@@ -314,8 +317,8 @@ def unflatten_state(arrays: dict[str, mx.array], num_layers: int) -> State:
     for layer in state:
         if "keys" in layer:
             layer["length"] = layer["keys"].shape[2]
-            if layer["offset"].ndim == 0:
-                layer["offset"] = layer["offset"].item()
+        if "offset" in layer and layer["offset"].ndim == 0:
+            layer["offset"] = layer["offset"].item()
     return state
 
 

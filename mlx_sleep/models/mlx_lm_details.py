@@ -47,6 +47,17 @@ def tie_head(inner: Any) -> None:
         inner.pop("lm_head")
 
 
+def set_latent_eps(inner: Any, config: dict) -> None:
+    """Gives the norms of latent attention the eps that its makers leave at 1e-6 in Kimi-Linear and
+    Ling 3; mlx-lm takes rms_norm_eps."""
+    ling_3 = "BailingMoeV3ForCausalLM" in (config.get("architectures") or ())
+    if config["model_type"] != "kimi_linear" and not ling_3:
+        return
+    for name, module in inner.named_modules():
+        if name.endswith(("kv_a_layernorm", "q_a_layernorm")):
+            module.eps = 1e-6
+
+
 def use_short_factors(inner: nn.Module, config: dict, sleep: SleepConfig) -> None:
     """Gives LongRoPE its short factors, which transformers takes up to the original length.
 

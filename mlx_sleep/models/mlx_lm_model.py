@@ -27,22 +27,29 @@ from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .compat import before_0_32, mlx_lm_classes
 from .mlx_lm_cache import LayerCache
-from .mlx_lm_details import grouped_scores, tie_head, use_short_factors, windows
+from .mlx_lm_details import grouped_scores, set_latent_eps, tie_head, use_short_factors, windows
 
 TESTED = (
+    "bailing_hybrid",
+    "bailing_moe_linear",
     "falcon_h1",
     "gemma2",
     "gemma3_text",
     "granitemoehybrid",
+    "kimi_linear",
     "llama",
+    "mamba2",
     "mistral",
     "nemotron_h",
     "olmo_hybrid",
     "phi3",
+    "plamo2",
     "qwen2",
     "qwen3",
     "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_next",
+    "rwkv7",
     "smollm3",
 )
 
@@ -52,12 +59,15 @@ NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
 """What such an mlx-lm lacks, or reads otherwise."""
 
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
-_READ_LENGTHS = () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_next")
+_READ_LENGTHS = (
+    () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+)
 # Tested layers that take no "causal" in place of an attention mask.
-_TAKE_ARRAYS = ("gemma2",)
+_TAKE_ARRAYS = ("bailing_hybrid", "gemma2", "kimi_linear")
 _DECODERS = ("model", "backbone", "language_model.model", "transformer")
 _NORMS = ("norm", "norm_f", "final_layernorm", "embedding_norm", "final_norm", "ln_f")
 _MASKS = {"mask", "attn_mask", "mamba_mask"}
+_CARRIED = "v_first"  # of RWKV-7: what its first layer hands to all others, beside h
 
 
 @dataclass
@@ -133,6 +143,7 @@ class Model(SleepModel):
         if config.get("tie_word_embeddings", True) and inner.get("lm_head") is not None:
             tie_head(inner)
         super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
+        set_latent_eps(inner, config)
         use_short_factors(inner, config, self.sleep)
         self.args = args
         self.model_type = config["model_type"]
@@ -175,18 +186,30 @@ class Model(SleepModel):
 
     def embed(self, tokens):
         decoder = copy.copy(self._decoder())
-        decoder.layers = []
+        if isinstance(decoder.layers, nn.Module):  # a module of its own around the layers
+            decoder.layers = copy.copy(decoder.layers)
+            decoder.layers.layers = []
+        else:
+            decoder.layers = []
         setattr(decoder, self._norm, nn.Identity())
-        return decoder(tokens, cache=self._blank)
+        h = decoder(tokens, cache=self._blank)
+        return mx.concatenate([h, mx.zeros_like(h)], axis=-1) if self._carries else h
 
     def block(self, i, h, layer_state, mask=None):
         cache = self._caches[i]
         if mask is not None and cache.recurrent and not self._reads_lengths:
             return self._row_by_row(i, h, layer_state, mask)
         views = cache.views(layer_state, mask)
-        return self._call(i, h, layer_state, views, mask), cache.entries(views)
+        h = self._call(i, h, layer_state, views, mask)
+        entries = cache.entries(views)
+        if self._counts(i):
+            seen = h.shape[1] if mask is None else mask.sum(axis=1).astype(mx.int32)
+            entries["offset"] = layer_state.get("offset", 0) + seen
+        return h, entries
 
     def head(self, h):
+        if self._carries:
+            h = mx.split(h, 2, axis=-1)[0]
         top = owner = copy.copy(self.inner)
         *path, last = self._path
         for name in path:
@@ -221,6 +244,7 @@ class Model(SleepModel):
         self._blank = tuple(make_prompt_cache(self._inner))
         self._caches = _layer_caches(self.layers, self._blank, windows(self.args.config))
         self._reads_lengths = self.model_type in _READ_LENGTHS
+        self._carries = _CARRIED in inspect.signature(type(self.layers[0]).__call__).parameters
         self._takes_arrays = not self._is_tested or self.model_type in _TAKE_ARRAYS
         self._takes = tuple(_masks_of(layer) for layer in self.layers)
         h = self.embed(mx.zeros((1, 1), mx.int32))
@@ -235,6 +259,9 @@ class Model(SleepModel):
         kv, masks = cache.kv, {}
         sliding = self.sleep.window if self.sleep.eviction == "sliding" else None
         for name in self._takes[i]:
+            if name == "offset":
+                masks[name] = layer_state.get("offset", 0)
+                continue
             attends = kv and name == "attn_mask" or kv and name == "mask" and not cache.recurrent
             if attends:
                 sees = kv.mask(layer_state, h, mask, sliding, arrays=self._takes_arrays)
@@ -243,7 +270,18 @@ class Model(SleepModel):
                 masks[name] = sees
             else:
                 masks[name] = mask
-        return self.layers[i](h, cache=cache.argument(views), **masks)
+        argument = cache.argument(views)
+        if self._carries:
+            h, carried = mx.split(h, 2, axis=-1)
+            heads = (*h.shape[:2], -1, self.layers[i].attn.head_dim)
+            h, carried = self.layers[i](h, carried.reshape(heads), argument)
+            return mx.concatenate([h, carried.reshape(h.shape)], axis=-1)
+        # S in float32 makes all of it float32 in some layers.
+        return self.layers[i](h, cache=argument, **masks).astype(h.dtype)
+
+    def _counts(self, i: int) -> bool:
+        """Whether layer i needs the number of tokens seen, and keeps no KV that would tell it."""
+        return "offset" in self._takes[i] and not self._caches[i].kv
 
     def _row_by_row(self, i, h, layer_state: LayerState, mask):
         """Padded rows one by one without their padding, for layers that would fold it in."""
@@ -251,12 +289,16 @@ class Model(SleepModel):
             raise UserError(f"mlx-lm's {self.model_type} can't run padded batches; run rows alone")
         T, rows, states = h.shape[1], [], []
         for row, length in enumerate(mask.sum(axis=1).tolist()):
-            one = {name: x[row : row + 1] for name, x in layer_state.items()}
+            one: LayerState = {
+                n: x if isinstance(x, int) else x[row : row + 1] for n, x in layer_state.items()
+            }
             x = h[row : row + 1]
             if length:
                 x, one = self.block(i, x[:, :length], one)
                 x = mx.pad(x, [(0, 0), (0, T - length), (0, 0)])
             rows.append(x)
+            if "offset" in one:
+                one["offset"] = mx.array(one["offset"], mx.int32).reshape(1)
             states.append(one)
         shapes = max(states, key=len)
         for one in states:  # a row without tokens may lack arrays yet
@@ -322,6 +364,6 @@ def _masks_of(layer: nn.Module) -> list[str]:
     _, *parameters = inspect.signature(type(layer).__call__).parameters.values()
     _, *parameters = parameters  # h
     needed = [p.name for p in parameters if p.default is p.empty]
-    if unknown := set(needed) - _MASKS - {"cache"}:
+    if unknown := set(needed) - _MASKS - {"cache", _CARRIED}:
         raise ValueError(f"a layer needs {', '.join(sorted(unknown))}")
-    return [p.name for p in parameters if p.name in _MASKS]
+    return [p.name for p in parameters if p.name in _MASKS or p.name == "offset"]

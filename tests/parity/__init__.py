@@ -24,7 +24,7 @@ __all__ = ["CASES", "Case", "Compared", "Pair", "compare", "compared", "rows", "
 
 TRANSFORMERS = "5.24"
 """The oldest transformers whose models can be compared: earlier caches and kernels differ."""
-MODULES = ("fla", "jet_nemotron", "mlx_lm", "ouro", "sleep_hybrid")
+MODULES = ("fla", "jet_nemotron", "mlx_lm", "naive", "ouro", "sleep_hybrid")
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ def run(architectures: list[str] | None = None) -> Iterator[Case]:
             raise UserError(f"parity needs {extra}; pip install 'mlx-sleep[torch]'")
     if _series(version("transformers")) < _series(TRANSFORMERS):
         raise UserError(f"parity needs transformers {TRANSFORMERS} or newer; update it")
-    known = {name: module for module in _modules() for name in module.ARCHITECTURES}
-    if unknown := [name for name in architectures or () if name not in known]:
-        raise UserError(f"no comparison of {unknown[0]!r}; there are: {', '.join(known)}")
+    known = [(name, module) for module in _modules() for name in module.ARCHITECTURES]
+    names = list(dict.fromkeys(name for name, _ in known))
+    if unknown := [name for name in architectures or () if name not in names]:
+        raise UserError(f"no comparison of {unknown[0]!r}; there are: {', '.join(names)}")
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it tells of each fast kernel that it does without
     logging.disable_progress_bar()
-    for name, module in known.items():
+    for name, module in known:
         if not architectures or name in architectures:
             yield from rows(module, name)
 

@@ -185,7 +185,7 @@ class _Theirs:
 
         with torch.no_grad():
             logits, state = self.model.forward(torch.from_numpy(tokens), state)
-        return logits.numpy(), state
+        return np.asarray(logits), state
 
     def consolidate(self, tokens, state, passes):
         import torch
@@ -201,6 +201,9 @@ def _S(state) -> list[np.ndarray]:
     """S [B, H, Dv, Dk] of every layer that has one, from any kind of state."""
     if state is None:
         return []
+    if isinstance(state, list) and any(hasattr(cache, "state") for cache in state):  # mlx-lm's
+        arrays = (x for cache in state for x in getattr(cache, "cache", ()))
+        return [np.array(x) for x in arrays if x is not None and x.ndim == 4]
     if not isinstance(state, list):  # a cache of transformers
         return [np.asarray(layer.recurrent_states[0]) for layer in state.layers]
     names = ("fast_weights", "S")

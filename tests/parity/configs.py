@@ -72,6 +72,43 @@ _FALCON = {
     "ssm_multipliers": [0.9, 0.7, 0.8, 1.1, 0.6],
 }
 _SLIDING = {"eviction": "sliding"}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 12,
+}
+_LATENT = {
+    **_BASE,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 7,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_KIMI = {
+    **_LATENT,
+    "model_type": "kimi_linear",
+    "linear_head_dim": 6,
+    "linear_num_heads": 3,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_LING = {
+    **_LATENT,
+    "model_type": "bailing_hybrid",
+    "head_dim": 6,
+    "q_lora_rank": 9,
+    "layer_group_size": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_mtp_layers": 0,
+}
 
 _GEMMA = {**_BASE, "hidden_size": 16, "head_dim": 8, "query_pre_attn_scalar": 5}
 _LONGROPE = {
@@ -132,13 +169,22 @@ CONFIGS: dict[str, list[tuple[dict, dict]]] = {
             {
                 **_QWEN,
                 "model_type": "qwen3_next",
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 20,
-                "shared_expert_intermediate_size": 12,
+                **_EXPERTS,
             },
             {},
         )
+    ],
+    "qwen3_5_moe": [
+        ({**_QWEN, **_EXPERTS, "model_type": "qwen3_5_moe_text"}, {}),
+        ({**_QWEN, **_EXPERTS, "model_type": "qwen3_5_moe_text"}, _SLIDING),
+    ],
+    "kimi_linear": [
+        (_KIMI, {}),
+        ({**_KIMI, "linear_conv_kernel_dim": 3, "mlp_layer_types": ["dense"] * 2}, _SLIDING),
+    ],
+    "bailing_hybrid": [
+        (_LING, {}),
+        ({**_LING, "q_lora_rank": None, "first_k_dense_replace": 2}, _SLIDING),
     ],
     "qwen3_5": [
         ({**_QWEN, "model_type": "qwen3_5_text"}, {}),

@@ -72,7 +72,7 @@ def _randomize(net, rng: np.random.Generator) -> None:
 
     randomize(net, rng)
     kind = net.config.model_type
-    delta = kind if hasattr(net.config, "linear_num_key_heads") else ""
+    delta = kind if hasattr(net.config, "linear_conv_kernel_dim") else ""
     with torch.no_grad():
         for name, p in net.named_parameters():
             if p.ndim == 3 and "conv" not in name:  # experts, each a matrix
