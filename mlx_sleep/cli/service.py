@@ -18,11 +18,17 @@ from . import output
 if TYPE_CHECKING:
     from ..server.service import Service
 
-app = typer.Typer(
-    no_args_is_help=True, help="Start the server with your session, by launchd or systemd."
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, do nothing.")]
+
+
+@app.callback()
+def _service():
+    """Start the server with your session, by launchd or systemd.
+
+    Example: mlx-sleep service install
+    """
 
 
 @app.command()
