@@ -30,7 +30,8 @@ def export(
     """Write the model folder `source` as a PyTorch checkpoint, the new folder `dest`.
 
     Names, shapes and bits are those of the checkpoint that the folder was converted from, if the
-    conversion did not cast; tensors that it dropped stay dropped. The config is the checkpoint's
+    conversion did not round (a cast; 1 + w of Qwen's norms and Falcon-H1's multipliers, which MLX's
+    form has in the weights); tensors that it dropped stay dropped. The config is the checkpoint's
     own. Returns the names of the tensors written.
 
     UserError for a quantized folder, and for architectures without an exact inverse.

@@ -25,6 +25,7 @@ from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture
 from .mapping import Mapping, Target, map_tensors
+from .merging import Adapter, read_adapter
 from .quantize import NumberTypes, apply, choose
 from .sources import Source, open_source
 from .writer import SHARD_BYTES, entry, write_shards
@@ -47,6 +48,7 @@ class Report:
     dropped       source tensors that are not in the result -> why
     skipped       layers not quantized because the group size does not divide their inputs
     notes         what else was found and ignored
+    merged        the adapter that became part of the weights
     """
 
     source: str
@@ -55,6 +57,7 @@ class Report:
     dropped: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    merged: str | None = None
 
 
 def convert(
@@ -64,6 +67,7 @@ def convert(
     *,
     sleep: dict | None = None,
     insert: dict | None = None,
+    merge_adapter: str | Path | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
     **where: Any,
@@ -76,6 +80,7 @@ def convert(
     sleep     fields of SleepConfig that replace what the source says
     insert    arguments of `insert.plan`: add sleep layers, with which the logits stay the same to
               the bit
+    merge_adapter  the folder of a LoRA adapter of PEFT or mlx-lm, which becomes part of the weights
     on_bytes  called with (bytes written, bytes in all)
     where     of an id on Hugging Face: revision and local_files_only, as in `hub.download`
 
@@ -85,11 +90,18 @@ def convert(
     with new_folder(Path(dest).expanduser().resolve()) as folder:
         scratch = folder / "reading"  # removed with the folder, whatever happens
         scratch.mkdir()
-        opened = open_source(source, scratch, keep_blocks=not types.quantizes, **where)
+        adapter = None if merge_adapter is None else read_adapter(merge_adapter)
+        whole = types.quantizes or adapter is not None
+        opened = open_source(source, scratch, keep_blocks=not whole, **where)
+        if adapter is not None and not adapter.mlx_lm:
+            for name, how in adapter.merge(opened.tensors).items():
+                opened.how[name] = ", ".join([*filter(None, [opened.how.get(name)]), how])
         architecture, config, model = understand(opened, sleep)
         wanted = dict(tree_flatten(model.parameters()))
         mapping = map_tensors(architecture, config, opened.tensors, wanted)
         opened.tensors.clear()
+        if adapter is not None and adapter.mlx_lm:
+            _merge(adapter, mapping)
         for target in mapping.targets:
             done = sorted({opened.how[name] for name in target.sources if name in opened.how})
             if target.how != "as it is":
@@ -97,6 +109,7 @@ def convert(
             target.how = ", ".join(done) or "as it is"
             target.sources = tuple(opened.origins.get(name, name) for name in target.sources)
         report = Report(str(source), config["model_type"], notes=opened.notes)
+        report.merged = None if adapter is None else str(adapter.path.resolve())
         report.dropped = mapping.dropped
         if insert is not None:
             model = _insert(model, config, mapping, insert)
@@ -155,6 +168,16 @@ def _text_config(config: dict) -> dict:
     """Of a model with a vision tower; empty where there is none."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else {}
+
+
+def _merge(adapter: Adapter, mapping: Mapping) -> None:
+    """Change the targets by an adapter that has our names."""
+    targets = {target.name: target for target in mapping.targets}
+    arrays = {name: target.array for name, target in targets.items()}
+    for name, how in adapter.merge(arrays).items():
+        target = targets[name]
+        target.array = arrays[name]
+        target.how = how if target.how == "as it is" else f"{target.how}, {how}"
 
 
 def _insert(model: SleepModel, config: dict, planned: Mapping, options: dict) -> SleepModel:

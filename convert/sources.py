@@ -31,7 +31,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 # Of PEFT, and of mlx-lm.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 _LORA = re.compile(r"\.lora_(embedding_)?[abAB]\b")
-_MERGE = "merge it into its base model (PEFT's merge_and_unload, or mlx_lm.fuse)"
+_MERGE = "merge it: mlx-sleep convert MODEL OUT --merge-adapter ADAPTER"
 
 
 @dataclass
@@ -199,7 +199,7 @@ def _check_no_adapter(path: Path) -> None:
         return
     if (path / "config.json").is_file():
         raise UserError(
-            f"{path} has a LoRA adapter ({found}) beside the model; {_MERGE}, or move {found} "
+            f"{path} has a LoRA adapter ({found}) beside the model; {_MERGE}; or move {found} "
             "elsewhere to convert the model without it"
         )
     raise UserError(f"{path} holds a LoRA adapter ({found}) and no model; {_MERGE}")

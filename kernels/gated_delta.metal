@@ -893,6 +893,7 @@ for (int r = 0; r < value_tiles; ++r) {
 //
 // Template: OutT, ConvT, Dk, Dv, K, SimdGroups. Grid (32 SimdGroups, 1, B Hv).
 constexpr int parts = (Dk + 127) / 128;  // float4s of a row of S that a lane holds
+constexpr int rows = 4;                  // of S, in flight in a SIMD group
 constexpr int threads = 32 * SimdGroups;
 
 threadgroup float inputs[2 * Dk + Dv];  // q, k, v after the convolution and silu
@@ -958,28 +959,37 @@ const float step = softplus(static_cast<float>(ba[(2 * b + 1) * Hv + hv]) +
 const float a = precise::exp(-precise::exp(static_cast<float>(A_log[hv])) * step);
 
 // Rows of S are read as float4s: Dk is a multiple of 4, and `state` begins at 16 bytes.
-for (int row = simd_index; row < Dv; row += SimdGroups) {
-  const size_t at = (size_t(n) * Dv + row) * Dk;
+for (int first = rows * simd_index; first < Dv; first += rows * SimdGroups) {
+  const size_t at = (size_t(n) * Dv + first) * Dk;
   const device float4* from = (const device float4*)(state + at);
   device float4* to = (device float4*)(state_out + at);
-  float4 S[parts];
-  float held = 0.0f;
-  float out = 0.0f;
+  float4 S[rows][parts];
   UNROLL
-  for (int i = 0; i < parts; ++i) {
-    const int d = 128 * i + 4 * lane;
-    S[i] = d < Dk ? a * from[d / 4] : float4(0.0f);
-    held += dot(S[i], k4[i]);
-    out += dot(S[i], q4[i]);
+  for (int r = 0; r < rows; ++r) {
+    UNROLL
+    for (int i = 0; i < parts; ++i) {
+      const int d = 128 * i + 4 * lane;
+      S[r][i] = d < Dk ? a * from[(r * Dk + d) / 4] : float4(0.0f);
+    }
   }
-  const float u = beta * (inputs[2 * Dk + row] - simd_sum(held));
-  out = simd_sum(out) + u * kq;  // (S + u k^T) q
   UNROLL
-  for (int i = 0; i < parts; ++i) {
-    const int d = 128 * i + 4 * lane;
-    if (d < Dk) to[d / 4] = S[i] + u * k4[i];
+  for (int r = 0; r < rows; ++r) {
+    float held = 0.0f;
+    float out = 0.0f;
+    UNROLL
+    for (int i = 0; i < parts; ++i) {
+      held += dot(S[r][i], k4[i]);
+      out += dot(S[r][i], q4[i]);
+    }
+    const float u = beta * (inputs[2 * Dk + first + r] - simd_sum(held));
+    out = simd_sum(out) + u * kq;  // (S + u k^T) q
+    UNROLL
+    for (int i = 0; i < parts; ++i) {
+      const int d = 128 * i + 4 * lane;
+      if (d < Dk) to[(r * Dk + d) / 4] = S[r][i] + u * k4[i];
+    }
+    if (lane == 0) read_out[first + r] = out;
   }
-  if (lane == 0) read_out[row] = out;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 

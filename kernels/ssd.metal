@@ -785,6 +785,7 @@ if (index == 0) {
 //
 // Template: OutT, ConvT, Dk, Dv, K, SimdGroups. Grid (32 SimdGroups, 1, B Hv).
 constexpr int parts = (Dk + 127) / 128;  // float4s of a row of S that a lane holds
+constexpr int rows = 4;                  // of S, in flight in a SIMD group
 constexpr int threads = 32 * SimdGroups;
 
 threadgroup float inputs[Dv + 2 * Dk];  // v, k, q after the convolution and silu
@@ -836,21 +837,31 @@ for (int i = 0; i < parts; ++i) {
   }
 }
 // Rows of S are read as float4s: Dk is a multiple of 4, and `state` begins at 16 bytes.
-for (int row = simd_index; row < Dv; row += SimdGroups) {
-  const size_t at = (size_t(n) * Dv + row) * Dk;
+for (int first = rows * simd_index; first < Dv; first += rows * SimdGroups) {
+  const size_t at = (size_t(n) * Dv + first) * Dk;
   const device float4* from = (const device float4*)(state + at);
   device float4* to = (device float4*)(state_out + at);
-  const float value = inputs[row];
-  float out = 0.0f;
+  float4 S[rows][parts];
   UNROLL
-  for (int i = 0; i < parts; ++i) {
-    const int d = 128 * i + 4 * lane;
-    if (d < Dk) {
-      const float4 S = a * from[d / 4] + (step * value) * k4[i];
-      out += dot(S, q4[i]);
-      to[d / 4] = S;
+  for (int r = 0; r < rows; ++r) {
+    UNROLL
+    for (int i = 0; i < parts; ++i) {
+      const int d = 128 * i + 4 * lane;
+      S[r][i] = d < Dk ? a * from[(r * Dk + d) / 4] : float4(0.0f);
     }
   }
-  out = simd_sum(out);
-  if (lane == 0) o[n * Dv + row] = static_cast<OutT>(out + skip * value);
+  UNROLL
+  for (int r = 0; r < rows; ++r) {
+    const float value = inputs[first + r];
+    float out = 0.0f;
+    UNROLL
+    for (int i = 0; i < parts; ++i) {
+      const int d = 128 * i + 4 * lane;
+      S[r][i] = S[r][i] + (step * value) * k4[i];
+      out += dot(S[r][i], q4[i]);
+      if (d < Dk) to[(r * Dk + d) / 4] = S[r][i];
+    }
+    out = simd_sum(out);
+    if (lane == 0) o[n * Dv + first + r] = static_cast<OutT>(out + skip * value);
+  }
 }

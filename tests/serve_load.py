@@ -70,7 +70,7 @@ class Clients:
         self.serving, self.memories = serving, memories
         self.kept = defaultdict(int)  # memory -> tokens that were acknowledged
         self.cut = defaultdict(int)  # memory -> tokens of requests that nobody answered
-        self.answers, self.refused, self.seconds = 0, 0, []
+        self.answers, self.unanswered, self.refused, self.seconds = 0, 0, 0, []
         self._lock, self._over = threading.Lock(), threading.Event()
         self._threads = [
             threading.Thread(target=self._talk, args=(random.Random(seed + i),))
@@ -105,6 +105,7 @@ class Clients:
             with self._lock:
                 # A turn is at most as many tokens as characters, and what stands around it.
                 self.cut[memory] += len(text) + LONGEST + 16
+                self.unanswered += 1
             time.sleep(0.1)
             return
         with self._lock:
@@ -151,7 +152,7 @@ def campaign(model, home, *, memories, clients, kills, seconds, seed=0, options=
     times = sorted(talking.seconds) or [0.0]
     return {
         "answers": talking.answers,
-        "cut_off": len(talking.cut),
+        "unanswered": talking.unanswered,
         "refused": talking.refused,
         "kills": done,
         "memories": len(talking.kept),

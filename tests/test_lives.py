@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_sleep.lab.tasks import words
-from mlx_sleep.lab.tasks.life import Level
+from mlx_sleep.lab import natural
+from mlx_sleep.lab.tasks import everyday, words
+from mlx_sleep.lab.tasks.life import Exchange, Level
 from mlx_sleep.lab.tasks.life_batches import Source, arrays, batch, read_chat, stream
 from mlx_sleep.lab.tasks.life_examples import CASES, DAYS, examples
 from mlx_sleep.lab.tasks.templates import KEEP, VALUE
@@ -217,11 +220,50 @@ def test_ordinary_windows_hold_chat_only():
     level = Level(windows=8, ordinary=0.5)
     windows = [w for i in range(20) for w in TRAIN.life(i, level).windows]
     ordinary = [w for w in windows if w.kl]
-    assert 30 < len(ordinary) < len(windows) / 2
+    assert 50 < len(ordinary) < len(windows) * 0.6
+    assert TRAIN.life(0, Level(windows=2, ordinary=1.0)).windows[0].kl  # the first too
     users = {u for c in CHAT for u, _ in c}
     assert all(t.kind == "chat" and t.user in users for w in ordinary for t in w.turns)
     silent, _ = make(chat=())
     assert not any(w.kl for i in range(20) for w in silent.life(i, level).windows)
+
+
+def test_replies_that_were_cut_off_stand_only_in_windows_held_to_the_base():
+    cut = [[Exchange(f"long question {i}?", "A reply that", complete=False)] for i in range(40)]
+    lives, _ = make(chat=[*CHAT, *cut])
+    windows = [w for i in range(40) for w in lives.life(i, Level(windows=4, ordinary=0.3)).windows]
+    long = {w.kl for w in windows for t in w.turns if t.user.startswith("long question")}
+    assert long == {True}
+
+
+def test_everyday_messages_are_many():
+    made = list(islice(everyday.prompts(), 4000))
+    assert len({text.casefold() for text in made}) == len(made) == 4000
+    assert not any(re.search(r"\{\w+\}", text) for text in made)
+    assert made[:50] == list(islice(everyday.prompts(), 50))
+
+
+def test_no_everyday_message_is_tested_on():
+    """Whatever fills the slots of a frame: each is turned into a pattern."""
+    sections = everyday.sections()
+    fillings = {
+        name: "|".join(re.escape(plain_key(line)) for line in lines)
+        for name, lines in sections.items()
+        if not name.startswith("frames")
+    }
+    frames = [f for name, lines in sections.items() if name.startswith("frames") for f in lines]
+    asked = [plain_key(text) for text in natural.ordinary()]
+    for frame in frames:
+        parts = re.split(r"\{(\w+)\}", re.sub(r"(?i)\b(what|who|where)'s\b", r"\1 is", frame))
+        parts[::2] = [re.sub(r"\W+", r"\\W*", part) for part in parts[::2]]
+        parts[1::2] = [f"({fillings[slot]})" for slot in parts[1::2]]
+        pattern = re.compile("".join(parts), re.IGNORECASE)
+        assert not [text for text in asked if pattern.fullmatch(text)], frame
+
+
+def plain_key(text: str) -> str:
+    text = re.sub(r"(?i)\b(what|who|where)'s\b", r"\1 is", text)  # writers differ
+    return re.sub(r"\W+", " ", text).casefold().strip()
 
 
 def test_what_is_asked():
@@ -290,7 +332,7 @@ def test_read_chat(tmp_path):
         '{"user": "c?", "assistant": "d", "complete": true}',
     ]
     path.write_text("\n".join([*lines, '{"user": "e?", "assistant": "f", "complete": false}']))
-    assert read_chat(path) == [[("a?", "b")], [("c?", "d")]]
+    assert read_chat(path) == [[("a?", "b", True)], [("c?", "d", True)], [("e?", "f", False)]]
     path.write_text(lines[0] + '\n{"user": "a"}\n')
     with pytest.raises(UserError, match=r"chat.jsonl, line 2: expected"):
         read_chat(path)

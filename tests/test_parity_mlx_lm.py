@@ -18,7 +18,10 @@ pytest.importorskip("transformers", parity.TRANSFORMERS)
 
 from safetensors.torch import save_file  # noqa: E402
 
+from mlx_sleep.convert import pipeline  # noqa: E402
+from mlx_sleep.convert.export import export  # noqa: E402
 from mlx_sleep.convert.torch.mlx_lm import Reference  # noqa: E402
+from mlx_sleep.models.load import load_model  # noqa: E402
 from tests.parity import CASES, compared, mlx_lm  # noqa: E402
 from tests.parity.configs import ATTENTION_ONLY  # noqa: E402
 
@@ -73,3 +76,26 @@ def test_a_state_dict_is_the_saved_checkpoint(rng, tmp_path, architecture):
     again = dict(tree_flatten(mlx_lm.converted(tmp_path, {}).parameters()))
     assert again.keys() == saved.keys()
     assert all(mx.array_equal(again[name], x) for name, x in saved.items())
+
+
+@pytest.mark.parametrize("architecture", mlx_lm.CONFIGS)
+def test_export_gives_the_checkpoint_again(rng, tmp_path, architecture):
+    """transformers reads the same weights of it, and it becomes the same model once more."""
+    config, sleep = mlx_lm.CONFIGS[architecture][0]
+    theirs = Reference(config, {"window": 9, **sleep})
+    mlx_lm._randomize(theirs.net, rng)
+    theirs.net.save_pretrained(tmp_path / "theirs")
+    pipeline.convert(tmp_path / "theirs", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "again")
+    again, info = type(theirs.net).from_pretrained(
+        tmp_path / "again", attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert all(x.shape == again.state_dict()[n].shape for n, x in theirs.net.state_dict().items())
+    exact = not (architecture.startswith("qwen3_") or architecture == "falcon_h1")
+    for name, x in theirs.net.state_dict().items():
+        assert torch.allclose(x, again.state_dict()[name], atol=0 if exact else 1e-6), name
+    pipeline.convert(tmp_path / "again", tmp_path / "twice")
+    models = [load_model(tmp_path / name)[0] for name in ("ours", "twice")]
+    once, twice = (dict(tree_flatten(model.parameters())) for model in models)
+    assert all(mx.allclose(x, twice[n], atol=0 if exact else 1e-6) for n, x in once.items())

@@ -227,6 +227,19 @@ def test_the_least_used_memory_is_put_away_and_comes_back(serve, tmp_path):
     assert "number 0" in heard and "hello" in heard
 
 
+def test_what_nobody_uses_is_put_away(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "UNUSED", 0.2)
+    server = serve(idle=0.1)
+    server.post("My cat is Zorvi.", memory="anna")
+    server.post("hello")
+    until(lambda: not server.sessions.slots)
+    assert server.get("/v1/memories/anna").json()["open"] is False
+    memory = Memory.open("anna", "fingerprint", home=tmp_path)  # a chat may have it now
+    assert memory.header.sleeps == 1
+    memory.close()
+    assert text_of(server.post("well", memory="anna")) == "I see"
+
+
 def test_a_name_that_cannot_be_a_memory_s(serve):
     response = serve().post("hello", memory="../etc")
     assert response.status_code == 400 and "cannot name a memory" in response.text

@@ -92,7 +92,7 @@ def test_an_adapter_alone(tmp_path):
 def test_lora_weights_among_the_model_s(tmp_path, source):
     write(source, LLAMA, {**random_weights(LLAMA), **ADAPTER})
     message = refusal(source, tmp_path)
-    assert "has the LoRA weights base_model.model" in message and "merge_and_unload" in message
+    assert "has the LoRA weights base_model.model" in message and "--merge-adapter" in message
 
 
 # --- links -----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Architecture:
     reads       (their config) -> whether this reads it, where several have the same source
     sanitize    (our config, all tensors) -> all tensors, where a target is made of several
                 sources, as in mlx-lm. It runs in place of to_ours
-    unsanitize  its inverse, to the bit, in place of to_theirs
+    unsanitize  its inverse, to the bit but for what `sanitize` rounded, in place of to_theirs
     """
 
     model_type: str

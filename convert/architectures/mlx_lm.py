@@ -2,8 +2,8 @@
 
 Tensors go through mlx-lm's own `sanitize` where it is right. Configs are brought to what mlx-lm
 reads, and a value that mlx-lm would ignore is refused, since its model would compute something
-else than PyTorch's. Where mlx-lm's form holds rounded values (1 + w, folded multipliers) there
-is no exact way back, and such a folder can't be exported.
+else than PyTorch's. Where mlx-lm's form holds rounded values (1 + w of Qwen, the folded multipliers
+of Falcon-H1) the way back is exact but for that rounding.
 """
 
 from __future__ import annotations
@@ -200,42 +200,69 @@ def _granite_to_theirs(config: dict, weights: Weights) -> Weights:
     return out
 
 
-def _falcon_to_ours(config: dict, weights: Weights) -> Weights:
-    """Multipliers folded into the weights, as mlx-lm's model wants them.
+def _falcon_factors(config: dict) -> dict[str, tuple[Any, Any]]:
+    """End of a layer's name -> the multipliers that mlx-lm wants in its weight and its bias.
 
     mlx-lm's own `sanitize` leaves out the multiplier of the keys, and that of the values' input.
     """
-
-    def get(multiplier: str) -> float:
-        return config.get(multiplier, 1.0)
-
-    q = v = (get("attention_in_multiplier"), 1.0)
-    k = (get("attention_in_multiplier") * get("key_multiplier"), get("key_multiplier"))
-    gate, down = config.get("mlp_multipliers") or (1.0, 1.0)
+    attention, keys = config["attention_in_multiplier"], config["key_multiplier"]
+    gate, down = config["mlp_multipliers"]
     sizes = [config["mamba_d_ssm"]] * 2
-    sizes += [config.get("mamba_n_groups", 1) * config["mamba_d_state"]] * 2
+    sizes += [config["mamba_n_groups"] * config["mamba_d_state"]] * 2
     sizes += [config["mamba_n_heads"]]
-    each = zip(config.get("ssm_multipliers") or [1.0] * 5, sizes, strict=True)
+    each = zip(config["ssm_multipliers"], sizes, strict=True)
     channels = mx.concatenate([mx.full((size,), multiplier) for multiplier, size in each])
-    folded: dict[str, tuple[Any, Any]] = {  # of weight and of bias
-        "embed_tokens": (get("embedding_multiplier"), 1.0),
-        "lm_head": (get("lm_head_multiplier"), 1.0),
-        "self_attn.q_proj": q,
-        "self_attn.k_proj": k,
-        "self_attn.v_proj": v,
-        "self_attn.o_proj": (get("attention_out_multiplier"),) * 2,
-        "mamba.in_proj": (get("ssm_in_multiplier") * channels[:, None], channels),
-        "mamba.out_proj": (get("ssm_out_multiplier"),) * 2,
+    return {
+        "embed_tokens": (config["embedding_multiplier"], 1.0),
+        "lm_head": (config["lm_head_multiplier"], 1.0),
+        "self_attn.q_proj": (attention, 1.0),
+        "self_attn.k_proj": (attention * keys, keys),
+        "self_attn.v_proj": (attention, 1.0),
+        "self_attn.o_proj": (config["attention_out_multiplier"],) * 2,
+        "mamba.in_proj": (config["ssm_in_multiplier"] * channels[:, None], channels),
+        "mamba.out_proj": (config["ssm_out_multiplier"],) * 2,
         "feed_forward.gate_proj": (gate,) * 2,
         "feed_forward.down_proj": (down,) * 2,
     }
+
+
+def _falcon(config: dict, weights: Weights, sign: int) -> Weights:
+    """Weights times their multipliers, or divided by them (sign -1)."""
+    factors = _falcon_factors(complete({**config, "model_type": "falcon_h1"}))
     out = {}
     for name, x in weights.items():
         layer, _, kind = name.rpartition(".")
-        of = next((pair for suffix, pair in folded.items() if layer.endswith(suffix)), None)
+        of = next((pair for suffix, pair in factors.items() if layer.endswith(suffix)), None)
         if of is not None and kind in ("weight", "bias"):
-            x = (x * of[kind == "bias"]).astype(x.dtype)
+            factor = of[kind == "bias"]
+            x = (x * factor if sign > 0 else x / factor).astype(x.dtype)
         out[name] = _swap_conv(name, x)
+    return out
+
+
+def _falcon_to_ours(config: dict, weights: Weights) -> Weights:
+    return _falcon(config, weights, 1)
+
+
+def _falcon_to_theirs(config: dict, weights: Weights) -> Weights:
+    return _falcon(config, weights, -1)
+
+
+_ONE_MORE = r"(.*\.(input_layernorm|post_attention_layernorm|q_norm|k_norm)|model\.norm)\.weight"
+
+
+def _qwen_to_theirs(config: dict, weights: Weights) -> Weights:
+    """w again in place of 1 + w, and experts one by one."""
+    out: Weights = {}
+    for name, x in weights.items():
+        name = name.removeprefix("language_model.")
+        if stacked := re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", name):
+            for n in range(x.shape[0]):
+                out[f"{stacked[1]}.experts.{n}.{stacked[2]}.weight"] = x[n]
+        elif re.fullmatch(_ONE_MORE, name):
+            out[name] = (x.astype(mx.float32) - 1).astype(x.dtype)
+        else:
+            out[name] = _swap_conv(name, x)
     return out
 
 
@@ -254,13 +281,20 @@ ARCHITECTURES = (
         dropped=(_ROTARY, _MTP),
     ),
     _of("granitemoehybrid", _granite, sanitize=_sanitize, unsanitize=_granite_to_theirs),
-    _of("falcon_h1", _falcon_h1, sanitize=_falcon_to_ours),
-    _of("qwen3_next", _qwen3_next, sanitize=_sanitize, dropped=(_ROTARY, _MTP)),
+    _of("falcon_h1", _falcon_h1, sanitize=_falcon_to_ours, unsanitize=_falcon_to_theirs),
+    _of(
+        "qwen3_next",
+        _qwen3_next,
+        sanitize=_sanitize,
+        unsanitize=_qwen_to_theirs,
+        dropped=(_ROTARY, _MTP),
+    ),
     _of(
         "qwen3_5",
         _qwen3_5,
         sources=("qwen3_5_text", "qwen3_5"),
         sanitize=_sanitize,
+        unsanitize=_qwen_to_theirs,
         dropped=(_ROTARY, _MTP, _VISION),
     ),
     _of(
@@ -268,6 +302,7 @@ ARCHITECTURES = (
         _qwen3_5_moe,
         sources=("qwen3_5_moe_text", "qwen3_5_moe"),
         sanitize=_sanitize,
+        unsanitize=_qwen_to_theirs,
         dropped=(_ROTARY, _MTP, _VISION),
     ),
 )

@@ -31,7 +31,7 @@ PROMPT_TOKENS, REPLY_TOKENS = 80, 160
 
 @dataclass(frozen=True)
 class Exchange:
-    """complete: the model ended its reply by itself; else it was cut at REPLY_TOKENS."""
+    """complete: the model ended its reply by itself; else it was cut at a limit."""
 
     user: str
     assistant: str
@@ -139,10 +139,10 @@ class Chatter:
         made = self.continue_([SYSTEM + USER] * count, PROMPT_TOKENS, sample=True)
         return [text for text, ended in made if ended and text]
 
-    def replies(self, prompts: Sequence[str]) -> list[Exchange]:
+    def replies(self, prompts: Sequence[str], limit: int = REPLY_TOKENS) -> list[Exchange]:
         """The greedy reply to each prompt as the first message of a conversation."""
         texts = [f"{SYSTEM}{USER}{prompt}{END}\n{ASSISTANT}" for prompt in prompts]
-        made = self.continue_(texts, REPLY_TOKENS)
+        made = self.continue_(texts, limit)
         return [Exchange(p, text, ended) for p, (text, ended) in zip(prompts, made, strict=True)]
 
 
@@ -184,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=Path, help="answer these (one a line), sample none")
+    parser.add_argument("--reply-tokens", type=int, default=REPLY_TOKENS, help="at most")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     chatter = Chatter(options.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 prompts = chatter.prompts(options.batch)
             # Replies to prompts of like length need little padding.
-            for e in sound(chatter.replies(prompts)):
+            for e in sound(chatter.replies(prompts, options.reply_tokens)):
                 if e.user not in seen:
                     seen.add(e.user)
                     file.write(json.dumps(e.__dict__) + "\n")

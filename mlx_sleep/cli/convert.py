@@ -79,6 +79,13 @@ def convert(
             help="The blocks to insert them before, with commas.",
         ),
     ] = None,
+    merge_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Make a LoRA adapter of PEFT or mlx-lm part of the weights.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare the result with the source, with PyTorch where it is.")
     ] = False,
@@ -113,6 +120,7 @@ def convert(
         others |= {"--q-group-size": q_group_size, "--quant-predicate": quant_predicate}
         others |= {"--insert-kind": insert_kind, "--q-layer": q_layer or None}
         others |= {"--eviction": eviction, "--verify": verify or None}
+        others |= {"--merge-adapter": merge_adapter}
         _refuse(others, "is not for an adapter")
         if not quantize:
             _refuse({"--q-bits": q_bits}, "needs -q")
@@ -151,6 +159,7 @@ def convert(
                 types,
                 sleep={name: value for name, value in sleep.items() if value is not None},
                 insert=inserted,
+                merge_adapter=merge_adapter,
                 on_bytes=on_bytes,
                 revision=revision,
                 local_files_only=local_files_only,

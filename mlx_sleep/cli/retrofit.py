@@ -1,4 +1,4 @@
-"""`mlx-sleep retrofit`: train sleep layers in a model that stays as it is."""
+"""`mlx-sleep retrofit`: train a model to remember what it is told; the model itself stays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from .options import LocalFilesOnly, Numbers, Revision, numbers
 from .output import line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
+    from ..lab.tasks.life import CHAT
     from ..lab.tasks.life_batches import Source
     from ..models.base import SleepModel
 
@@ -51,8 +52,14 @@ def retrofit(
         str, typer.Option(help="Where the layers start: host (as its attention) or random.")
     ] = "host",
     lora_rank: Annotated[
-        int, typer.Option(min=0, help="Rank of changes of the model's attention; 0 is none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of changes of the model's attention (0: none); of its mixers too where it "
+            "has fast weights.",
+            show_default="0, with fast weights 16",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=64, help="Tokens a step, padding included.")] = 4096,
     ordinary: Annotated[
         int, typer.Option(min=0, help="Ordinary chats to sample from the model and hold it to.")
@@ -64,9 +71,13 @@ def retrofit(
 ):
     """Train sleep layers in a model, so that it remembers what it is told.
 
-    The model stays as it is. Ctrl-C stops with a checkpoint; --resume goes on to the same losses.
+    The model stays as it is. One that has fast weights of its own (Qwen3.5, Granite-4) gets
+    low-rank changes of its mixers and attention, and no new layers. Ctrl-C stops with a
+    checkpoint; --resume goes on to the same losses.
     OUT gets metrics.jsonl, and recall.png where matplotlib is installed: value tokens recalled in
     lives of unseen names, with the fast weights kept and with S = 0.
+
+    Several processes or machines train together when mlx.launch starts them.
 
     Example: mlx-sleep retrofit smollm2 --out my-adapter --hours 8
     """
@@ -79,29 +90,43 @@ def retrofit(
     if init not in ("host", "random"):
         raise UserError(f"--init must be host or random, not {init!r}")
 
+    import mlx.core as mx
+
     from ..convert.insert import new_layers, plan
     from ..lab.tasks.chat_source import ChatSource
     from ..lab.tasks.curriculum import SHARES, batches, held_out
     from ..models.base import SleepConfig
     from ..models.load import load
     from ..training.refusals import REFUSAL, mark_refusals
-    from ..training.retrofit import Retrofit, prepare
+    from ..training.retrofit import Retrofit, prepare, prepare_hybrid
     from ..training.schedule import Budget
 
     places = None if before is None else list(before)
     opened = choose(model, None, revision, local_files_only).open()
     loaded, tokenizer, config = load(opened)
     host = cast("SleepModel", loaded)
+    sleep: dict[str, Any] = {
+        "passes": passes,
+        "window": window,
+        "eviction": "hard",
+        "fold": fold,
+    }
     if host.has_fast_weights:
-        raise UserError(f"{model} has fast weights already; retrofit takes models without")
-    configs = plan(host, kind="delta_attention", count=layers, before=places)
-    loop_range = (min(configs[0]["before"], host.num_layers - 1), host.num_layers)
-    host.sleep = SleepConfig(passes, window, "hard", loop_range, fold=fold)
+        configs, rank = [], 16 if lora_rank is None else lora_rank
+        _check_hybrid(model, config, places, rank, fold)
+        host.sleep = SleepConfig(**sleep, loop_range=host.sleep.loop_range)
+    else:
+        configs = plan(host, kind="delta_attention", count=layers, before=places)
+        rank = lora_rank or 0
+        first = min(configs[0]["before"], host.num_layers - 1)
+        host.sleep = SleepConfig(**sleep, loop_range=(first, host.num_layers))
     pad = config.get("pad_token_id") or 0
-    chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed)
+    group = mx.distributed.init()
+    chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed, group)
+    # Each process of several makes lives of its own.
     train, valid = (
-        cast("Source", ChatSource(tokenizer, split, seed, chat, pad))
-        for split in ("train", "valid")
+        cast("Source", ChatSource(tokenizer, split, own, chat, pad))
+        for split, own in (("train", seed + (group.rank() << 32)), ("valid", seed))
     )
     opening = tokenizer.encode_text(REFUSAL)
 
@@ -109,18 +134,21 @@ def retrofit(
         for arrays in made:
             yield {**arrays, "refusal": mark_refusals(arrays, opening)}
 
+    if configs:
+        modules = new_layers(host, configs, seed, init == "host")
+        trained = prepare(host, configs, modules, lora_rank=rank)
+    else:
+        trained = prepare_hybrid(host, lora_rank=rank)
     run = Retrofit(
-        prepare(
-            host, configs, new_layers(host, configs, seed, init == "host"), lora_rank=lora_rank
-        ),
+        trained,
         out,
         lambda jobs: marked(batches(train, jobs, batch)),
         Budget(tokens=tokens, seconds=hours and 3600 * hours),
         {
             "sleep_layers": configs,
-            "sleep": {"passes": passes, "window": window, "eviction": "hard", "fold": fold},
+            "sleep": sleep,
             "generation": {"do_sample": False},
-            "lora_rank": lora_rank,
+            "lora_rank": rank,
             "base": {"weights": opened.digest(), "name": Path(opened.name).name},
         },
         shares=SHARES,
@@ -129,6 +157,8 @@ def retrofit(
     )
     with _progress(run) as on_row:
         run.run(resume, on_row)
+    if not run.leads:
+        return
     _draw(out)
     if run.stopped:
         note(f"stopped after step {run.step}; --resume goes on")
@@ -136,13 +166,33 @@ def retrofit(
     line(f"wrote {out}; try: mlx-sleep chat --model {model} --adapter-path {out}")
 
 
-def _ordinary(model, tokenizer, file: Path, count: int, seed: int) -> list[list[tuple[str, str]]]:
-    """Chats that the model makes of itself, or those that an earlier start of the run made."""
+def _check_hybrid(model: str, config: dict, before, rank: int, fold: str) -> None:
+    """UserError for what a model with fast weights of its own cannot be given."""
+    if config.get("sleep_layers"):
+        raise UserError(
+            f"{model} has sleep layers already; train an adapter for the model that they were put "
+            "into"
+        )
+    if before is not None:
+        raise UserError(f"{model} has fast weights already and gets no new layers; omit --before")
+    if rank < 1:
+        raise UserError(f"{model} has fast weights already: --lora-rank must be at least 1")
+    if fold != "all":
+        raise UserError(f"{model} folds in all that was said; omit --fold")
+
+
+def _ordinary(model, tokenizer, file: Path, count: int, seed: int, group) -> CHAT:
+    """Chats that the model makes of itself, or those that an earlier start of the run made.
+
+    The first process makes them, and the others of `group` wait.
+    """
+    import mlx.core as mx
+
     from ..lab.tasks.life_batches import read_chat
     from ..training.ordinary import sample_chat
 
     tokenizer.parts  # noqa: B018 - a template that can't be used shows before the wait
-    if count and not file.exists():
+    if count and not file.exists() and group.rank() == 0:
         with progress_bar("sampling ordinary chat", total=count, unit="chats") as update:
             pairs = sample_chat(model, tokenizer, count, seed, on_done=update)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +200,8 @@ def _ordinary(model, tokenizer, file: Path, count: int, seed: int) -> list[list[
         new = file.with_suffix(".new")
         new.write_text("".join(lines), encoding="utf-8")
         new.replace(file)
+    if group.size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
     return read_chat(file) if count else []
 
 
@@ -158,6 +210,9 @@ def _progress(run) -> Iterator[Callable[[dict], None]]:
     """A bar on a terminal, a line now and then in a log; every evaluation is a point of the
     picture."""
     terminal, recall = sys.stderr.isatty(), ""
+    if not run.leads:
+        yield lambda row: None
+        return
     with progress_bar("training", total=100, unit="%") as update:
 
         def on_row(row):

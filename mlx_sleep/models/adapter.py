@@ -4,12 +4,12 @@ A folder of adapters.safetensors and adapter_config.json:
 
     format        "mlx-sleep-adapter"
     base          the model: {"weights": ..., "name": ...}; weights is its `weights_digest`
-    sleep_layers  as in config.json (`models.inserted`)
+    sleep_layers  as in config.json (`models.inserted`); none for a model with fast weights
     sleep         the fields of SleepConfig that it was trained with; loop_range is the blocks from
                   the first sleep layer on where it isn't given
     quantization  of its matrices, by MLX: {"group_size": 64, "bits": 8}; absent when not quantized
     generation    fields of a generation_config.json: {"do_sample": false} for a model that recalls
-    lora_rank     of low-rank changes of the base's attention; 0 is none
+    lora_rank     of low-rank changes of the base's attention and mixers; 0 is none
     trained       what the trainer says about the run; tokens, at least
 
 Tensors are named as in a model with these layers: sleep_layers.0.norm.weight, ..., and
@@ -59,11 +59,13 @@ class Adapter:
 
     def merge(self, config: dict) -> dict:
         """The contents of config.json of the base with this adapter in it."""
-        if config.get("sleep_layers"):
+        layers = self.config["sleep_layers"]
+        if layers and config.get("sleep_layers"):
             raise UserError(f"{self.path}: the model has sleep layers already")
         merged = {name: x for name, x in config.items() if name != "fingerprint"}
         merged["sleep"] = {**(config.get("sleep") or {}), **self.config.get("sleep", {})}
-        merged["sleep_layers"] = layers = self.config["sleep_layers"]
+        if layers:
+            merged["sleep_layers"] = layers
         merged[TRAINING] = self.config.get("trained")
         if (blocks := config.get("num_hidden_layers")) and layers:
             # Nothing before the first sleep layer depends on S.

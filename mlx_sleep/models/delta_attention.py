@@ -64,7 +64,9 @@ class DeltaAttention(nn.Module):
     def __call__(self, x, state, mask=None, write=None, windows=1):
         B, T, _ = x.shape
         o, conv, S = delta_attention(
-            mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1),
+            self.q_proj(x),
+            self.k_proj(x),
+            self.v_proj(x),
             self.g_proj(x).reshape(B, T, self.H, self.D),
             self.a_proj(x),
             self.b_proj(x),

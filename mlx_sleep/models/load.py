@@ -171,7 +171,7 @@ def read_model(
     model = build(config, {*tensors, *added}, where=where)
     model.trained_to_sleep = is_trained(config)
     if adapter is not None and adapter.lora_rank:
-        lora.attach(model.host.block_modules, adapter.lora_rank, adapter.tensors)
+        lora.attach(_host(model).block_modules, adapter.lora_rank, adapter.tensors)
     wanted = dict(tree_flatten(model.parameters()))
     theirs = {} if adapter is None else adapters.names_in_model(wanted)
     check_tensors(path, {n: x for n, x in wanted.items() if n not in theirs.values()}, tensors)
@@ -185,10 +185,15 @@ def read_model(
         )
     if adapter is not None:
         model.load_weights(list(weights.items()), strict=False)
-        h, _ = model.host.hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        h, _ = _host(model).hidden(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
         loaded = adapter.weights(h.dtype)
         weights.update({mine: loaded[n] for n, mine in theirs.items()})
     return model, config, weights
+
+
+def _host(model):
+    """The model that sleep layers were put into; itself where there are none."""
+    return getattr(model, "host", model)
 
 
 def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:

@@ -13,7 +13,10 @@ from ..utils.errors import UserError
 from .layers import dense
 
 _NAME = re.compile(
-    r"(?:.*\.)?(layers\.(?P<block>\d+)\.self_attn\.(?P<layer>\w+)\.lora_(?P<part>[ab]))"
+    r"(?:.*\.)?(layers\.(?P<block>\d+)\.(?P<layer>\w+(?:\.\w+)*)\.lora_(?P<part>[ab]))"
+)
+_MLP = re.compile(
+    r"mlp|moe|feed_forward|ffn|expert|router|(^|\.)(gate_proj|up_proj|down_proj|fc\d|w[123])$"
 )
 
 
@@ -37,6 +40,9 @@ class LoRAQuantizedLinear(_LowRank, nn.QuantizedLinear):
     """A quantized linear layer with a low-rank change, which is not quantized."""
 
 
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+
+
 def attach(blocks: list[nn.Module], rank: int, names: Collection[str]) -> None:
     """Give projections a change of rank `rank`, zero at first.
 
@@ -48,11 +54,22 @@ def attach(blocks: list[nn.Module], rank: int, names: Collection[str]) -> None:
         match = _NAME.fullmatch(name)
         if match is None or match["part"] == "b":
             continue
-        i = int(match["block"])
-        attention = blocks[i].get("self_attn", {}) if i < len(blocks) else {}
-        if type(attention.get(match["layer"])) not in (nn.Linear, nn.QuantizedLinear):
+        i, (*path, last) = int(match["block"]), match["layer"].split(".")
+        owner = blocks[i] if i < len(blocks) else {}
+        for part in path:
+            owner = owner.get(part, {}) if isinstance(owner, dict) else {}
+        if not isinstance(owner, dict) or type(owner.get(last)) not in _LINEAR:
             raise UserError(f"the model has no layer for the low-rank change {name}")
-        attention[match["layer"]] = _changed(attention[match["layer"]], rank)
+        owner[last] = _changed(owner[last], rank)
+
+
+def projections(block: nn.Module) -> list[str]:
+    """The linear layers of a block's mixers and attention, by their names in it; not the MLP's."""
+    return sorted(
+        name
+        for name, module in block.named_modules()
+        if type(module) in _LINEAR and not _MLP.search(name)
+    )
 
 
 def _changed(linear: nn.Linear | nn.QuantizedLinear, rank: int) -> nn.Module:

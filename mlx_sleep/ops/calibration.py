@@ -13,7 +13,7 @@ import numpy as np
 
 from ..utils.files import one_line
 from . import conv, gated_delta, mixers, ssd
-from .paths import by_verdict, candidates, forcing
+from .paths import MIXERS, by_verdict, candidates, forcing
 from .verdicts import Result, Shape, Trial, Verdict, judge, verdicts
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -23,6 +23,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "dynamic_conv": conv.dynamic_conv,
     "gated_delta_net": mixers.gated_delta_net,
     "mamba2": mixers.mamba2,
+    "delta_attention": mixers.delta_attention,
 }
 DEFINITIONS = {**OPS, "gated_delta": gated_delta.gated_delta_naive, "ssd": ssd.ssd_naive}
 """One token after the other; of convolutions and mixers the path on arrays, in float32."""
@@ -66,6 +67,19 @@ ARRAYS: dict[str, dict[str, tuple[str, ...]]] = {
         "D": ("Hv",),
         "state": ("B", "Hv", "Dv", "Dk"),
     },
+    "delta_attention": {
+        "q": ("B", "T", "HvDv"),
+        "k": ("B", "T", "HvDv"),
+        "v": ("B", "T", "HvDv"),
+        "z": ("B", "T", "Hv", "Dv"),
+        "a": ("B", "T", "Hv"),
+        "b": ("B", "T", "Hv"),
+        "conv": ("B", "K-1", "channels"),
+        "weight": ("channels", "K"),
+        "dt_bias": ("Hv",),
+        "norm_weight": ("Dv",),
+        "state": ("B", "Hv", "Dv", "Dk"),
+    },
 }
 """The arrays of each op, in the order of its arguments."""
 
@@ -102,7 +116,7 @@ def calibrate(
         return
     kept = verdicts()
     # A mixer on arrays runs the ops: theirs first.
-    for shape in sorted(shapes, key=lambda s: (s.op in ("gated_delta_net", "mamba2"), str(s))):
+    for shape in sorted(shapes, key=lambda s: (s.op in MIXERS, str(s))):
         if not again and kept.get(shape):
             continue
         if should_stop():
@@ -175,6 +189,8 @@ def _call(ops: dict[str, Callable[..., Any]], shape: Shape, inputs, mask):
         return op(*inputs[:6], mask, *inputs[6:])
     if shape.op == "gated_delta_net":
         return op(*inputs[:-1], 1e-6, inputs[-1], Hk, mask)
+    if shape.op == "delta_attention":
+        return op(*inputs[:-1], 1e-6, inputs[-1], mask)
     if shape.op == "mamba2":
         return op(*inputs, Hk, Dk, mask=mask)
     return op(*inputs, mask)
@@ -189,7 +205,7 @@ def _draw(shape: Shape, rng: np.random.Generator, B: int, T: int, padded: bool) 
         Hk, Hv, Dk, Dv, *rest = shape.sizes
         K = rest[0] if rest else 0
         names |= {"Hk": Hk, "Hv": Hv, "Dk": Dk, "Dv": Dv}
-        names |= {"2Hv": 2 * Hv, "channels": 2 * Hk * Dk + Hv * Dv}
+        names |= {"2Hv": 2 * Hv, "channels": 2 * Hk * Dk + Hv * Dv, "HvDv": Hv * Dv}
     names |= {"K": K, "K-1": K - 1}
     sizes = {name: [names[n] for n in letters] for name, letters in ARRAYS[shape.op].items()}
     arrays = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 custom_function: Any = mx.custom_function  # in MLX's stub a call of one gives `object`
 
@@ -46,21 +48,22 @@ def decay_matrix(g):
     can neither overflow nor meet inf - inf. It also needs C exponentials instead of C * C, which
     on the CPU is most of the time.
     """
-    causal, strict = _triangles(g)
-    return causal * mx.cumprod(mx.where(strict, mx.exp(g)[..., None], 1), axis=-2)
+    C = g.shape[-1]
+    held = mx.where(triangle(C, -1, mx.bool_), mx.exp(g)[..., None], 1)
+    return triangle(C, 0, g.dtype) * mx.cumprod(held, axis=-2)
 
 
 @decay_matrix.vjp
 def _decay_matrix_vjp(g, cotangent, decay):
     # log D_tj is the sum of g_r over j < r <= t, so g_r gathers t >= r and j < r.
-    _, strict = _triangles(g)
+    strict = triangle(g.shape[-1], -1, g.dtype)
     return (mx.cumsum(cotangent * decay, axis=-2, reverse=True) * strict).sum(axis=-1)
 
 
-def _triangles(g):
-    """The lower triangle of ones [C, C] with its diagonal, and as bool without."""
-    ones = mx.ones((g.shape[-1],) * 2, g.dtype)
-    return mx.tril(ones), mx.tril(ones, -1).astype(mx.bool_)
+@functools.cache
+def triangle(C: int, diagonal: int, dtype: mx.Dtype) -> mx.array:
+    """Ones [C, C] on and below a diagonal (0 the main one). Made once: making it is five ops."""
+    return mx.array(np.tri(C, k=diagonal), dtype)
 
 
 @custom_function

@@ -17,11 +17,22 @@ float32 throughout, or float64 when v is float64.
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
+import numpy as np
 
 from ..kernels import gated_delta as kernels
 from ..kernels.checks import check_rule
-from .chunks import custom_function, decay_matrix, heads_of, prepare, unstack, zero_state
+from .chunks import (
+    custom_function,
+    decay_matrix,
+    heads_of,
+    prepare,
+    triangle,
+    unstack,
+    zero_state,
+)
 from .paths import differentiable, run, shape_of
 
 CHUNK = 32  # tokens a chunk; a power of two
@@ -104,8 +115,7 @@ def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUN
     decay = decay_matrix(g)  # exp(G_t - G_j), [n, B, H, C, C]
     from_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
     to_end = mx.exp(mx.cumsum(g, axis=-1, reverse=True, inclusive=False))[..., None]
-    strict = mx.tril(mx.ones((C, C), g.dtype), -1)
-    A = beta * (decay * strict) * (k @ k.swapaxes(-1, -2))
+    A = beta * (decay * triangle(C, -1, g.dtype)) * (k @ k.swapaxes(-1, -2))
     inverse = unit_lower_inverse(A)
     u0 = inverse @ (beta * v)
     w = inverse @ (beta * from_start * k)
@@ -115,13 +125,13 @@ def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUN
         strict=True,
     )
 
-    o = []
+    o, state = [], state.swapaxes(-1, -2)  # S^T: all products with it are then of whole rows
     for q_i, k_i, u_i, w_i, within_i, through in rows:
-        u = u_i - w_i @ state.swapaxes(-1, -2)
-        o.append(q_i @ state.swapaxes(-1, -2) + within_i @ u)
-        state = through * state + u.swapaxes(-1, -2) @ k_i
+        u = mx.addmm(u_i, w_i, state, alpha=-1)
+        o.append(mx.addmm(q_i @ state, within_i, u))
+        state = mx.addmm(through * state, k_i.swapaxes(-1, -2), u)
     joined = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
-    return joined[:, :T].astype(dtype), state
+    return joined[:, :T].astype(dtype), state.swapaxes(-1, -2)
 
 
 @custom_function
@@ -132,20 +142,25 @@ def unit_lower_inverse(A: mx.array) -> mx.array:
     inverse. The power series of A costs as much, but loses all its digits when keys repeat.
     """
     C = A.shape[-1]
-    if C > 16:  # by quarters
+    if C > 16:  # by quarters, both on the diagonal at once
         h = C // 2
-        P, Q = unit_lower_inverse(A[..., :h, :h]), unit_lower_inverse(A[..., h:, h:])
+        P, Q = unstack(unit_lower_inverse(mx.stack([A[..., :h, :h], A[..., h:, h:]])))
         R = -(Q @ A[..., h:, :h] @ P)
         top = mx.concatenate([P, mx.zeros_like(R)], axis=-1)
         return mx.concatenate([top, mx.concatenate([R, Q], axis=-1)], axis=-2)
     # All blocks of one size at once; the products are too small to be worth taking apart.
-    inverse = mx.eye(C, dtype=A.dtype)
-    rows = mx.arange(C)
+    inverse = triangle(C, 0, A.dtype) - triangle(C, -1, A.dtype)
     for size in (1, 2, 4, 8)[: C.bit_length() - 1]:
-        same = rows[:, None] // (2 * size) == rows // (2 * size)
-        off = A * (same & (rows[:, None] // size > rows // size))
+        off = A * _lower_left(C, size, A.dtype)
         inverse = inverse - (off if size == 1 else inverse @ off @ inverse)
     return mx.broadcast_to(inverse, A.shape)
+
+
+@functools.cache
+def _lower_left(C: int, size: int, dtype: mx.Dtype) -> mx.array:
+    """Ones [C, C] in the lower left quarter of each block of 2 * size on the diagonal."""
+    rows = np.arange(C) // size
+    return mx.array((rows[:, None] == rows + 1) & (rows % 2 == 0), dtype)
 
 
 @unit_lower_inverse.vjp

@@ -1,7 +1,7 @@
 """SSM mixers between their projections: convolution, gates, fast weights, read-out.
 
-Each is one function for any number of tokens. A single token (the wake step) of Gated DeltaNet
-and Mamba-2 is one launch where its path is "metal"; all else is made of this package's ops. All
+Each is one function for any number of tokens. A single token (the wake step) is one launch where
+its path is "metal"; all else is made of this package's ops. All
 are differentiable in every array. Shapes shared by all, as in `gated_delta`:
 
     state   [B, Hv, Dv, Dk]     float32; None is zero
@@ -19,6 +19,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..kernels import delta_attention as delta_attention_kernels
 from ..kernels import gated_delta as gated_delta_kernels
 from ..kernels import ssd as ssd_kernels
 from .activations import silu
@@ -113,7 +114,9 @@ def mamba2(
 
 
 def delta_attention(
-    qkv,
+    q,
+    k,
+    v,
     z,
     a,
     b,
@@ -129,7 +132,7 @@ def delta_attention(
 ):
     """The gated delta rule with q, k, v like those of softmax attention: no activation on them.
 
-    qkv          [B, T, 3 Hv D]  before the convolution; Dk = Dv = D
+    q, k, v      [B, T, Hv D]    before the convolution; Dk = Dv = D. `conv` has them side by side
     z            [B, T, Hv, D]   output gate, before 2 sigmoid
     a, b         [B, T, Hv]      the decay's input and beta's, before their activations
     conv_weight  [3 Hv D, K]; norm_weight [D]
@@ -139,22 +142,41 @@ def delta_attention(
                  state is [B / windows, Hv, D, D]. Padding is then marked by `write`, not `mask`
 
     q and k have length 1. log a_t = -softplus(a + dt_bias), b_t = sigmoid(b). All but the
-    convolution is float32 (float64 when qkv is).
+    convolution is float32 (float64 when q is).
     """
-    B, T, H, D = z.shape
-    dtype = mx.float64 if qkv.dtype == mx.float64 else mx.float32
-    x, conv = short_conv(qkv, conv_weight, conv, mask)
-    q, k, v = (y.reshape(B, T, H, D) for y in mx.split(x.astype(dtype), 3, axis=-1))
-    g, beta = -nn.softplus(a.astype(dtype) + dt_bias), mx.sigmoid(b.astype(dtype))
-    if write is not None:
-        g, beta = (mx.where(write[..., None], y, 0) for y in (g, beta))
-    inputs = (l2_norm(q), l2_norm(k), v, g, beta)
-    if windows > 1:
-        inputs = tuple(y.reshape(B // windows, windows * T, *y.shape[2:]) for y in inputs)
-    o, state = gated_delta(*inputs, state, mask)
-    o = o.reshape(B, T, H, D)
-    o = mx.fast.rms_norm(o, norm_weight.astype(dtype), norm_eps) * 2 * mx.sigmoid(z.astype(dtype))
-    return o.astype(qkv.dtype), conv, state
+    (B, T, H, D), K = z.shape, conv_weight.shape[1]
+    if conv is None:
+        conv = mx.zeros((B, K - 1, 3 * H * D), q.dtype)
+    if state is None:
+        state = mx.zeros((B // windows, H, D, D), mx.float32)
+
+    def arrays(q, k, v, z, a, b, conv, conv_weight, dt_bias, norm_weight, state):
+        dtype = mx.float64 if q.dtype == mx.float64 else mx.float32
+        qkv = mx.concatenate([q, k, v], axis=-1)
+        x, conv = short_conv(qkv, conv_weight, conv, mask)
+        q, k, v = (y.reshape(B, T, H, D) for y in mx.split(x.astype(dtype), 3, axis=-1))
+        g, beta = -nn.softplus(a.astype(dtype) + dt_bias), mx.sigmoid(b.astype(dtype))
+        if write is not None:
+            g, beta = (mx.where(write[..., None], y, 0) for y in (g, beta))
+        inputs = (l2_norm(q), l2_norm(k), v, g, beta)
+        if windows > 1:
+            inputs = tuple(y.reshape(B // windows, windows * T, *y.shape[2:]) for y in inputs)
+        o, state = gated_delta(*inputs, state, mask)
+        o = mx.fast.rms_norm(o.reshape(B, T, H, D), norm_weight.astype(dtype), norm_eps)
+        return (o * 2 * mx.sigmoid(z.astype(dtype))).astype(qkv.dtype), conv, state
+
+    def launch(q, k, v, z, a, b, conv, conv_weight, dt_bias, norm_weight, state):
+        token = (x[:, 0] for x in (q, k, v, z, a, b))
+        weights = conv_weight, dt_bias, norm_weight, norm_eps
+        writes = None if write is None else write[:, 0]
+        o, conv, state = delta_attention_kernels.step(*token, conv, *weights, state, writes)
+        return o[:, None], conv, state
+
+    inputs = q, k, v, z, a, b, conv, conv_weight, dt_bias, norm_weight, state
+    one = T == 1 and mask is None and windows == 1
+    if one and _fused("delta_attention", (H, H, D, D, K), inputs):
+        return _one_launch(launch, arrays, inputs)
+    return arrays(*inputs)
 
 
 def l2_norm(x, eps: float = 1e-6):

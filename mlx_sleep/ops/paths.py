@@ -28,6 +28,8 @@ VARIABLE = "MLX_SLEEP_KERNELS"
 """Environment variable: `metal` forces this package's Metal kernels, `array` the paths on arrays;
 unset, verdicts decide."""
 
+MIXERS = ("gated_delta_net", "mamba2", "delta_attention")
+
 MLX_HEADS: set[tuple[int, ...]] = {
     (16, 16, 128, 128),
     (16, 32, 128, 128),
@@ -52,7 +54,7 @@ def candidates(shape: Shape) -> tuple[str, ...]:
     if op in ("short_conv", "dynamic_conv"):
         return ("metal", "array") if sizes[-1] > 1 else ("array",)
     metal = ("metal",) if supported(*sizes[2:4]) else ()
-    if op in ("gated_delta_net", "mamba2"):
+    if op in MIXERS:
         return (*metal, "array") if use == "token" and sizes[-1] > 1 else ("array",)
     mlx = ("mlx.fast",) if op == "gated_delta" and sizes in MLX_HEADS else ()
     return (*metal, *mlx, "step" if use == "token" else "chunk")

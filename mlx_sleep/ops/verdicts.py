@@ -32,7 +32,8 @@ from ..utils.files import one_line
 class Shape(NamedTuple):
     """What one verdict is about: inputs that differ in batch and number of tokens alone.
 
-    op      gated_delta, ssd, short_conv, dynamic_conv; a whole mixer: gated_delta_net, mamba2
+    op      gated_delta, ssd, short_conv, dynamic_conv; a whole mixer: gated_delta_net, mamba2,
+            delta_attention
     use     "token" (T = 1), "prompt" (more tokens) or "gradient"
     sizes   Hk, Hv, Dk, Dv, and of a mixer K; of a convolution C, K
     dtypes  of the arrays, in the order of the op's arguments

@@ -3,7 +3,7 @@
 Jobs are started in the order in which they came, one at a time a memory and a few at once in all;
 those under way take turns token by token, so that a long reply holds nobody up. When none is left,
 the memories with something in their window sleep, each after its own idle time; a new job cancels
-that within one block of the model.
+that within one block of the model. What nobody uses any more is put away.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ AT_ONCE = 4
 
 QUEUED, QUEUED_A_MEMORY = 64, 4
 """Jobs that may wait, in all and for one memory."""
+
+UNUSED = 300.0
+"""Seconds after which a session that has slept is put away, so that a chat may open its memory."""
 
 ASK_AGAIN = 30.0
 """Seconds until `may_sleep` is asked again."""
@@ -89,6 +92,7 @@ class Engine:
                 for job, work in list(self._running):
                     self._step(job, work)
                 if not self._running and not self._waiting and not self._sleep_one():
+                    self._put_away()
                     self._wait()
         finally:
             self._end()
@@ -150,20 +154,34 @@ class Engine:
         return [
             slot
             for slot in self.sessions.slots
-            if slot.name is not None
+            if self._idle
+            and slot.name is not None
             and slot.name not in self._gave_up
             and slot.session.can_sleep
             and slot.session.pending
         ]
 
     def _due(self, slot: Slot) -> float:
-        return slot.used + self._idle if self._idle else float("inf")
+        return slot.used + self._idle
+
+    def _unused(self) -> list[Slot]:
+        """What has nothing to sleep over, or never will sleep."""
+        sleepers = self._sleepers()
+        return [slot for slot in self.sessions.slots if slot not in sleepers]
+
+    def _put_away(self) -> None:
+        for slot in self._unused():
+            if slot.used + UNUSED <= time.monotonic():
+                try:
+                    self.sessions.drop(slot)
+                except UserError as error:
+                    traceback.print_exception(error)
 
     def _wait(self) -> None:
-        """Until a job comes or a sleep is due."""
-        soonest = min(map(self._due, self._sleepers()), default=float("inf"))
-        soonest = max(soonest, self._asked + ASK_AGAIN)
-        left = soonest - time.monotonic()
+        """Until a job comes, a sleep is due, or something is to be put away."""
+        sleep = min(map(self._due, self._sleepers()), default=float("inf"))
+        away = min((slot.used + UNUSED for slot in self._unused()), default=float("inf"))
+        left = min(max(sleep, self._asked + ASK_AGAIN), away) - time.monotonic()
         with self._changed:
             if not self._waiting and not self._stopping:
                 self._changed.wait(None if left == float("inf") else max(left, 0.0))

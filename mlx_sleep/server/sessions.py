@@ -20,7 +20,7 @@ from .conversation import Conversation, Pair
 from .wire import ApiError
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A session in RAM. name is None for a guest's. Read by other threads, changed by the engine's.
 

@@ -2,8 +2,8 @@
 
 Under a hard eviction attention and MLPs see one window at a time, so with N = 1 all windows of a
 life run at once: as rows of a batch for them, and as one sequence for the delta rule. More passes
-need Algorithm 1 (arXiv 2605.26099) window by window. What a batch holds is numpy's; nothing here
-knows where lives come from.
+need Algorithm 1 (arXiv 2605.26099) window by window, as do models with fast weights of their own.
+What a batch holds is numpy's; nothing here knows where lives come from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..models.base import evict
 from ..models.inserted import Inserted
 from ..models.lora import left_out
 from ..sleep import passes_over
@@ -80,13 +81,23 @@ def life_batch(arrays: dict[str, np.ndarray], fold: str = "all") -> LifeBatch:
     )
 
 
-def life_hidden(model: Inserted, tokens, write, passes: int = 1):
-    """h [B, W, T, hidden] of the wake pass over each window, with a sleep after each.
+def life_hidden(model, tokens, write, passes: int = 1):
+    """h [B, W, T, hidden] of a SleepModel's wake pass over each window, with a sleep after each.
 
-    tokens [B, W, T] int32, write [B, W, T] bool (False at padding too); S is zero at first. The
-    model's eviction is hard, and its sleep layers are of delta attention.
+    tokens [B, W, T] int32, write [B, W, T] bool (False at padding too, and nowhere else in models
+    that fold all); S is zero at first. The model's eviction is hard.
     """
     B, W, T = tokens.shape
+    if not model.can_fold_user:
+        state, hs = model.init_state(B), []
+        for w in range(W):
+            h, after = model.hidden(tokens[:, w], state, write[:, w])
+            if passes == 1:  # the wake pass is the only pass
+                state = evict(after, model.sleep)
+            else:
+                state = passes_over(model, tokens[:, w], state, passes, write[:, w])
+            hs.append(h)
+        return mx.stack(hs, axis=1)
     if passes > 1:
         state, hs = model.init_state(B), []
         for w in range(W):
@@ -129,7 +140,7 @@ def base_hidden(model, batch: LifeBatch):
         return None
     windows = batch.tokens.reshape(-1, batch.tokens.shape[2])[batch.kl_windows]
     with left_out(model):
-        h, _ = model.host.hidden(windows)
+        h, _ = (model.host if isinstance(model, Inserted) else model).hidden(windows)
     return mx.stop_gradient(h.reshape(-1, h.shape[-1])[batch.kl_base_at])
 
 

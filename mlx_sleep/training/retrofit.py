@@ -1,4 +1,5 @@
-"""Trains sleep layers in a model that stays as it is: a run is a folder, and can be gone on with.
+"""Trains sleep layers in a model that stays as it is, or low-rank changes of one that has fast
+weights: a run is a folder, and can be gone on with.
 
     recipe.json                 the settings; a folder goes on with the same ones alone
     metrics.jsonl               a line for every step, and one for every evaluation
@@ -6,7 +7,8 @@
     adapters.safetensors, adapter_config.json    what came of it (models/adapter.py)
 
 Muon for the matrices of the sleep layers, AdamW for the rest, low-rank changes at a rate of their
-own. Nothing here knows where the lives come from, or a terminal.
+own. Several processes (mlx.launch) average their gradients; the first one alone evaluates and
+writes. Nothing here knows where the lives come from, or a terminal.
 """
 
 from __future__ import annotations
@@ -57,14 +59,31 @@ def prepare(host, layers: list[dict], modules: list, *, gain: float = 0.05, lora
     for layer in modules:
         layer.gain = mx.full(layer.gain.shape, gain)
     if lora_rank:
-        blocks = range(layers[0]["before"], host.num_layers)
-        names = [
-            f"layers.{i}.self_attn.{n}_proj.lora_{ab}"
-            for i in blocks
-            for n in "qkvo"
-            for ab in "ab"
-        ]
-        lora.attach(host.block_modules, lora_rank, names)
+        _change(host, lora_rank, layers[0]["before"])
+    return _frozen_but(model, modules)
+
+
+def prepare_hybrid(host, *, lora_rank: int):
+    """A model with fast weights of its own, to train: low-rank changes of its mixers and its
+    attention from the first looped block on, in float32; all else frozen."""
+    _change(host, lora_rank, (host.sleep.loop_range or (0,))[0])
+    return _frozen_but(host, [])
+
+
+def _change(host, rank: int, first: int) -> None:
+    names = [
+        f"layers.{i}.{name}.lora_{part}"
+        for i, block in enumerate(host.block_modules)
+        if i >= first
+        for name in lora.projections(block)
+        for part in "ab"
+    ]
+    if not names:
+        raise UserError("the model has no linear layers in its mixers that could be changed")
+    lora.attach(host.block_modules, rank, names)
+
+
+def _frozen_but(model, modules: list):
     model.freeze()
     for layer in modules:
         layer.unfreeze()
@@ -120,10 +139,16 @@ class Retrofit:
         self.optimizer = optim.MultiOptimizer([muon, *adamws], [is_projection, is_low_rank])
         self.optimizer.init(model.trainable_parameters())
         self.passes, self.fold = model.sleep.passes, model.sleep.fold
+        self.group = mx.distributed.init()
         self.step, self.tokens, self.seconds, self.stage = 0, 0, 0.0, 0
         self.figures: dict[str, float] = {}
         self.asked: deque[int] = deque()  # stages of the batches that are under way
-        self.stopped = False
+        self.told_to_stop = self.stopped = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that evaluates and writes: the only one, or the first."""
+        return self.group.rank() == 0
 
     @property
     def progress(self) -> float:
@@ -138,6 +163,7 @@ class Retrofit:
         isn't finite: the checkpoint before it stays.
         """
         self._open(resume)
+        self._agree_on_start()
         before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._train(on_row)
@@ -146,7 +172,12 @@ class Retrofit:
                 signal.signal(number, handler)
 
     def _interrupted(self, *_) -> None:
-        self.stopped = True
+        self.told_to_stop = True
+
+    def _stops(self) -> bool:
+        if self.group.size() == 1:  # several agree on it in `_agree`
+            self.stopped = self.told_to_stop
+        return self.stopped
 
     def _train(self, on_row: Callable[[dict], None]) -> None:
         calibrate(self.model, gradients=True)
@@ -155,16 +186,19 @@ class Retrofit:
         metrics = Metrics(self.folder)
 
         def note(row):
-            metrics.append(row)
-            on_row(row)
+            if self.leads:
+                metrics.append(row)
+                on_row(row)
 
-        while self.progress < 1 and not self.stopped:
+        while self.progress < 1 and not self._stops():
             started = time.perf_counter()
             note(self._update(life_batch(next(made), self.fold), started))
-            if time.perf_counter() - evaluated > self.every:
+            if self.leads and time.perf_counter() - evaluated > self.every:
                 self.save()
                 note(self.evaluate())
                 evaluated = time.perf_counter()
+        if not self.leads:
+            return
         self.save()
         if not self.stopped:
             note(self.evaluate())
@@ -187,6 +221,7 @@ class Retrofit:
         base = base_hidden(self.model, batch)
         grad = nn.value_and_grad(self.model, life_loss)
         (loss, hits, kl), grads = grad(self.model, batch, base, self.passes)
+        grads = nn.average_gradients(grads, self.group)
         grads, norm = optim.clip_grad_norm(grads, self.clip)
         for what, x in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(x.item()):
@@ -196,8 +231,8 @@ class Retrofit:
                 )
         self.optimizer.update(self.model, grads)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        seconds = time.perf_counter() - started
-        self.step, self.tokens = self.step + 1, self.tokens + batch.real
+        real, seconds = self._agree(batch.real, time.perf_counter() - started)
+        self.step, self.tokens = self.step + 1, self.tokens + real
         self.seconds += seconds
         values = int(np.array(batch.value).sum())
         return {
@@ -209,8 +244,30 @@ class Retrofit:
             "kl": kl.item(),
             "accuracy": hits.item() / values if values else None,
             "grad_norm": norm.item(),
-            "tokens_per_second": batch.real / seconds,
+            "tokens_per_second": real / seconds,
         }
+
+    def _agree_on_start(self) -> None:
+        """The first process's parameters in all of them."""
+        if self.group.size() == 1:
+            return
+        named = dict(tree_flatten(self.model.trainable_parameters()))
+        own = {n: x if self.leads else mx.zeros_like(x) for n, x in named.items()}
+        same = [(n, mx.distributed.all_sum(x, group=self.group)) for n, x in own.items()]
+        self.model.load_weights(same, strict=False)
+        mx.eval(self.model.trainable_parameters())
+
+    def _agree(self, real: int, seconds: float) -> tuple[int, float]:
+        """(tokens of a step in all processes, its mean seconds); all stop where one was told to.
+
+        They must spend the budget alike: rates, stages and the last step follow from it.
+        """
+        if self.group.size() == 1:
+            return real, seconds
+        own = mx.array([real, seconds, self.told_to_stop], mx.float32)
+        tokens, total, stops = np.array(mx.distributed.all_sum(own, group=self.group))
+        self.stopped = bool(stops)
+        return int(tokens), float(total) / self.group.size()
 
     def evaluate(self) -> dict:
         """Shares of tokens predicted right in the unseen lives: of values, with S kept from window
@@ -236,6 +293,10 @@ class Retrofit:
 
     def _open(self, resume: bool) -> None:
         recipe = self.folder / "recipe.json"
+        if not self.leads:
+            if resume:
+                self._load()
+            return
         if resume and not recipe.exists():
             raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
         if not resume and recipe.exists():

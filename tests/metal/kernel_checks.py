@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sleep.kernels import conv, gated_delta, ssd
+from mlx_sleep.kernels import conv, delta_attention, gated_delta, ssd
 from mlx_sleep.ops.conv import short_conv
 from mlx_sleep.ops.gated_delta import gated_delta_naive
 from mlx_sleep.ops.ssd import ssd_naive
@@ -73,6 +73,27 @@ def draw_ssd_mixer(rng, B, Hk, Hv, Dk, Dv, K):
     shapes = [(B, channels), (B, Hv), (B, K - 1, channels), (channels, K), (channels,)]
     shapes += [(Hv,)] * 3 + [(B, Hv, Dv, Dk)]
     return [*(mx.array(rng.standard_normal(s), mx.float32) for s in shapes), Hk]
+
+
+def delta_attention_mixer(q, k, v, z, a, b, conv, weight, dt_bias, norm, eps, state, write=None):
+    """The mixer of models/delta_attention.py between its projections, for one token, in arrays."""
+    B, H, D = z.shape
+    x, conv = short_conv(mx.concatenate([q, k, v], axis=-1)[:, None], weight, conv)
+    q, k, v = (y.reshape(B, 1, H, D) for y in mx.split(x, 3, axis=-1))
+    q, k = (y * mx.rsqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+    g, beta = -nn.softplus(a + dt_bias)[:, None], mx.sigmoid(b)[:, None]
+    if write is not None:
+        g, beta = (mx.where(write[:, None, None], y, 0) for y in (g, beta))
+    o, state = gated_delta_naive(q, k, v, g, beta, state)
+    return mx.fast.rms_norm(o[:, 0], norm, eps) * 2 * mx.sigmoid(z), conv, state
+
+
+def draw_delta_attention_mixer(rng, B, Hv, Dv, K, **_same):
+    H, D = Hv, Dv
+    shapes = [(B, H * D)] * 3 + [(B, H, D), (B, H), (B, H), (B, K - 1, 3 * H * D)]
+    shapes += [(3 * H * D, K), (H,), (D,)]
+    arrays_ = [mx.array(rng.standard_normal(s), mx.float32) for s in shapes]
+    return [*arrays_, 1e-5, mx.array(rng.standard_normal((B, H, D, D)), mx.float32)]
 
 
 def draw_conv(rng, dynamic, B=2, T=7, C=5, K=4):
@@ -137,10 +158,10 @@ def _backward(kernels, naive, shape, *D):
     assert all(mx.array_equal(x, y) for x, y in zip(got, again, strict=True))
 
 
-def _step(kernels, draw_mixer, mixer, B, *limits):
+def _step(kernels, draw_mixer, mixer, B, *more, Dv=40):
     rng = np.random.default_rng()
     Hk, Hv = (2, 4) if B > 1 else (1, 1)
-    inputs = [*draw_mixer(rng, B=B, Hk=Hk, Hv=Hv, Dk=136, Dv=40, K=4), *limits]
+    inputs = [*draw_mixer(rng, B=B, Hk=Hk, Hv=Hv, Dk=136, Dv=Dv, K=4), *more]
     assert_close(kernels.step(*inputs), [np.array(x) for x in mixer(*inputs)], 5e-6)
 
 
@@ -198,6 +219,19 @@ CHECKS = {
     "ssd_step": (
         lambda: _step(ssd, draw_ssd_mixer, ssd_mixer, 1, (0.1, 1.5)),
         lambda: _step(ssd, draw_ssd_mixer, ssd_mixer, 2, (0.1, 1.5)),
+    ),
+    "delta_attention_step": (
+        lambda: _step(delta_attention, draw_delta_attention_mixer, delta_attention_mixer, 1),
+        lambda: _step(
+            delta_attention,
+            draw_delta_attention_mixer,
+            delta_attention_mixer,
+            2,
+            mx.array([False, True]),
+        ),
+        lambda: _step(
+            delta_attention, draw_delta_attention_mixer, delta_attention_mixer, 1, Dv=136
+        ),
     ),
     "conv_forward": (lambda: _conv(False, False), lambda: _conv(False, True)),
     "conv_backward": (lambda: _conv(True, False), lambda: _conv(True, True)),

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
-from mlx_sleep.kernels import chunks, conv, gated_delta, source, ssd
+from mlx_sleep.kernels import chunks, conv, delta_attention, gated_delta, source, ssd
 
 from . import harness
 from .harness import build
@@ -36,6 +36,7 @@ assert mlx_sleep  # imported for its effect
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 source.without_metal = harness.metal_kernel
+KERNELS = (chunks, conv, delta_attention, gated_delta, ssd)
 FLIPS = {
     "+": "-",
     "-": "+",
@@ -131,7 +132,7 @@ def judge(file: str, new: str, names: list[str], compiled: str, queue) -> None:
         def kernel(path, name):
             return changed.get(name) or real(path, name) if path == file else real(path, name)
 
-        for module in (chunks, conv, gated_delta, ssd):
+        for module in KERNELS:
             module.kernel = kernel
         try:
             run_checks(names)
@@ -168,7 +169,7 @@ class Results:
             HERE.parent / "ops_reference.py",
             Path(build.__file__),
         ]
-        for module in (harness, chunks, conv, gated_delta, ssd):
+        for module in (harness, *KERNELS):
             deciding.append(Path(module.__file__))
         deciding += [build.HERE / name for name in ("msl.h", "runtime.h", "runtime.cpp")]
         self._basis = "\0".join(path.read_text() for path in deciding)

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import gated_delta as mlx_lm
 
 from mlx_sleep.cli.output import emit
-from mlx_sleep.kernels import conv, gated_delta, source, ssd
+from mlx_sleep.kernels import conv, delta_attention, gated_delta, source, ssd
 from mlx_sleep.lab.bench.kernels import (
     DIMS,
     Inputs,
@@ -85,6 +85,8 @@ def rows(tokens: int = 2048) -> Iterator[dict]:
     yield _row(_count("ssd_prefill", DIMS[0], tokens, ssd.prefill, rule_inputs))
     yield _row(_count("ssd_backward", DIMS[0], tokens, ssd.backward, backward_inputs))
     yield _row(_count("ssd_step", DIMS[0], 1, ssd.step, _ssd_step_inputs))
+    attention = delta_attention.step, _attention_step_inputs
+    yield _row(_count("delta_attention_step", (64, 64), 1, *attention))
     for name, run in (("conv_forward", conv.forward), ("conv_backward", conv.backward)):
         yield _row(_count(name, (64, 4), tokens, run, conv_inputs(run is conv.backward)))
 
@@ -194,6 +196,11 @@ def _ssd_step_inputs(_T: int, Dk: int, Dv: int, K: int = 4) -> list:
     C = 2 * Dk + Dv
     shapes = (1, C), (1, 1), (1, K - 1, C), (C, K), (C,), (1,), (1,), (1,), (1, 1, Dv, Dk)
     return [*random_arrays(*shapes), 1, (0.0, float("inf"))]
+
+
+def _attention_step_inputs(_T: int, D: int, _same: int, K: int = 4) -> list:
+    shapes = *[(1, D)] * 3, (1, 1, D), (1, 1), (1, 1), (1, K - 1, 3 * D), (3 * D, K), (1,), (D,)
+    return [*random_arrays(*shapes), 1e-6, *random_arrays((1, 1, D, D))]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,16 +19,21 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_sleep.kernels import chunks, conv, gated_delta, source, ssd
+from mlx_sleep.kernels import chunks, conv, delta_attention, gated_delta, source, ssd
 
 from . import harness
 from .harness import build
-from .kernel_checks import draw_conv, draw_gated_delta_mixer, draw_ssd_mixer
+from .kernel_checks import (
+    draw_conv,
+    draw_delta_attention_mixer,
+    draw_gated_delta_mixer,
+    draw_ssd_mixer,
+)
 
 assert mlx_sleep  # imported for its effect
 HERE = Path(__file__).parent / "address_spaces"
 FLAGS = ("-x", "c++", "-std=c++14", "-fsyntax-only", "-nostdinc", "-nostdinc++", "-w", "-I", HERE)
-FILES = ("conv.metal", "gated_delta.metal", "ssd.metal")
+FILES = ("conv.metal", "delta_attention.metal", "gated_delta.metal", "ssd.metal")
 TYPES = (mx.float32, mx.float16, mx.bfloat16)
 # B, T, Hk, Hv, Dk, Dv: every input small enough for the constant address space, and others.
 SHAPES = (
@@ -85,7 +90,7 @@ def launched(monkeypatch):
         inputs = source.PREFIX + name, known.inputs, known.outputs, known.body, known.header
         return harness.metal_kernel(*inputs, wrap=msl, launch=launch)
 
-    for module in (chunks, conv, gated_delta, ssd):
+    for module in (chunks, conv, delta_attention, gated_delta, ssd):
         monkeypatch.setattr(module, "kernel", kernel)
     return texts
 
@@ -111,6 +116,9 @@ def launch_steps(rng, B, T, Hk, Hv, Dk, Dv, dtype, masked):
     gated_delta.step(*(x.astype(dtype) for x in inputs), eps, state, Hk)
     *inputs, state, Hk = draw_ssd_mixer(rng, **shape)
     ssd.step(*(x.astype(dtype) for x in inputs), state, Hk, (0.0, float("inf")))
+    *inputs, eps, state = draw_delta_attention_mixer(rng, **shape)
+    write = mx.ones((B,), mx.bool_) if masked else None
+    delta_attention.step(*(x.astype(dtype) for x in inputs), eps, state, write)
 
 
 def launch_convs(rng, B, T, dtype, masked):
@@ -209,4 +217,4 @@ def test_no_name_is_one_of_mlx_lm(monkeypatch):
     texts = [path.read_text() for path in folder.glob("*.py")]
     theirs = {name for text in texts for name in re.findall(r'\bname=f?"(\w+)', text)}
     assert "gated_delta_step" in theirs and theirs.isdisjoint(made)
-    assert len(set(made)) == len(made) == 8 and all(n.startswith("mlx_sleep_") for n in made)
+    assert len(set(made)) == len(made) == 9 and all(n.startswith("mlx_sleep_") for n in made)

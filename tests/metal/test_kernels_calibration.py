@@ -66,6 +66,7 @@ CASES = [
     ("dynamic_conv", (24, 3), 3, ("token", "prompt", "gradient")),
     ("gated_delta_net", (*HEADS, 4), 9, ("token",)),
     ("mamba2", (*HEADS, 4), 9, ("token",)),
+    ("delta_attention", (2, 2, 32, 32, 4), 11, ("token",)),
 ]
 
 

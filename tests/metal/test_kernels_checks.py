@@ -6,12 +6,17 @@ import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import mlx.core as mx
 import pytest
 
-from mlx_sleep.kernels import conv, gated_delta, ssd
+from mlx_sleep.kernels import conv, delta_attention, gated_delta, ssd
 from mlx_sleep.ops.paths import VARIABLE
 from tests.ops_reference import NAMES, arrays, draw
 from tests.rules import RULES
 
-from .kernel_checks import draw_conv, draw_gated_delta_mixer, draw_ssd_mixer
+from .kernel_checks import (
+    draw_conv,
+    draw_delta_attention_mixer,
+    draw_gated_delta_mixer,
+    draw_ssd_mixer,
+)
 
 assert mlx_sleep  # imported for its effect
 SHAPE = {"T": 3, "Dk": 32, "Dv": 40}
@@ -73,6 +78,11 @@ STEPS = {
         ssd.step,
         lambda rng: [*draw_ssd_mixer(rng, B=2, Hk=1, Hv=2, Dk=32, Dv=40, K=4), (0.0, 1.0)],
         ("xBC", "dt", "conv", None, "conv_bias", "A_log", "dt_bias", "D"),
+    ),
+    "delta_attention": (
+        delta_attention.step,
+        lambda rng: draw_delta_attention_mixer(rng, B=2, Hv=2, Dv=32, K=4),
+        ("q", "k", "v", "z", "a", "b", "conv", None, "dt_bias", "norm_weight"),
     ),
 }
 

@@ -12,14 +12,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sleep.kernels import chunks, conv, gated_delta, source, ssd
+from mlx_sleep.kernels import chunks, conv, delta_attention, gated_delta, source, ssd
+from mlx_sleep.ops import mixers
 from mlx_sleep.ops.conv import short_conv
 from mlx_sleep.ops.mixers import gated_delta_net, mamba2
 from mlx_sleep.ops.paths import VARIABLE
 from tests.ops_reference import arrays, assert_close, draw
 from tests.rules import RULES
 
-from .kernel_checks import draw_conv, draw_gated_delta_mixer, draw_ssd_mixer
+from .kernel_checks import (
+    draw_conv,
+    draw_delta_attention_mixer,
+    draw_gated_delta_mixer,
+    draw_ssd_mixer,
+)
 
 assert mlx_sleep  # imported for its effect
 
@@ -34,6 +40,12 @@ def ssd_token(rng):
     *inputs, Hk = draw_ssd_mixer(rng, B=1, Hk=1, Hv=2, Dk=32, Dv=32, K=4)
     token = [x[:, None] for x in inputs[:2]]
     return [*token, *inputs[2:]], lambda *x: mamba2(*x, Hk, 32, (0.1, 1.0))
+
+
+def attention_token(rng):
+    *inputs, eps, state = draw_delta_attention_mixer(rng, B=1, Hv=2, Dv=32, K=4)
+    token = [x[:, None] for x in inputs[:6]]
+    return [*token, *inputs[6:], state], lambda *x: mixers.delta_attention(*x[:-1], eps, x[-1])
 
 
 def rule_case(name, **more):
@@ -51,6 +63,7 @@ CASES = {
     "conv": lambda rng: (arrays(draw_conv(rng, dynamic=False)), short_conv),
     "gated_delta_net, a token": gated_delta_token,
     "mamba2, a token": ssd_token,
+    "delta attention, a token": attention_token,
 }
 
 
@@ -99,7 +112,7 @@ def test_the_metal_path(monkeypatch, rng, what):
 
         return stand_in
 
-    for module in (chunks, conv, gated_delta, ssd):
+    for module in (chunks, conv, delta_attention, gated_delta, ssd):
         monkeypatch.setattr(module, "kernel", kernel)
     inputs, op = CASES[what](rng)
     run = with_gradients(op, inputs, arrays(rng.standard_normal(x.shape) for x in op(*inputs)))

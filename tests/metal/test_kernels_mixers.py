@@ -9,12 +9,19 @@ import pytest
 
 from mlx_sleep.kernels.source import PREFIX
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
-from mlx_sleep.ops.mixers import gated_delta_net, mamba2
+from mlx_sleep.ops.mixers import delta_attention, gated_delta_net, mamba2
 from mlx_sleep.ops.paths import VARIABLE
 from tests.ops_reference import assert_close
 
 from . import harness
-from .kernel_checks import draw_gated_delta_mixer, draw_ssd_mixer, gated_delta_mixer, ssd_mixer
+from .kernel_checks import (
+    delta_attention_mixer,
+    draw_delta_attention_mixer,
+    draw_gated_delta_mixer,
+    draw_ssd_mixer,
+    gated_delta_mixer,
+    ssd_mixer,
+)
 
 assert mlx_sleep  # imported for its effect
 pytestmark = pytest.mark.kernels
@@ -44,7 +51,19 @@ def ssd_case(rng):
     return inputs, op, lambda *x: ssd_mixer(*x, Hk, LIMITS)
 
 
-CASES = {"gated_delta": gated_delta_case, "ssd": ssd_case}
+def attention_case(rng):
+    *inputs, eps, state = draw_delta_attention_mixer(rng, **SHAPE)
+
+    def op(*inputs, mask=None, write=None):
+        *inputs, state = inputs
+        token = (x[:, None] for x in inputs[:6])
+        return delta_attention(*token, *inputs[6:], eps, state, mask, write)
+
+    return [*inputs, state], op, lambda *x: delta_attention_mixer(*x[:-1], eps, x[-1])
+
+
+CASES = {"gated_delta": gated_delta_case, "ssd": ssd_case, "delta_attention": attention_case}
+CONV = {"gated_delta": 3, "ssd": 2, "delta_attention": 6}  # its place among the inputs
 
 
 def names(launches):
@@ -73,10 +92,24 @@ def test_padding_takes_the_ops(monkeypatch, rng, rule):
     with harness.launches() as launches:
         o, conv, state = op(*inputs, mask=mx.array([[True], [False]]))
         mx.eval(o, conv, state)
-    before = inputs[3 if rule == "gated_delta" else 2], inputs[-1]
+    before = inputs[CONV[rule]], inputs[-1]
     for got, expected, kept in zip((conv, state), definition(*inputs)[1:], before, strict=True):
         assert_close([got], [np.stack([np.array(expected)[0], np.array(kept)[1]])], 5e-6)
     assert f"{rule}_step" not in names(launches)
+
+
+@pytest.mark.parametrize("kernels", ("array", "metal"))
+def test_a_token_that_is_not_written(monkeypatch, rng, kernels):
+    """Row 0 keeps its state, in one launch, too."""
+    monkeypatch.setenv(VARIABLE, kernels)
+    inputs, op, definition = attention_case(rng)
+    with harness.launches() as launches:
+        o, conv, state = op(*inputs, write=mx.array([[False], [True]]))
+        mx.eval(o, conv, state)
+    _, _, written = definition(*inputs)
+    assert_close([state], [np.stack([np.array(inputs[-1])[0], np.array(written)[1]])], 5e-6)
+    if not mx.metal.is_available():
+        assert len(launches) == (kernels == "metal")
 
 
 @pytest.mark.parametrize("rule", CASES)

@@ -10,11 +10,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sleep.kernels import gated_delta, ssd
+from mlx_sleep.kernels import delta_attention, gated_delta, ssd
 from tests.ops_reference import assert_close, error
 
 from . import harness
-from .kernel_checks import draw_gated_delta_mixer, draw_ssd_mixer, gated_delta_mixer, ssd_mixer
+from .kernel_checks import (
+    delta_attention_mixer,
+    draw_delta_attention_mixer,
+    draw_gated_delta_mixer,
+    draw_ssd_mixer,
+    gated_delta_mixer,
+    ssd_mixer,
+)
 
 assert mlx_sleep  # imported for its effect
 pytestmark = pytest.mark.kernels
@@ -24,12 +31,16 @@ ODD = {"B": 1, "Hk": 1, "Hv": 2, "Dk": 136, "Dv": 40, "K": 3}
 
 @dataclass(frozen=True)
 class Step:
-    """A step and its definition, both of draw(rng, **shape) and more."""
+    """A step and its definition, both of draw(rng, **shape) and more.
+
+    The first `many` inputs, up to the convolution and its taps, may have 16 bits.
+    """
 
     step: Callable
     mixer: Callable
     draw: Callable
     more: tuple = ()
+    many: int = 5
 
     def inputs(self, rng, **shape) -> list:
         return [*self.draw(rng, **shape), *self.more]
@@ -41,8 +52,10 @@ class Step:
 NO_LIMITS = (0.0, float("inf"))
 GATED_DELTA = Step(gated_delta.step, gated_delta_mixer, draw_gated_delta_mixer)
 SSD = Step(ssd.step, ssd_mixer, draw_ssd_mixer, (NO_LIMITS,))
+ATTENTION = Step(delta_attention.step, delta_attention_mixer, draw_delta_attention_mixer, (), 8)
 STEPS = {
     "gated_delta": GATED_DELTA,
+    "delta_attention": ATTENTION,
     "ssd": SSD,
     "ssd, limits": Step(ssd.step, ssd_mixer, draw_ssd_mixer, ((0.5, 0.8),)),
 }
@@ -59,13 +72,18 @@ def test_step(rng, order, what, shape):
 
 @pytest.mark.parametrize(
     "step, shape",
-    ((GATED_DELTA, SMALL | {"Hk": 1, "Hv": 2, "Dk": 96, "Dv": 256}), (SSD, ODD | {"Hv": 3})),
-    ids=("gated_delta", "ssd"),
+    (
+        (GATED_DELTA, SMALL | {"Hk": 1, "Hv": 2, "Dk": 96, "Dv": 256}),
+        (SSD, ODD | {"Hv": 3}),
+        (ATTENTION, SMALL | {"Dv": 64}),
+    ),
+    ids=("gated_delta", "ssd", "delta_attention"),
 )
 def test_bfloat16(rng, step, shape):
     inputs = step.inputs(rng, **shape)
-    low = [x.astype(mx.bfloat16) for x in inputs[:5]] + inputs[5:]
-    exact = [x.astype(mx.float32) for x in low[:5]] + inputs[5:]
+    n = step.many
+    low = [x.astype(mx.bfloat16) for x in inputs[:n]] + inputs[n:]
+    exact = [x.astype(mx.float32) for x in low[:n]] + inputs[n:]
     o, conv, state = step.step(*low)
     expected_o, expected_conv, expected_state = step.expected(exact)
     assert o.dtype == conv.dtype == mx.bfloat16
@@ -92,6 +110,15 @@ def test_small_steps_keep_their_digits(rng):
         assert error(got[:, head], np.array(expected[:, head])) <= 2e-5
 
 
+def test_a_row_that_is_not_written(rng):
+    """It reads S and leaves it to the bit; the convolution goes on."""
+    inputs = ATTENTION.inputs(rng, **SMALL)
+    o, conv, state = delta_attention.step(*inputs, mx.array([False, True]))
+    expected = delta_attention_mixer(*inputs, mx.array([False, True]))
+    assert_close((o, conv, state), [np.array(x) for x in expected], 1e-5)
+    assert mx.array_equal(state[0], inputs[-1][0]) and not mx.array_equal(state[1], inputs[-1][1])
+
+
 @pytest.mark.skipif(mx.metal.is_available(), reason="only the harness counts")
 def test_the_state_is_read_and_written_once(rng):
     inputs = GATED_DELTA.inputs(rng, **SMALL | {"B": 1, "Hk": 1, "Hv": 1})
@@ -104,7 +131,9 @@ def test_the_state_is_read_and_written_once(rng):
     assert state <= launch.counts["device_read"] <= state + rest
 
 
-@pytest.mark.parametrize("step", (GATED_DELTA, SSD), ids=("gated_delta", "ssd"))
+@pytest.mark.parametrize(
+    "step", (GATED_DELTA, SSD, ATTENTION), ids=("gated_delta", "ssd", "delta_attention")
+)
 def test_other_heads_are_refused(rng, step):
-    with pytest.raises(ValueError, match="multiples of 8 from 32 to 256, not 36 and 40"):
-        step.step(*step.inputs(rng, **SMALL | {"Dk": 36, "Dv": 40}))
+    with pytest.raises(ValueError, match="multiples of 8 from 32 to 256, not 36 and"):
+        step.step(*step.inputs(rng, **SMALL | {"Dk": 36, "Dv": 36}))

@@ -27,16 +27,16 @@ class Stage:
     windows: Sequence[int]
     window_tokens: Sequence[int]
     facts: int = 6
-    untold: float = 0.17
+    untold: float = 0.22
     wrong: float = 0.1
     asking: float = 0.3
-    ordinary: float = 0.07
+    ordinary: float = 0.15
 
 
 # Two windows at least: what was told in the same window needs no fast weights.
 STAGES = (
-    Stage(0.25, (2, 3), (128, 160), facts=4, wrong=0.04, ordinary=0.05),
-    Stage(0.35, (2, 3, 4, 6), (128, 192, 256), facts=5, wrong=0.07, ordinary=0.06),
+    Stage(0.25, (2, 3), (128, 160), facts=4, wrong=0.04),
+    Stage(0.35, (2, 3, 4, 6), (128, 192, 256), facts=5, wrong=0.07),
     Stage(0.4, (2, 4, 8, 12, 16), (128, 192, 256, 320)),
 )
 SHARES = tuple(stage.share for stage in STAGES)

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import NamedTuple
 
 from ...utils.errors import UserError
 from . import scenes, speech, words
@@ -34,15 +35,26 @@ CHAT_WEIGHT = 0.3
 SYSTEM_PROMPT = 0.85  # share of lives that open with the template's system prompt
 # What is said next, by the theme of a window.
 THEMES = {
-    "telling": {"tell": 0.6, "fix": 0.07, "forget": 0.02, "ask": 0.23, "chat": 0.08},
-    "mixed": {"tell": 0.34, "fix": 0.08, "forget": 0.03, "ask": 0.46, "chat": 0.09},
-    "asking": {"ask": 0.96, "chat": 0.04},
-    "last": {"tell": 0.1, "fix": 0.05, "forget": 0.02, "ask": 0.75, "chat": 0.08},
+    "telling": {"tell": 0.58, "fix": 0.07, "forget": 0.02, "ask": 0.22, "chat": 0.11},
+    "mixed": {"tell": 0.32, "fix": 0.08, "forget": 0.03, "ask": 0.44, "chat": 0.13},
+    "asking": {"ask": 0.9, "chat": 0.1},
+    "last": {"tell": 0.1, "fix": 0.05, "forget": 0.02, "ask": 0.7, "chat": 0.13},
 }
 FORGET_THAT = 0.03  # share of tellings that are taken back at once
 INSIST = 0.25  # share of wrong answers that the user puts right
 MIXED = 0.06  # share of questions in a message that also tells something
-CHAT = Sequence[Sequence[tuple[str, str]]]
+MADE = 0.6  # share of chat between facts that is the base model's own, not small talk
+
+
+class Exchange(NamedTuple):
+    """Ordinary chat of a base model. complete: the reply ended by itself, it was not cut off."""
+
+    user: str
+    assistant: str
+    complete: bool = True
+
+
+CHAT = Sequence[Sequence[Exchange | tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,9 @@ class Life:
 class LifeWriter(Told):
     """Writes one life: call `life`, once."""
 
-    def __init__(self, library, encoder: LifeEncoder, chat: tuple, split, level, rng: Random):
+    def __init__(self, library, encoder: LifeEncoder, chat: Ordinary, split, level, rng: Random):
         super().__init__(library, split, level, rng)
-        self.encoder, self.chat, self.lengths = encoder, *chat
+        self.encoder, self.chat = encoder, chat
         self.teller, self.asker = Teller(self), Asker(self)
         self.untold = Untold(self, self.teller, self.asker)
         self.carry = Pieces()  # what a boundary inside a turn left for the next window
@@ -129,10 +141,10 @@ class LifeWriter(Told):
     def theme(self, i: int) -> str:
         rng, level = self.rng, self.level
         last = i == level.windows - 1
+        if self.chat.any and not self.carry and rng.random() < level.ordinary:
+            return "ordinary"
         if i == 0 and not last:
             return rng.choice(("telling", "telling", "mixed"))
-        if not last and self.chat and not self.carry and rng.random() < level.ordinary:
-            return "ordinary"
         if i and (rng.random() < level.asking):
             return "asking"
         return "last" if last and i else rng.choice(("telling", "mixed", "mixed"))
@@ -172,7 +184,7 @@ class LifeWriter(Told):
             self.happen(draft, window)
             window.pieces.add(pieces)
         if not any(window.pieces.reply):  # nothing fitted: no window is empty
-            draft = self.ordinary(long=False)
+            draft = self.ordinary()
             self.happen(draft, window)
             window.pieces.add(self.encoder.turn(draft.turns[0]))
         return window
@@ -195,7 +207,7 @@ class LifeWriter(Told):
     def draft(self, theme: str) -> Draft | None:
         rng = self.rng
         if theme == "ordinary":
-            return self.ordinary(long=True)
+            return self.ordinary(made=True, cut=True)
         if self.last and theme != "asking" and rng.random() < FORGET_THAT:
             return self.teller.forget_that()
         if self.denied and rng.random() < INSIST:
@@ -209,7 +221,7 @@ class LifeWriter(Told):
         if act == "tell":
             return self.teller.tell()
         if act == "chat":
-            return self.ordinary(long=rng.random() < 0.4)
+            return self.ordinary(made=rng.random() < MADE)
         if act == "ask":
             return self.question(theme)
         fact = self.asker.fact((0, 0) if rng.random() < 0.3 else None)
@@ -266,13 +278,14 @@ class LifeWriter(Told):
         self.favourites = holds
         return self.world.facts[rng.choice(holds)]
 
-    def ordinary(self, long: bool) -> Draft:
-        """Chat that tells nothing: of the base model's own, or small talk."""
+    def ordinary(self, made: bool = False, cut: bool = False) -> Draft:
+        """Chat that tells nothing: of the base model's own making if there is any, or small talk.
+        cut: replies that were cut off will do; a model held to them would learn to stop early."""
         rng = self.rng
-        fitting = bisect_right(self.lengths, 3 * self.level.window_tokens) if long else 0
+        fitting = self.chat.fitting(3 * self.level.window_tokens, cut) if made else ()
         if fitting:
-            pairs = self.chat[rng.randrange(fitting)]
-            turns = [Turn(u, a, "chat", CHAT_WEIGHT) for u, a in pairs]
+            exchanges = rng.choice(fitting)
+            turns = [Turn(e.user, e.assistant, "chat", CHAT_WEIGHT) for e in exchanges]
         else:
             user, reply = rng.choice(speech.SMALL_TALK)
             user = plain(typed(rng, self.style, user[:1].upper() + user[1:], False))
@@ -280,18 +293,38 @@ class LifeWriter(Told):
         return Draft(turns)
 
 
+class Ordinary:
+    """Ordinary conversations, found by their length."""
+
+    def __init__(self, chat: CHAT):
+        made = [[Exchange(*pair) for pair in conversation] for conversation in chat]
+        made.sort(key=_length)
+        self.any = made
+        self.whole = [c for c in made if all(e.complete for e in c)]
+        self._lengths = [_length(c) for c in self.any], [_length(c) for c in self.whole]
+
+    def fitting(self, characters: int, cut: bool) -> Sequence[Sequence[Exchange]]:
+        """Those of at most so many characters; cut: also those with replies cut off."""
+        made, lengths = (self.any if cut else self.whole), self._lengths[0 if cut else 1]
+        return made[: bisect_right(lengths, characters)]
+
+
+def _length(conversation: Sequence[Exchange]) -> int:
+    return sum(len(e.user) + len(e.assistant) for e in conversation)
+
+
 class Lives:
     """Lives of one split.
 
-    chat: ordinary conversations, each a list of (user, assistant) pairs; without any there is small
-    talk only, and no window is flagged kl.
+    chat: ordinary conversations, each a list of Exchanges or (user, assistant) pairs; without any
+    there is small talk only, and no window is flagged kl.
     """
 
     def __init__(
         self, encoder: LifeEncoder, split: str, seed: int = 0, chat: CHAT = (), library=None
     ):
         self.encoder, self.split, self.seed = encoder, split, seed
-        self.chat = _by_length([c for c in chat if scenes.split_of(c[0][0]) == split])
+        self.chat = Ordinary([c for c in chat if scenes.split_of(c[0][0]) == split])
         self.library = library or default_library()
 
     def rng(self, *what: object) -> Random:
@@ -305,13 +338,6 @@ class Lives:
     def life(self, index: int, level: Level) -> Life:
         """The life of this index: the same in every process, in any order of calls."""
         return self.writer(level, index).life(index)
-
-
-def _by_length(chat: CHAT) -> tuple[CHAT, list[int]]:
-    """The conversations with the short ones first, and their lengths in characters."""
-    length = {id(c): sum(len(u) + len(a) for u, a in c) for c in chat}
-    ordered = sorted(chat, key=lambda c: length[id(c)])
-    return ordered, [length[id(c)] for c in ordered]
 
 
 def default_library() -> Library:

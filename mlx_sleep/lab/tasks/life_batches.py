@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from ...utils.errors import UserError
-from .life import CHAT, Level, Life, Lives
+from .life import CHAT, Exchange, Level, Life, Lives
 from .life_tokens import LifeEncoder, Template, fast
 
 ROUND = 16  # windows are padded to a multiple of this, so that few shapes occur
 
 
-def read_chat(path: str | Path) -> list[list[tuple[str, str]]]:
-    """Ordinary conversations from a .jsonl file with `user` and `assistant` in each line; replies
-    that were cut off ("complete": false) are left out. UserError names a bad line."""
+def read_chat(path: str | Path) -> list[list[Exchange]]:
+    """Ordinary conversations from a .jsonl file with `user` and `assistant` in each line, and
+    `complete`, false where the reply was cut off. UserError names a bad line."""
     chat = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -30,15 +30,15 @@ def read_chat(path: str | Path) -> list[list[tuple[str, str]]]:
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
-            pair = item["user"].strip(), item["assistant"].strip()
-            complete = item.get("complete", True)
+            user, assistant = item["user"].strip(), item["assistant"].strip()
+            complete = item.get("complete", True) is not False
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f'{path}, line {number}: expected {{"user": "...", "assistant": "..."}}; '
                 f"remove the line or make the file again"
             ) from error
-        if all(pair) and complete:
-            chat.append([pair])
+        if user and assistant:
+            chat.append([Exchange(user, assistant, complete)])
     return chat
 
 

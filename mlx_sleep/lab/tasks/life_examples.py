@@ -110,7 +110,7 @@ class _Script:
         return None
 
     def small_talk(self) -> None:
-        self.place(self.writer.ordinary(long=False))
+        self.place(self.writer.ordinary())
 
 
 def _re_asked(script: _Script, day: int) -> Turn | None:
