@@ -24,7 +24,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 
 
 @app.callback()
-def _service():
+def _group():
     """Start the server with your session, by launchd or systemd.
 
     Example: mlx-sleep service install
