@@ -8,6 +8,7 @@ types becomes a control token. It knows no model and no state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,18 +16,12 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
+from .template_parts import TEXTS, Apply, Template, switch, system_opening, take_apart
 from .thoughts import Marks, Thinking, ThoughtReader
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
-# What templates call their switch (Qwen, GLM, SmolLM3; Granite, DeepSeek; Command A). Seed's has
-# thinking_budget.
-_SWITCHES = ("enable_thinking", "thinking", "reasoning")
-
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-# Stand-ins for the texts of a conversation; no template contains or alters such words.
-_TEXTS = ("USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2", "REPLYxTEXTx2", "USERxTEXTx3")
 
 
 class Parts(NamedTuple):
@@ -37,26 +32,6 @@ class Parts(NamedTuple):
     before: list[int]
     between: list[int]
     end: list[int]
-
-
-class _Template(NamedTuple):
-    """What stands around the texts of a chat.
-
-    first   before the user's first text, from BOS on
-    prompt  after it, up to the reply; after_later after a later text
-    past    in their place once the reply is in the past
-    end     after a reply, through its end mark
-    before  from there to the next text of the user
-    mark    the first control token after a reply, if any
-    """
-
-    first: Pieces
-    prompt: Pieces
-    end: Pieces
-    before: Pieces
-    after_later: Pieces
-    past: Pieces
-    mark: set[int]
 
 
 class ChatTokenizer:
@@ -78,8 +53,8 @@ class ChatTokenizer:
             raise UserError("this kind of tokenizer is not supported; it needs a tokenizer.json")
         self._tokens = Tokens(backend)
         self._marks = _marks_of(tokenizer, backend)
-        apply = _Apply(tokenizer, _switch(tokenizer, thinking, self._marks is not None))
-        self._template = _take_template_apart(apply, self._tokens)
+        self._apply = apply = Apply(tokenizer, switch(tokenizer, thinking, self._marks is not None))
+        self._template = take_apart(apply, self._tokens)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bos = tokenizer.encode("")[:1]
         self._bos = bos if bos == [tokenizer.bos_token_id] else []
@@ -99,7 +74,7 @@ class ChatTokenizer:
         self._before_reply, past = self._ids.between, ids(chat.past, "text")
         if self._drops_thoughts and self._before_reply[: len(past)] == past:
             self._before_reply = past
-        if self.turn(_TEXTS[0], first=True) != apply(_TEXTS[:1]):
+        if self.turn(TEXTS[0], first=True) != apply(TEXTS[:1]):
             raise UserError("this model's tokenizer does not encode a chat piece by piece")
 
     def __getattr__(self, name: str) -> Any:
@@ -115,28 +90,48 @@ class ChatTokenizer:
         """The largest id that a turn, a reply's end or a text can have."""
         return max(self._tokens.largest_id, *self._bos, *(i for part in self._ids for i in part))
 
-    def turn(self, text: str, first: bool) -> list[int]:
+    @functools.cached_property
+    def _system(self) -> tuple[Pieces, Pieces]:
+        return system_opening(self._apply, self._tokens)
+
+    def opening(self, system: str | None) -> list[int]:
+        """The ids before the user's first text. UserError where `system`, a system prompt, has no
+        place in the template."""
+        if (chat := self._template) is None and system is None:
+            return self._bos
+        return self._tokens.ids(self._first(chat, system))
+
+    def _first(self, chat: Template | None, system: str | None) -> Pieces:
+        if system is None:
+            assert chat is not None
+            return chat.first
+        before, after = self._system
+        return joined(before, [system], after)
+
+    def turn(self, text: str, first: bool, system: str | None = None) -> list[int]:
         """A user's turn and the prompt for a reply, to be appended to the conversation so far.
 
-        first: no token came before, so the template's opening (BOS, system prompt) is included.
+        first   no token came before, so the template's opening (BOS, system prompt) is included
+        system  the system prompt of that opening; None is the template's own, if it has one
+
         A base model without a chat template gets its text as it is.
         """
         if (chat := self._template) is None:
             return [*(self._bos if first else ()), *self.encode_text(text)]
         if first:
-            return self._tokens.ids(joined(chat.first, [text], chat.prompt))
+            return self._tokens.ids(joined(self._first(chat, system), [text], chat.prompt))
         # The end of a reply is cut off where a token ends, so what follows is encoded by itself.
         pieces = joined(chat.end, chat.before, [text], chat.after_later)
         return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
 
-    def past_turn(self, text: str, first: bool) -> list[int]:
+    def past_turn(self, text: str, first: bool, system: str | None = None) -> list[int]:
         """`turn` as the template has it once the reply is in the past: without a thought that the
         prompt opens, or the mark that there is none; up to the reply's text."""
         chat = self._template
         if chat is None or not self._drops_thoughts:
-            return self.turn(text, first)
+            return self.turn(text, first, system)
         if first:
-            return self._tokens.ids(joined(chat.first, [text], chat.past))
+            return self._tokens.ids(joined(self._first(chat, system), [text], chat.past))
         pieces = joined(chat.end, chat.before, [text], chat.past)
         return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
 
@@ -165,7 +160,7 @@ class ChatTokenizer:
         """The template's ids. UserError where it has no turns alike from the second one on, or a
         text's ids depend on what stands around it."""
         first, before, between, _ = self._ids
-        for text in (_TEXTS[0], "(3 words, 眠り)"):
+        for text in (TEXTS[0], "(3 words, 眠り)"):
             middle = self.encode_text(text) + between
             alike = [first + middle, before + middle] == [self.turn(text, f) for f in (True, False)]
             if not before or not between or not alike:
@@ -233,26 +228,6 @@ def load(
         logging.set_verbosity(verbosity)
 
 
-class _Apply:
-    """A chat's texts, the user's first, through the template: ids, or text.
-
-    switch  more arguments of the template
-    """
-
-    def __init__(
-        self, tokenizer: tokenizer_utils.TokenizerWrapper, switch: dict[str, Any] | None = None
-    ):
-        self.tokenizer, self.switch = tokenizer, switch or {}
-
-    def __call__(self, texts: Iterable[str], tokenize: bool = True, prompt: bool = True) -> Any:
-        messages = [
-            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-        ]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=tokenize, add_generation_prompt=prompt, **self.switch
-        )
-
-
 def _marks_of(tokenizer: tokenizer_utils.TokenizerWrapper, backend: Any) -> Marks | None:
     """The marks of a thought, as mlx-lm finds them in the vocabulary."""
     if not tokenizer.has_thinking:
@@ -264,85 +239,7 @@ def _marks_of(tokenizer: tokenizer_utils.TokenizerWrapper, backend: Any) -> Mark
     return Marks(*ids)
 
 
-def _switch(
-    tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking, thinks: bool
-) -> dict[str, Any]:
-    """The template's arguments for `thinking`. Templates differ in what they call it."""
-    if thinking == "auto" or not tokenizer.has_chat_template:
-        return {}
-    on: dict[str, Any] = dict.fromkeys(_SWITCHES, True)
-    off: dict[str, Any] = {**dict.fromkeys(_SWITCHES, False), "thinking_budget": 0}
-    texts = [_Apply(tokenizer, each)(_TEXTS[:1], tokenize=False) for each in (on, off)]
-    if texts[0] == texts[1] and (thinks or thinking == "on"):
-        raise UserError(
-            f"this model's chat template has no switch to turn thinking {thinking}; "
-            "leave out --thinking"
-        )
-    return on if thinking == "on" else off
-
-
 def _last(ids: list[int], mark: tuple[int, ...]) -> int:
     """Where the mark stands last; -1 for nowhere."""
     starts = range(len(ids) - len(mark) + 1)
     return max((i for i in starts if tuple(ids[i : i + len(mark)]) == mark), default=-1)
-
-
-def _take_template_apart(apply: _Apply, tokens: Tokens) -> _Template | None:
-    """None for a base model without a chat template. UserError for a template that drops texts, or
-    that says the past in another way when more has come."""
-    if not apply.tokenizer.has_chat_template:
-        return None
-    user, reply, later = _TEXTS[:3]
-    opening = apply(_TEXTS[:1], tokenize=False)
-    closed = apply(_TEXTS[:2], tokenize=False, prompt=False)
-    longer = apply(_TEXTS[:3], tokenize=False)
-    longest = apply(_TEXTS, tokenize=False)
-    if user not in opening or reply not in closed or any(text not in longest for text in _TEXTS):
-        raise UserError("this model's chat template drops or rewrites texts; it cannot be used")
-
-    before, _, prompt = opening.partition(user)
-    past, _, going_on = longer.partition(reply)
-    between, _, after_later = going_on.partition(later)
-    said = past.removeprefix(before + user)  # before the reply, once it is in the past
-    same = before + user + said + reply + between + later
-    same += said + _TEXTS[3] + between + _TEXTS[4] + after_later
-    # A prompt may say more than the past does (a <think> that opens), or leave some to the model.
-    if same != longest or not (said.startswith(prompt) or prompt.startswith(said)):
-        raise UserError(
-            "this model's chat template rewrites what was said before; it cannot be used here, "
-            "where no token is read twice"
-        )
-
-    first, prompt = _around(tokens.cut(opening), user)
-    past_of_all, rest = _around(tokens.cut(longer), reply)
-    past_pieces = _around(past_of_all, user)[1]
-    between, after_later = _around(rest, later)
-    end, before = _split_end(
-        _around(tokens.cut(closed), reply)[1], between, apply.tokenizer.eos_token_ids
-    )
-    mark = {piece for piece in between[1:2] if isinstance(piece, int)}
-    return _Template(first, prompt, end, before, after_later, past_pieces, mark)
-
-
-def _around(pieces: Pieces, word: str) -> tuple[Pieces, Pieces]:
-    """What is before and after the text `word`."""
-    at = next(i for i, piece in enumerate(pieces) if isinstance(piece, str) and word in piece)
-    before, _, after = str(pieces[at]).partition(word)
-    return [*pieces[:at], before], [after, *pieces[at + 1 :]]
-
-
-def _split_end(closed: Pieces, between: Pieces, eos: Iterable[str | int]) -> tuple[Pieces, Pieces]:
-    """What stands between a reply and the next turn, as (the reply's end, the rest).
-
-    closed is what follows the last reply of a conversation. Some templates write no end mark there,
-    or another one; what stands between turns is what the model was trained on.
-    """
-    n = 0
-    while n < min(len(closed), len(between)) and closed[n] == between[n]:
-        n += 1
-    if n < 2 and len(between) > 1 and (between[1] in set(eos) or len(between) > 3):
-        n = 2  # the first control token ends the reply, the last one opens the turn
-    if n % 2 and n < len(between):  # a text that a control token follows, or none
-        return between[:n], ["", *between[n:]]
-    n -= n % 2
-    return [*between[:n], ""], between[n:] or [""]
