@@ -1,16 +1,13 @@
-"""Durable memory: contents, refusals, locks and permissions. Crashes are in test_memory_crash."""
+"""Durable memory: contents, refusals, locks and permissions. Crashes are in test_memory_crash,
+earlier versions' files in test_memory_format_1."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
-import json
+import contextlib
 import os
 import random
-import shutil
 import signal
-import struct
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +20,12 @@ from hypothesis import strategies as st
 
 from mlx_sleep import memory
 from mlx_sleep.memory import Memory
+from mlx_sleep.memory import database as memory_database
 from mlx_sleep.memory import format as memory_format
-from mlx_sleep.session import Session
+from mlx_sleep.memory import location as memory_location
 from mlx_sleep.utils.errors import UserError
-from tests.fakes import fake_model, fake_tokenizer
 
 ROOT = Path(memory.__file__).parents[2]
-TOKENIZER = fake_tokenizer()
 SLEEP = {"passes": 2, "eviction": "hard", "window": 64}
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -51,12 +47,13 @@ def ids(n: int) -> list[int]:
 
 
 def make(home, name="ada", fingerprint="model-a") -> tuple[dict[str, mx.array], list[int]]:
-    """A memory that slept once: two tokens left over in the file, three journalled."""
+    """A memory that slept once: two tokens were left over, three came since."""
     arrays, tokens = some_arrays(), ids(9)
     with Memory.open(name, fingerprint, model="some/model", home=home) as m:
-        m.append(tokens[:6])
+        m.append(tokens[:5], "user", "My cat is Mia.")
+        m.append(tokens[5:6], "assistant", "Nice.")
         m.commit(arrays, 4, **SLEEP)
-        m.append(tokens[6:])
+        m.append(tokens[6:], "user", "Is she grey?")
     return arrays, tokens[4:]
 
 
@@ -68,7 +65,17 @@ def check(home, name, arrays, pending, fingerprint="model-a") -> memory.Header:
 
 
 def files(home) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((Path(home) / "memories").iterdir())}
+    """What lies there. -shm holds nothing, nor does an empty -wal. Not while this process has a
+    memory open: its locks would go when the file is closed here."""
+    found = {p.name: p.read_bytes() for p in sorted((Path(home) / "memories").iterdir())}
+    return {n: b for n, b in found.items() if not n.endswith("-shm") and (b or n[-4:] != "-wal")}
+
+
+def held(home, name="ada") -> tuple:
+    """What the database holds, by another connection."""
+    contents = memory_location.Location.of(name, home).load()
+    arrays = {n: bits(a) for n, a in contents.arrays.items()}
+    return contents.header, arrays, contents.pending, contents.messages, contents.settings
 
 
 def refused(home, match, name="ada", fingerprint="model-a") -> None:
@@ -115,7 +122,7 @@ def any_array(draw):
     return mx.array(np.frombuffer(raw, f"u{dtype.size}").reshape(shape)).view(dtype)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.text(min_size=1).filter(lambda n: n not in ("pending", "__metadata__")),
@@ -131,42 +138,70 @@ def test_every_dtype_and_shape_survives_to_the_bit(tmp_path_factory, arrays):
     check(home, "ada", arrays, [])
 
 
-def test_the_file_is_plain_safetensors(tmp_path):
-    arrays, _ = make(tmp_path)
-    path = tmp_path / "memories" / "ada.safetensors"
-    loaded, metadata = mx.load(str(path), return_metadata=True)
-    assert loaded.pop("pending").size == 2
-    assert {n: bits(a) for n, a in loaded.items()} == {n: bits(a) for n, a in arrays.items()}
-    assert metadata["fingerprint"] == "model-a" and metadata["sleeps"] == "1"
+def test_what_was_said_and_settings(tmp_path):
+    make(tmp_path)
+    with Memory.open("ada", "model-a", home=tmp_path) as m:
+        said = [(x.role, x.text, x.position) for x in m.messages]
+        assert said[0] == ("user", "My cat is Mia.", 0)
+        assert said[1:] == [("assistant", "Nice.", 5), ("user", "Is she grey?", 6)]
+        m.append([1], "assistant", None)  # no transcript is kept
+        m.set("system", "Be kind.")
+        m.set("other", "x")
+        m.set("other", None)
+    with Memory.open("ada", "model-a", home=tmp_path) as m:
+        assert m.messages[-1].text is None and len(m.messages) == 4
+        assert m.settings == {"system": "Be kind."}
+        m.forget()
+        assert m.messages == [] and m.settings == {"system": "Be kind."}
+    raw = b"".join(files(tmp_path).values())
+    assert b"Be kind" in raw and b"Mia" not in raw and b"grey" not in raw
 
 
-OLD = Path(__file__).parent / "data" / "memory_format_1"
+def test_undo(tmp_path):
+    with Memory.open("ada", "model-a", home=tmp_path) as m:
+        assert m.undo() is None
+    arrays, pending = make(tmp_path, "bob")
+    with Memory.open("bob", "model-a", home=tmp_path) as m:
+        before = held(tmp_path, "bob")
+        m.append([1, 2, 3])
+        second = some_arrays()
+        m.commit(second, 6, **SLEEP)  # in the middle of a reply
+        m.append([4], "assistant", "Yes.")
+        assert m.undo() == "turn"
+        assert m.pending == pending[:2] and m.header.sleeps == 1
+        assert {n: bits(a) for n, a in m.arrays.items()} == before[1]
+        assert [x.text for x in m.messages] == ["My cat is Mia.", "Nice."]
+        m.append([9, 9], "user", "Again")
+        m.commit(second, 4, **SLEEP)
+        assert m.undo() == "sleep"
+        assert m.pending == [*pending[:2], 9, 9] and len(m.messages) == 3
+        assert m.undo() == "turn"
+        assert m.pending == pending[:2]
+        assert m.undo() is None  # the state before the first sleep went with the second
+    header = check(tmp_path, "bob", arrays, pending[:2])
+    assert (header.tokens, header.sleeps) == (4, 1)
 
 
-def test_a_memory_of_the_first_version_opens_and_goes_on(tmp_path):
-    """Made at commit 3d397b4 by a session with the model of tests/fakes.py: two sleeps, then one
-    turn in the journal."""
-    folder = tmp_path / "memories"
-    shutil.copytree(OLD, folder)
-    arrays = mx.load(str(OLD / "old.safetensors"))
-    arrays.pop("pending")
-    said = (TOKENIZER.turn("And she is grey.", first=False), TOKENIZER.encode_text("Lovely."))
-    pending = [*said[0], *said[1], *TOKENIZER.end_ids]
-    header = check(tmp_path, "old", arrays, pending, "fingerprint")
-    assert (header.tokens, header.sleeps, header.passes) == (57, 2, 2)
-    assert (header.eviction, header.window, header.model) == ("hard", 64, "tiny")
-    assert header.created == header.updated == "2026-11-26T14:31:13+00:00"
-
-    with Session(fake_model(), TOKENIZER, Memory.open("old", "fingerprint", home=tmp_path)) as s:
-        assert list(s.pending) == pending and s.stats().fast_weight_bytes == 1024
-    listed = memory.show_memory("old", tmp_path)
-    assert (listed.header.tokens, listed.header.sleeps) == (57 + len(pending), 3)
+def test_undo_of_the_first_sleep(tmp_path):
+    with Memory.open("ada", "model-a", home=tmp_path) as m:
+        m.append([1, 2], "user", "a")
+        m.append([3], "assistant", "b")
+        m.sync()
+        m.append([4], "user", "c")
+        m.commit(some_arrays(), 4, **SLEEP)
+        assert m.undo() == "sleep"
+        assert (m.header.sleeps, m.header.tokens, m.header.passes) == (0, 0, 0)
+        assert m.undo() == "turn" and m.pending == [1, 2, 3]
+        assert m.undo() == "turn" and m.pending == []
+        assert m.undo() is None
+    check(tmp_path, "ada", {}, [])
 
 
 def test_what_cannot_be_stored_is_refused_and_nothing_changes(tmp_path):
     with Memory.open("ada", "model-a", home=tmp_path) as m:
         m.append([5, 6])
-        before = files(tmp_path)
+        m.sync()
+        before = held(tmp_path)
         for tokens in ([7, -1], [2**32], [1.5]):
             with pytest.raises(ValueError, match="token ids"):
                 m.append(tokens)
@@ -177,7 +212,7 @@ def test_what_cannot_be_stored_is_refused_and_nothing_changes(tmp_path):
         for count in (0, 3):
             with pytest.raises(ValueError, match="2 are pending"):
                 m.commit(some_arrays(), count, **SLEEP)
-        assert files(tmp_path) == before and m.pending == [5, 6]
+        assert held(tmp_path) == before and m.pending == [5, 6]
     with pytest.raises(ValueError, match="closed"):
         m.append([1])
     with pytest.raises(ValueError, match="closed"):
@@ -221,138 +256,141 @@ def test_names(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_truncation_and_every_flipped_byte_of_the_memory_file(tmp_path):
+def test_every_flipped_byte_and_truncation(tmp_path):
+    """It is refused and left alone, or nothing that it holds is in that byte."""
     make(tmp_path)
-    path = tmp_path / "memories" / "ada.safetensors"
-    good = path.read_bytes()
-    for i in range(len(good)):
-        path.write_bytes(good[:i])
-        refused(tmp_path, "memory 'ada' is damaged")
+    path = tmp_path / "memories" / "ada.sqlite"
+    good, whole = path.read_bytes(), held(tmp_path)
+    used = [i for i in range(len(good)) if good[i] or i % 97 == 0]
+    refusals = 0
+    for i in random.sample(used, 300):
         flipped = bytearray(good)
         flipped[i] ^= random.randrange(1, 256)
         path.write_bytes(flipped)
-        refused(tmp_path, "memory 'ada' (is damaged|has format)")
-    path.write_bytes(good + b"\0")
-    refused(tmp_path, "damaged")
+        try:
+            assert held(tmp_path) == whole, i
+        except UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+            if refusals % 10 == 0:
+                refused(tmp_path, "memory 'ada' (is damaged|has format)|cannot read")
+        assert path.read_bytes() == flipped
+    assert refusals > 150
+    for cut in range(1, len(good) - 5000, 3000):
+        path.write_bytes(good[:cut])
+        refused(tmp_path, "memory 'ada' is damaged|cannot read")
 
 
-def rewrite(path: Path, change) -> None:
-    """Rewrites a memory file's JSON head, with a checksum that is right again."""
-    raw = path.read_bytes()
-    (size,) = struct.unpack_from("<Q", raw)
-    head = json.loads(raw[8 : 8 + size])
-    change(head)
-    if "sha256" in (head.get("__metadata__") or {}):
-        head["__metadata__"]["sha256"] = "0" * 64
-    text = json.dumps(head, separators=(",", ":")).encode()
-    new = struct.pack("<Q", len(text)) + text + raw[8 + size :]
-    blank = b'"sha256":"' + b"0" * 64
-    key = blank.replace(b"0" * 64, hashlib.sha256(new).hexdigest().encode())
-    path.write_bytes(new.replace(blank, key, 1))
+def crashed(tmp_path) -> Path:
+    """A memory whose process was killed: a sleep and two turns are in the log."""
+    code = KILLED.format(turns=2)
+    with spawn(code, tmp_path) as child:
+        child.wait()
+    return tmp_path / "memories" / "ada.sqlite-wal"
 
 
-def test_other_formats_missing_keys_and_wrong_dtypes(tmp_path):
-    arrays, _ = make(tmp_path)
-    path = tmp_path / "memories" / "ada.safetensors"
-    (tmp_path / "memories" / "ada.journal").unlink()
-    good = path.read_bytes()
-    rewrite(path, lambda head: None)
-    with Memory.open("ada", "model-a", home=tmp_path) as m:  # what follows fails for its reason
-        assert len(m.pending) == 2
-
-    def without(key):
-        return lambda head: head["__metadata__"].pop(key)
-
-    def dtype(name, code):
-        return lambda head: head[name].update(dtype=code)
-
-    def version(text):
-        return lambda head: head["__metadata__"].update(format_version=text)
-
-    cases = [(without(key), "lacks") for key in ("fingerprint", "tokens", "sha256", "previous")]
-    cases += [
-        (version("2"), "has format 2, this mlx-sleep reads format 1"),
-        (version("one"), "lacks"),
-        (lambda head: head["__metadata__"].update(tokens="many"), "lacks"),
-        (lambda head: head.update(__metadata__=None), "lacks"),
-        (dtype("pending", "I32"), "lacks"),
-        (lambda head: head.update(other=head.pop("pending")), "lacks"),
-        (dtype("layers.0.valid", "F8_E4M3"), "dtype F8_E4M3"),
-    ]
-    for change, match in cases:
-        path.write_bytes(good)
-        rewrite(path, change)
-        refused(tmp_path, match)
-    mx.save_safetensors(str(path), arrays)
-    refused(tmp_path, "damaged or not a memory")
+KILLED = """
+import os, sys
+import mlx.core as mx
+from mlx_sleep.memory import Memory
+from mlx_sleep.memory.store import Memory as Store
+Store._checkpoint = lambda self: None
+m = Memory.open("ada", "model-a", home=sys.argv[1])
+m.append(range(5), "user", "My cat is Mia.")
+m.commit({{"s": mx.arange(300)}}, 5, passes=1, eviction="hard", window=8)
+for turn in range({turns}):
+    m.append([turn, 9], "user", "Mia is grey.")
+    m.sync()
+os._exit(9)
+"""
 
 
-# The journal
+def test_a_damaged_log_is_refused_a_torn_one_cut(tmp_path):
+    log = crashed(tmp_path)
+    good, whole = log.read_bytes(), held(tmp_path)
+    assert whole[0].sleeps == 1 and whole[2] == [0, 9, 1, 9]
+    for i in [*range(0, 80), *random.sample(range(80, len(good)), 30)]:
+        flipped = bytearray(good)
+        flipped[i] ^= random.randrange(1, 256)
+        log.write_bytes(flipped)
+        try:
+            assert held(tmp_path) == whole, i  # a field that nobody reads
+        except UserError as error:
+            assert "is damaged" in str(error) and "\n" not in str(error)
+        assert log.read_bytes() == flipped
+    log.write_bytes(flipped)
+    refused(tmp_path, "checksum mismatch .*log")
 
-
-def journal_of(tmp_path, records: list[list[int]]) -> tuple[Path, list[int]]:
-    """Writes a journal of these records; returns it and the file size after each of them."""
-    path = tmp_path / "memories" / "ada.journal"
-    sizes = []
+    seen = set()
+    for cut in range(len(good) - 2 * 4120, len(good), 1111):
+        log.write_bytes(good[:cut])
+        seen.add(tuple(held(tmp_path)[2]))
+        zeros = min(-(-cut // 4096) * 4096, len(good) // 4096 * 4096)  # the rest did not arrive
+        log.write_bytes(good[:zeros] + bytes(len(good) - zeros))
+        seen.add(tuple(held(tmp_path)[2]))
+    assert seen == {(0, 9)}
     with Memory.open("ada", "model-a", home=tmp_path) as m:
-        for tokens in records:
-            m.append(tokens)
-            sizes.append(path.stat().st_size)
-    return path, sizes
+        m.append([7])
+    assert held(tmp_path)[2] == [0, 9, 7]
 
 
-def test_a_torn_tail_loses_only_the_torn_record(tmp_path):
-    records = [ids(n) for n in (3, 1, 7, 2)]
-    path, sizes = journal_of(tmp_path, records)
-    good, head = path.read_bytes(), sizes[0] - 12 - 4 * 3
-    for cut in range(head, len(good) + 1):
-        whole = sum(records[: sum(size <= cut for size in sizes)], [])
-        path.write_bytes(good[:cut])
-        with Memory.open("ada", "model-a", home=tmp_path) as m:
-            assert m.pending == whole
-            m.append([11, 12])  # what follows the torn record must be readable
-        check(tmp_path, "ada", {}, [*whole, 11, 12])
-    # A file that grew before its bytes arrived ends in zeros.
-    path.write_bytes(good + bytes(random.randrange(1, 200)))
-    check(tmp_path, "ada", {}, sum(records, []))
-    for cut in range(head):
-        path.write_bytes(good[:cut])
-        refused(tmp_path, "journal of memory 'ada' is damaged")
-
-
-def test_every_flipped_byte_of_the_journal(tmp_path):
-    path, _ = journal_of(tmp_path, [ids(n) for n in (3, 1, 7, 2)])
-    good = path.read_bytes()
-    for i in range(len(good)):
-        flipped = bytearray(good)
-        flipped[i] ^= random.randrange(1, 256)
-        path.write_bytes(flipped)
-        refused(tmp_path, "journal of memory 'ada' is damaged .*; move")
-
-
-def test_the_journal_of_another_memory_file(tmp_path):
-    make(tmp_path)
-    make(tmp_path, "bob")
-    folder = tmp_path / "memories"
-    (folder / "ada.journal").write_bytes((folder / "bob.journal").read_bytes())
-    refused(tmp_path, "continues another file")
-    (folder / "ada.safetensors").unlink()
-    refused(tmp_path, "has no ada.safetensors beside it")
-    with pytest.raises(UserError, match="exists already"):
-        memory.fork("bob", "ada", tmp_path)
+def test_a_log_alone_is_refused(tmp_path):
+    crashed(tmp_path)
+    (tmp_path / "memories" / "ada.sqlite").unlink()
+    refused(tmp_path, "ada.sqlite-wal has no ada.sqlite beside it")
     memory.remove("ada", tmp_path)
     make(tmp_path)
 
 
-def test_an_older_memory_file_put_back_is_refused(tmp_path):
-    arrays, pending = make(tmp_path)
-    path = tmp_path / "memories" / "ada.safetensors"
-    old = path.read_bytes()
-    with Memory.open("ada", "model-a", home=tmp_path) as m:
-        m.commit(some_arrays(), 3, **SLEEP)
-        m.append([1])
-    path.write_bytes(old)
-    refused(tmp_path, "continues another file")
+def execute(path, statement) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute(statement)
+
+
+def test_other_databases(tmp_path):
+    make(tmp_path)
+    path = tmp_path / "memories" / "ada.sqlite"
+    good = path.read_bytes()
+    for statement, match in [
+        ("PRAGMA user_version = 7", "has format 7, this mlx-sleep reads format 1"),
+        ("PRAGMA application_id = 7", "not made by mlx-sleep"),
+        ("CREATE TABLE more (x)", "tables are not those"),
+        ("CREATE TRIGGER t AFTER INSERT ON tokens BEGIN SELECT 1; END", "tables are not those"),
+        ("DELETE FROM messages WHERE id = 2", "messages are missing"),
+        ("DELETE FROM messages WHERE id = 3", "rows are missing"),
+        ("DELETE FROM tokens WHERE start = 6", "lacks tokens"),
+        ("DELETE FROM arrays WHERE rowid = 1", "arrays are missing"),
+        ("DELETE FROM sleeps", "lacks"),
+        ("DELETE FROM memory", "lacks"),
+        ("UPDATE memory SET heard = heard + 1", "checksum mismatch"),
+        ("UPDATE messages SET text = 'My cat is Ada.' WHERE id = 1", "checksum mismatch"),
+        ("UPDATE sleeps SET tokens = '4x'", "checksum mismatch"),
+    ]:
+        path.write_bytes(good)
+        execute(path, statement)
+        refused(tmp_path, match)
+    for file in path.parent.iterdir():
+        file.unlink()
+    execute(path, "CREATE TABLE x (y)")
+    refused(tmp_path, "not made by mlx-sleep")
+
+
+@pytest.mark.parametrize("name", ["ada.sqlite", "ada.sqlite-wal"])
+def test_links_and_pipes_are_refused(tmp_path, name):
+    make(tmp_path)
+    path = tmp_path / "memories" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a regular file"):
+        Memory.open("ada", "model-a", home=tmp_path)
+    path.unlink()
+    (tmp_path / "mine").write_text("mine")
+    path.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is not a regular file"):
+        Memory.open("ada", "model-a", home=tmp_path)
+    assert memory.list_memories(tmp_path)[0].problem
+    memory.remove("ada", tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 # Locks, folders, permissions
@@ -360,9 +398,10 @@ def test_an_older_memory_file_put_back_is_refused(tmp_path):
 HOLD = """
 import sys
 from mlx_sleep.memory import Memory
-with Memory.open("ada", "model-a", home=sys.argv[1]):
+with Memory.open("ada", "model-a", home=sys.argv[1]) as m:
     print("open", flush=True)
-    sys.stdin.read()
+    if sys.stdin.read():
+        m.append([1])
 """
 
 
@@ -372,6 +411,7 @@ def spawn(code: str, *args) -> subprocess.Popen:
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -381,36 +421,63 @@ def test_one_process_at_a_time(tmp_path):
     make(tmp_path, "bob")
     with spawn(HOLD, tmp_path) as holder:
         assert holder.stdout.readline() == "open\n"
-        before = files(tmp_path)
         for call in (
             lambda: Memory.open("ada", "model-a", home=tmp_path),
-            lambda: memory.fork("ada", "eve", tmp_path),
-            lambda: memory.export_memory("ada", tmp_path / "x", tmp_path),
             lambda: memory.remove("ada", tmp_path),
         ):
             with pytest.raises(UserError, match=f"in use by process {holder.pid};"):
                 call()
-        assert files(tmp_path) == before
         listed = {m.name: m for m in memory.list_memories(tmp_path)}
         assert listed["ada"].problem is None and listed["ada"].pending == len(pending)
+        memory.fork("ada", "eve", tmp_path)
+        memory.export_memory("ada", tmp_path / "x", tmp_path)
         holder.send_signal(signal.SIGKILL)
     check(tmp_path, "ada", arrays, pending)
-    assert not (tmp_path / "memories" / "ada.lock").exists()
+    check(tmp_path, "eve", arrays, pending)
 
 
-def test_a_lock_file_unlinked_by_its_last_holder_locks_nobody_out_or_in(tmp_path, monkeypatch):
+def test_one_at_a_time_in_one_process(tmp_path):
     make(tmp_path)
-    real, path = fcntl.flock, tmp_path / "memories" / "ada.lock"
+    with Memory.open("ada", "model-a", home=tmp_path) as m:
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()};"):
+                Memory.open("ada", "model-a", home=tmp_path)
+        m.append([1])
+        m.sync()
+    check(tmp_path, "ada", m.arrays, m.pending)
 
-    def flock(file, how):
-        monkeypatch.setattr(fcntl, "flock", real)
-        path.unlink()
-        real(file, how)
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with Memory.open("ada", "model-a", home=tmp_path):
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()};"):
-            Memory.open("ada", "model-a", home=tmp_path)
+def test_who_finds_the_lock_free_for_an_instant_does_not_take_it(tmp_path):
+    """Between two transactions nobody holds the lock; the holder is written in the memory."""
+    make(tmp_path)
+    with Memory.open("ada", "model-a", home=tmp_path) as m:
+        m.append([1])
+        m._db.execute("ROLLBACK")
+        code = "from mlx_sleep.memory import Memory; import sys\n"
+        code += "print('start', flush=True); Memory.open('ada', 'model-a', home=sys.argv[1])"
+        with spawn(code, tmp_path) as other:
+            other.stdout.readline()
+            m.sync()
+            assert other.wait() and m.pending[-1] == 1
+    assert held(tmp_path)[2][-1] == 1
+
+
+@pytest.mark.parametrize("gone", ["-shm", "-wal", ""])
+def test_lost_files_lose_no_update(tmp_path, gone):
+    """A process whose lock was deleted under it writes no more."""
+    _, pending = make(tmp_path)
+    with spawn(HOLD, tmp_path) as holder:
+        assert holder.stdout.readline() == "open\n"
+        (tmp_path / "memories" / f"ada.sqlite{gone}").unlink()
+        if gone == "-shm":
+            with Memory.open("ada", "model-a", home=tmp_path) as m:
+                m.append([5])
+        _, err = holder.communicate("go")
+        assert "ada.sqlite was moved or deleted while in use" in err
+    if gone:
+        assert held(tmp_path)[2] == [*pending, *([5] if gone == "-shm" else [])]
+    else:
+        assert memory.list_memories(tmp_path) == []
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
@@ -424,7 +491,7 @@ def test_private_whatever_the_umask(tmp_path, umask):
             found = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "new").rglob("*")}
     finally:
         os.umask(before)
-    assert {p.suffix for p in found} == {"", ".safetensors", ".journal", ".lock"}
+    assert {p.suffix for p in found} == {"", ".sqlite", ".sqlite-wal", ".sqlite-shm"}
     for path, mode in found.items():
         assert mode == (0o700 if path.is_dir() else 0o600), path
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o600
@@ -451,61 +518,83 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "code, hint", [(errno.ENOSPC, "free some space"), (errno.EROFS, "MLX_SLEEP_HOME")]
-)
-def test_full_or_read_only_disk(tmp_path, monkeypatch, code, hint):
+FULL = """
+import resource, sys
+from mlx_sleep.memory import Memory
+import mlx.core as mx
+m = Memory.open("ada", "model-a", home=sys.argv[1])
+pending = m.pending[:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+m.append([1], "user", "more")
+for call in (
+    m.sync,
+    lambda: m.commit({"s": mx.arange(9)}, 1, passes=1, eviction="hard", window=8),
+    m.undo,
+    m.forget,
+    lambda: m.set("system", "x"),
+    m.sync,
+):
+    try:
+        call()
+        print("done")
+    except Exception as error:
+        print(type(error).__name__, error)
+    assert m.pending == [*pending, 1] and m.messages[-1].text == "more" and m.settings == {}
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+m.close()
+"""
+
+
+def test_a_full_disk(tmp_path):
     arrays, pending = make(tmp_path)
+    with spawn(FULL, tmp_path, 4000) as child:
+        out, err = child.communicate()
+    assert child.returncode == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 6 and all(line.startswith("UserError cannot write") for line in lines)
+    check(tmp_path, "ada", arrays, [*pending, 1])
 
-    def fail(*_):
-        raise OSError(code, os.strerror(code))
 
+def test_a_full_disk_says_so(tmp_path):
+    make(tmp_path)
     with Memory.open("ada", "model-a", home=tmp_path) as m:
-        before = files(tmp_path)
-        for function in ("write", "replace", "fsync"):
-            with monkeypatch.context() as patch:
-                patch.setattr(os, function, fail)
-                for call in (
-                    lambda: m.append([1]),
-                    lambda: m.commit(some_arrays(), 1, **SLEEP),
-                    m.forget,
-                ):
-                    with pytest.raises(UserError, match=hint):
-                        call()
-            assert files(tmp_path) == before
-            assert m.pending == pending
-        m.append([7])
-    check(tmp_path, "ada", arrays, [*pending, 7])
+        m.append([1])
+        size = m._db.execute("PRAGMA page_count").fetchone()[0]
+        m._db.execute(f"PRAGMA max_page_count = {size}")
+        with pytest.raises(UserError, match="No space left .*; free some space there"):
+            m.commit({"s": mx.zeros(9999)}, 1, **SLEEP)
+        assert m.header.sleeps == 1 and len(m.pending) == 6
+    assert held(tmp_path)[2][-1] == 1
 
 
 def test_the_folder_vanishes(tmp_path):
     make(tmp_path)
+    m = Memory.open("ada", "model-a", home=tmp_path)
+    for path in (tmp_path / "memories").iterdir():
+        path.unlink()
+    (tmp_path / "memories").rmdir()
+    m.append([1])
+    for call in (m.sync, m.close):
+        with pytest.raises(UserError, match="was moved or deleted while in use"):
+            call()
+    assert m.closed
+
+
+def test_how_it_is_opened(tmp_path):
     with Memory.open("ada", "model-a", home=tmp_path) as m:
-        for path in (tmp_path / "memories").iterdir():
-            path.unlink()
-        (tmp_path / "memories").rmdir()
-        with pytest.raises(UserError, match="No such file"):
-            m.append([1])
-
-
-def test_fullfsync_where_there_is_one(monkeypatch, tmp_path):
-    calls, works = [], True
-
-    def control(file, command):
-        calls.append(command)
-        if not works:
-            raise OSError(errno.ENOTTY, "no such thing")
-
-    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
-    monkeypatch.setattr(fcntl, "fcntl", control)
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
-    with Memory.open("ada", "model-a", home=tmp_path) as m:
-        assert set(calls) == {51}
-        works = False
-        calls.clear()
-        m.append([1])
-        m.sync()
-    assert calls.count(51) == calls.count("fsync") > 0
+        for pragma, value in [
+            ("journal_mode", "wal"),
+            ("synchronous", 2),
+            ("fullfsync", 1),
+            ("trusted_schema", 0),
+            ("secure_delete", 1),
+            ("foreign_keys", 1),
+            ("application_id", memory_database.APPLICATION_ID),
+            ("user_version", 1),
+        ]:
+            assert m._db.execute(f"PRAGMA {pragma}").fetchone() == (value,), pragma
+        with pytest.raises(sqlite3.OperationalError):
+            m._db.execute("SELECT load_extension('x')")
 
 
 # The other commands
@@ -514,23 +603,20 @@ def test_fullfsync_where_there_is_one(monkeypatch, tmp_path):
 def test_list_shows_the_damaged_ones_as_damaged(tmp_path):
     assert memory.list_memories(tmp_path / "none") == []
     _, pending = make(tmp_path)
-    for name in ("bob", "cut"):
-        make(tmp_path, name)
+    make(tmp_path, "cut")
     folder = tmp_path / "memories"
-    (folder / "cut.safetensors").write_bytes((folder / "cut.safetensors").read_bytes()[:-1])
-    (folder / "bob.safetensors").unlink()
-    (folder / "no memory at all.safetensors").write_text("")
-    ada, bob, cut = memory.list_memories(tmp_path)
-    assert (ada.name, ada.problem, ada.pending) == ("ada", None, len(pending))
+    (folder / "cut.sqlite").write_bytes((folder / "cut.sqlite").read_bytes()[:-5000])
+    (folder / "new.sqlite").touch()  # a process died while it made a memory
+    (folder / "no memory at all.sqlite").write_text("")
+    ada, cut = memory.list_memories(tmp_path)
+    assert (ada.name, ada.problem, ada.pending, ada.messages) == ("ada", None, len(pending), 3)
     assert ada.header.sleeps == 1 and ada.header.tokens == 4
-    assert ada.bytes == sum(
-        (folder / f"ada.{e}").stat().st_size for e in ("safetensors", "journal")
-    )
+    assert ada.bytes >= (folder / "ada.sqlite").stat().st_size
     assert "damaged" in cut.problem and cut.header is None
-    assert "no bob.safetensors" in bob.problem
-    assert memory.show_memory("ada", tmp_path) == ada
-    with pytest.raises(UserError, match="there is no memory 'eve'"):
-        memory.show_memory("eve", tmp_path)
+    assert memory.show_memory("ada", tmp_path).header == ada.header
+    for name in ("eve", "new"):
+        with pytest.raises(UserError, match=f"there is no memory '{name}'"):
+            memory.show_memory(name, tmp_path)
 
 
 def test_fork(tmp_path):
@@ -558,6 +644,11 @@ def test_export_and_import(tmp_path):
     memory.import_memory(out, "bob", tmp_path / "elsewhere")
     header = check(tmp_path / "elsewhere", "bob", arrays, pending)
     assert header.sleeps == 1 and header.fingerprint == "model-a"
+    assert held(tmp_path / "elsewhere", "bob")[3:] == held(tmp_path)[3:]  # what was said, too
+    loaded, metadata = mx.load(str(out), return_metadata=True)  # plain safetensors
+    assert loaded.pop("pending").size == len(pending)
+    assert {n: bits(a) for n, a in loaded.items()} == {n: bits(a) for n, a in arrays.items()}
+    assert metadata["fingerprint"] == "model-a" and metadata["sleeps"] == "1"
 
     exported = out.read_bytes()
     with pytest.raises(UserError, match="exists already"):
@@ -574,16 +665,17 @@ def test_export_and_import(tmp_path):
     out.write_bytes(exported[:-1])
     with pytest.raises(UserError, match="is damaged .*; export it again"):
         memory.import_memory(out, "eve", tmp_path)
-    assert set(files(tmp_path)) == {"ada.safetensors", "ada.journal"}
+    assert set(files(tmp_path)) == {"ada.sqlite"}
 
 
 def test_remove(tmp_path):
     make(tmp_path)
     make(tmp_path, "bob")
     folder = tmp_path / "memories"
-    (folder / "ada.safetensors").write_text("damaged")
-    (folder / "ada.safetensors.tmp").write_text("of a crash")
+    (folder / "ada.sqlite").write_text("damaged")
     memory.remove("ada", tmp_path)
-    assert set(files(tmp_path)) == {"bob.safetensors", "bob.journal"}
+    assert set(files(tmp_path)) == {"bob.sqlite"}
     with pytest.raises(UserError, match="there is no memory 'ada'"):
         memory.remove("ada", tmp_path)
+    memory.remove("bob", tmp_path)
+    assert list(folder.iterdir()) == []

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_sleep import session as session_module
-from mlx_sleep.memory import Header, Memory, import_memory
+from mlx_sleep.memory import Contents, Header, Memory, import_memory
 from mlx_sleep.memory.format import encode_memory
 from mlx_sleep.models.base import flatten_state
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
@@ -587,7 +587,7 @@ def test_a_memory_with_tokens_beyond_the_embedding_is_refused(memory):
     ({"sleeps": 1}, {"sleeps": -1}, {"tokens": -5}, {"passes": -1}, {"tokens": 9, "sleeps": 1}),
 )
 def test_a_memory_whose_counters_tell_of_no_such_state_is_refused(tmp_path, counters):
-    raw, _ = encode_memory(Header("fp", **counters), {}, [5])
+    raw = encode_memory(Contents(Header("fp", **counters), {}, [5]))
     (tmp_path / "m.safetensors").write_bytes(raw)
     with pytest.raises(UserError, match="lacks what every memory has|is not one of this model"):
         import_memory(tmp_path / "m.safetensors", "test", home=tmp_path)

@@ -1,10 +1,12 @@
-"""Where a memory's files are, by its name: its lock, and reading and creating the two together."""
+"""Where a memory is, by its name; reading it whole, and making one. Errors are UserErrors here."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,9 +15,19 @@ import platformdirs
 from ..utils import atomic
 from ..utils.errors import UserError
 from ..utils.files import os_errors_as_user_errors
-from .format import Arrays, Damaged, Header, Stored, decode_memory, encode_memory
-from .journal import parse_journal
-from .lock import InUse, Lock
+from . import rows
+from .database import (
+    InUse,
+    OtherFormat,
+    Writer,
+    is_half_made,
+    is_made,
+    reader,
+    siblings,
+    sqlite_errors,
+)
+from .format import Contents, Damaged
+from .format_1 import OldFiles
 
 CHECK_FOLDER = "check that folder, or set MLX_SLEEP_HOME to one you can write"
 
@@ -64,90 +76,91 @@ class Location:
         return location
 
     @property
-    def memory(self) -> Path:
-        return self.folder / f"{self.name}.safetensors"
+    def database(self) -> Path:
+        return self.folder / f"{self.name}.sqlite"
 
     @property
-    def journal(self) -> Path:
-        return self.folder / f"{self.name}.journal"
+    def old(self) -> OldFiles:
+        return OldFiles(self.folder, self.name)
 
     @property
-    def files(self) -> tuple[Path, Path]:
-        return self.memory, self.journal
+    def files(self) -> tuple[Path, ...]:
+        return (*siblings(self.database), *self.old.files)
 
     @property
     def exists(self) -> bool:
-        # A journal alone counts: its tokens were somebody's, a new memory must not bury them.
-        return any(os.path.lexists(path) for path in self.files)
+        """Whether there is such a memory; a damaged one counts, a new one must not bury it."""
+        try:
+            return self.peek() is not None
+        except UserError:
+            return True
 
     def require(self) -> None:
         """UserError when there is no such memory."""
         if not self.exists:
-            raise UserError(
-                f"there is no memory '{self.name}' in {self.folder}; "
-                "`mlx-sleep memory list` shows the existing ones"
-            )
+            raise self._missing()
 
-    def lock(self, *, make_folder: bool = False) -> Lock:
-        """Locks the memory against every other process. UserError when one of them holds it."""
-        doing = f"cannot lock memory '{self.name}' in {self.folder}"
+    def _missing(self) -> UserError:
+        return UserError(
+            f"there is no memory '{self.name}' in {self.folder}; "
+            "`mlx-sleep memory list` shows the existing ones"
+        )
+
+    @contextlib.contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Turns what a database and a disk can raise into a UserError that says what to do."""
         try:
-            with os_errors_as_user_errors(doing, CHECK_FOLDER):
-                if make_folder:
-                    atomic.make_folder(self.folder)
-                return Lock(self.folder / f"{self.name}.lock")
+            where = f"cannot {doing} memory '{self.name}' in {self.folder}"
+            with os_errors_as_user_errors(where, CHECK_FOLDER):
+                yield
         except InUse as error:
             raise UserError(
                 f"memory '{self.name}' is in use by "
-                f"{'process ' + error.holder if error.holder else 'another process'}; "
+                f"{f'process {error.holder}' if error.holder else 'another process'}; "
                 "leave that chat first, or choose another memory name"
             ) from None
-
-    def load(self) -> tuple[Stored, list[int]]:
-        """What the memory's file holds, and the tokens that its journal adds to `pending`."""
-        remedy = f"`mlx-sleep memory rm {self.name}` removes it; an export of it can be imported"
-        doing = f"cannot read memory '{self.name}' in {self.folder}"
-        with os_errors_as_user_errors(doing, CHECK_FOLDER):
-            # The journal first: a commit in between makes it older, which is legal, not newer.
-            try:
-                journal = self.journal.read_bytes()
-            except FileNotFoundError:
-                journal = None
-            try:
-                raw = self.memory.read_bytes()
-            except FileNotFoundError:
-                if journal is None:
-                    self.require()
-                raise UserError(
-                    f"{self.journal} has no {self.memory.name} beside it; put that back, "
-                    f"or `mlx-sleep memory rm {self.name}`"
-                ) from None
-        stored = decode_memory(raw, f"memory '{self.name}'", remedy)
-        if journal is None:
-            return stored, []
-        try:
-            continues, heard = parse_journal(journal)
+        except OtherFormat as error:
+            raise UserError(f"memory '{self.name}' has {error}") from None
         except Damaged as damage:
             raise UserError(
-                f"the journal of memory '{self.name}' is damaged ({damage}); move {self.journal} "
-                "away to go on without the tokens in it"
+                f"memory '{self.name}' is damaged or not a memory ({damage}); `mlx-sleep memory rm "
+                f"{self.name}` removes it; an export of it can be imported"
             ) from None
-        if continues == stored.sha256:
-            return stored, heard
-        if continues == stored.header.previous:
-            return stored, []  # a crash between commit and new journal: these are folded in
-        raise UserError(
-            f"the journal of memory '{self.name}' continues another file than "
-            f"{self.memory.name}; put that file back, or move {self.journal} away to go on "
-            "without the tokens in it"
-        )
 
-    def create(self, header: Header, arrays: Arrays, pending: list[int]) -> None:
-        """Makes a memory. UserError when there is one. The caller holds the lock."""
-        raw, _ = encode_memory(replace(header, previous=""), arrays, pending)
-        doing = f"cannot create memory '{self.name}' in {self.folder}"
-        with os_errors_as_user_errors(doing, CHECK_FOLDER):
+    def load(self) -> Contents:
+        """What it holds. No lock is needed, and nothing is written."""
+        found = self.peek()
+        if found is None:
+            raise self._missing()
+        return found[0]
+
+    def peek(self) -> tuple[Contents, int] | None:
+        """What it holds, and the number of its commits (0: it has the files of an earlier version).
+        None when there is no such memory."""
+        with self.errors("read"):
+            files = siblings(self.database)
+            if any(map(os.path.lexists, files)) and not is_half_made(self.database):
+                with contextlib.closing(reader(self.database)) as db, sqlite_errors():
+                    if is_made(db):
+                        return rows.read(db), rows.serial(db)
+            return (self.old.read(), 0) if self.old.exist else None
+
+    def create(self, contents: Contents) -> None:
+        """Makes a memory. UserError when there is one."""
+        with self.errors("create"):
+            atomic.make_folder(self.folder)
+            taken = f"memory '{self.name}' exists already; choose another name"
             if self.exists:
-                raise UserError(f"memory '{self.name}' exists already; choose another name")
-            atomic.replace_file(self.memory, raw)
-            atomic.fsync_path(self.folder)
+                raise UserError(taken)
+            writer = Writer(self.database)
+            try:
+                with sqlite_errors():
+                    if is_made(writer.db):
+                        raise UserError(taken)
+                    rows.create(writer.db, contents)
+                writer.commit()
+            except BaseException:
+                writer.rollback()
+                raise
+            finally:
+                writer.close()

@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..utils.atomic import fsync_path, replace_file, temporary, unlink
+from ..utils.atomic import fsync_path, replace_file
 from ..utils.errors import UserError
 from ..utils.files import os_errors_as_user_errors
-from .format import Header, decode_memory, encode_memory
+from .database import Writer, remove_database
+from .format import Damaged, Header, decode_memory, encode_memory
 from .location import CHECK_FOLDER, NAME, Location, memories_folder, now
 
 Home = str | os.PathLike | None
@@ -20,13 +21,14 @@ Home = str | os.PathLike | None
 class Listing:
     """A memory as seen from outside, without its model and without its lock.
 
-    pending counts the tokens that wait for the next sleep, bytes both files. A memory that cannot
-    be read has a `problem` (one line) and may have no header.
+    pending counts the tokens that wait for the next sleep, messages what was said, bytes all its
+    files. A memory that cannot be read has a `problem` (one line) and no header.
     """
 
     name: str
     header: Header | None
     pending: int
+    messages: int
     bytes: int
     problem: str | None = None
 
@@ -36,11 +38,13 @@ def list_memories(home: Home = None) -> list[Listing]:
     folder = memories_folder(home)
     with os_errors_as_user_errors(f"cannot read {folder}", CHECK_FOLDER):
         try:
-            files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".journal")]
+            suffixes = (".sqlite", ".safetensors", ".journal")
+            files = [f for f in folder.iterdir() if f.suffix in suffixes]
         except FileNotFoundError:
             return []
     names = sorted({f.stem for f in files if NAME.fullmatch(f.stem)})
-    return [_listing(Location(folder, name)) for name in names]
+    locations = (Location(folder, name) for name in names)
+    return [_listing(location) for location in locations if location.exists]
 
 
 def show_memory(name: str, home: Home = None) -> Listing:
@@ -49,49 +53,42 @@ def show_memory(name: str, home: Home = None) -> Listing:
 
 
 def _listing(location: Location) -> Listing:
-    header, pending, problem = None, 0, None
+    header, pending, said, problem = None, 0, 0, None
     try:
-        stored, heard = location.load()
-        header, pending = stored.header, len(stored.pending) + len(heard)
+        contents = location.load()
+        header, pending = contents.header, len(contents.pending)
+        said = len(contents.messages)
     except UserError as error:
         problem = str(error)
     size = 0
     for path in location.files:
         with contextlib.suppress(OSError):
             size += path.stat().st_size
-    return Listing(location.name, header, pending, size, problem)
+    return Listing(location.name, header, pending, said, size, problem)
 
 
 def fork(source: str, target: str, home: Home = None) -> None:
-    """Copies a memory, pending tokens included, to a new name. Raises UserError when that exists,
-    or when either is in use."""
+    """Copies a memory, pending tokens and transcript included, to a new name. Raises UserError
+    when that exists. Of a memory in use, what was last synced is copied."""
     old, new = Location.of(source, home), Location.of(target, home)
-    old.require()
-    if source == target:
-        raise UserError(f"memory '{target}' exists already; choose another name for the fork")
-    with old.lock(), new.lock():
-        stored, heard = old.load()
-        header = replace(stored.header, created=now(), parent=source)
-        new.create(header, stored.arrays, stored.pending + heard)
+    contents = old.load()
+    header = replace(contents.header, created=now(), parent=source, previous="")
+    new.create(replace(contents, header=header))
 
 
 def export_memory(name: str, path: str | os.PathLike, home: Home = None) -> None:
-    """Writes a memory, pending tokens included, to one safetensors file. Raises UserError when
-    that exists or cannot be written, or when the memory is in use."""
-    location = Location.existing(name, home)
+    """Writes a memory, pending tokens and transcript included, to one safetensors file. Raises
+    UserError when that exists or cannot be written."""
+    contents = Location.of(name, home).load()
     path = Path(path).expanduser()
-    with location.lock():
-        stored, heard = location.load()
-        raw, _ = encode_memory(
-            replace(stored.header, previous=""), stored.arrays, stored.pending + heard
-        )
-        with os_errors_as_user_errors(
-            f"cannot export to {path}", "choose a file in a folder that you can write"
-        ):
-            if os.path.lexists(path):
-                raise UserError(f"{path} exists already; choose another file to export to")
-            replace_file(path, raw)
-            fsync_path(path.parent)
+    raw = encode_memory(replace(contents, header=replace(contents.header, previous="")))
+    with os_errors_as_user_errors(
+        f"cannot export to {path}", "choose a file in a folder that you can write"
+    ):
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists already; choose another file to export to")
+        replace_file(path, raw)
+        fsync_path(path.parent)
 
 
 def import_memory(path: str | os.PathLike, name: str, home: Home = None) -> None:
@@ -101,18 +98,22 @@ def import_memory(path: str | os.PathLike, name: str, home: Home = None) -> None
     path = Path(path).expanduser()
     with os_errors_as_user_errors(f"cannot import {path}", "check the path"):
         raw = path.read_bytes()
-    stored = decode_memory(raw, str(path), "export it again")
-    with location.lock(make_folder=True):
-        location.create(stored.header, stored.arrays, stored.pending)
+    location.create(decode_memory(raw, str(path), "export it again"))
 
 
 def remove(name: str, home: Home = None) -> None:
     """Deletes a memory, damaged or not. Raises UserError when there is none or it is in use."""
     location = Location.existing(name, home)
-    doing = f"cannot remove memory '{name}' in {location.folder}"
-    with location.lock(), os_errors_as_user_errors(doing, CHECK_FOLDER):
-        # Last the file that makes it a memory: a crash on the way leaves one that still opens.
-        for path in (location.journal, location.memory):
-            unlink(temporary(path))
-            unlink(path)
-        fsync_path(location.folder)
+    with location.errors("remove"), location.old.locked():
+        writer = None
+        try:
+            writer = Writer(location.database)
+        except (Damaged, OSError):
+            pass  # nobody can have it open
+        try:
+            location.old.remove()
+            remove_database(location.database)
+            fsync_path(location.folder)
+        finally:
+            if writer:
+                writer.close()

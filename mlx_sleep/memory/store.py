@@ -1,36 +1,29 @@
 """An open memory: what a sleeping model keeps between processes.
 
-Knows which file is written when, and what a crash leaves. Knows nothing of models, tokenizers or
-chat: a memory is a dict of named arrays, a header of counters and provenance, and the ids of the
-tokens that no sleep has folded in yet. One process writes to a memory, one thread at a time.
+Knows what is written when, and what a crash leaves. Knows nothing of models, tokenizers or chat: a
+memory is a dict of named arrays, a header of counters and provenance, the ids of the tokens that no
+sleep has folded in yet, and what was said as text. One process has a memory open, one thread at a
+time writes to it.
 
-Files of one memory in <home>/memories:
-
-    NAME.safetensors  the arrays, the header (as metadata) and `pending`, the tokens that the last
-                      sleep did not fold in. Replaced as a whole; its rename is the commit.
-    NAME.journal      the tokens heard since then, append-only. Its head names, by SHA-256, the
-                      NAME.safetensors that it continues.
-    NAME.lock         flock of the process that may write, its process id inside.
-
-A sleep replaces the first file, then starts a new journal. A crash in between leaves a journal
-that continues the *previous* NAME.safetensors; the new one names its predecessor, so that journal
-is recognised and dropped, and no token is folded in twice. A journal of any other file is refused.
+It is one SQLite database, <home>/memories/NAME.sqlite (database.py). What is appended is in this
+object until `sync`, which is called twice a turn; each sync, sleep and change is one transaction.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+import sqlite3
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Literal
 
-from ..utils.atomic import fsync_path, replace_file, temporary, unlink
+from ..utils import atomic
 from ..utils.errors import UserError
-from ..utils.files import os_errors_as_user_errors
-from .format import Arrays, Header, encode_memory, stored_sha256
-from .journal import Journal, journal_record
-from .location import CHECK_FOLDER, Location, now
-from .lock import Lock
+from . import rows
+from .database import Writer, is_made, sqlite_errors
+from .format import Arrays, Contents, Damaged, Header, Message, check_arrays
+from .location import Location, now
 
 
 class Memory:
@@ -39,11 +32,20 @@ class Memory:
     arrays: dict of mx.array, as of the last sleep; empty before the first.
     header: Header.
     pending: list of token ids appended and not yet folded in, oldest first.
-    All three are for reading; the methods change them together with the files.
+    messages: list of Message, what was said, oldest first.
+    settings: dict of str, such as a system prompt.
+    All are for reading; the methods change them together with the database.
 
-    Every method that writes raises UserError when the disk is full, read-only or gone. The files
-    then hold what they held before, and so does this object.
+    Every method that writes raises UserError when the disk is full, read-only or gone. The database
+    then holds what it held before, and so does this object.
     """
+
+    header: Header
+    arrays: Arrays
+    pending: list[int]
+    messages: list[Message]
+    settings: dict[str, str]
+    _stored: tuple[int, int]  # tokens heard and messages, of which the database knows
 
     @classmethod
     def open(
@@ -53,48 +55,61 @@ class Memory:
         *,
         model: str = "",
         home: str | os.PathLike | None = None,
+        any_model: bool = False,
     ) -> Memory:
         """Opens the memory `name`, or makes it when there is none.
 
         fingerprint: of the model that will use it. model: its name or path, kept as provenance
-        of a new memory. Raises UserError when the memory is in use, another model's, of another
-        format version, or damaged; its files are then left as they are.
+        of a new memory. any_model: another model's memory will do (to `replace` it). Raises
+        UserError when the memory is in use, another model's, of another format version, or
+        damaged; its files are then left as they are.
         """
         location = Location.of(name, home)
-        lock = location.lock(make_folder=True)
-        try:
-            for path in location.files:
-                with contextlib.suppress(OSError):
-                    unlink(temporary(path))  # of a process that was killed
-            if not location.exists:
-                location.create(
-                    Header(fingerprint, model=model, created=now(), updated=now()), {}, []
-                )
-            return cls(location, fingerprint, lock)
-        except BaseException:
-            lock.release()
-            raise
+        new = Header(fingerprint, model=model, created=now(), updated=now())
+        # All refusals come before anything is written.
+        contents, serial = location.peek() or (Contents(new, {}, []), 0)
+        return cls(location, contents, serial, None if any_model else fingerprint)
 
-    def __init__(self, location: Location, fingerprint: str, lock: Lock):
+    def __init__(
+        self, location: Location, contents: Contents, serial: int, fingerprint: str | None
+    ):
+        """contents and serial: what the files held a moment ago, or what a new memory shall."""
         self.name = location.name
         self._location = location
-        self._lock: Lock | None = lock
-        self._journal: Journal | None = None  # not started since open or commit
-        self._unsynced = False
-        stored, heard = location.load()
-        self._adopt(stored.header, stored.arrays, stored.pending, stored.sha256)
-        self.pending += heard
-        if self.header.fingerprint != fingerprint:
-            raise UserError(
-                f"memory '{self.name}' was made by another model "
-                f"({self.header.model or 'unnamed'}, fingerprint {self.header.fingerprint[:12]}; "
-                f"this one's is {fingerprint[:12]}); load that model, or choose another memory name"
-            )
+        _check_model(self.name, contents.header, fingerprint)
+        with location.errors("open"), contextlib.ExitStack() as stack:
+            atomic.make_folder(location.folder)
+            stack.enter_context(location.old.locked())
+            self._writer: Writer | None = Writer(location.database)
+            stack.callback(self._give_back)
+            with sqlite_errors():
+                if not is_made(self._db):
+                    if location.old.exist:
+                        contents = location.old.read()
+                    rows.create(self._db, contents)
+                    self._writer.commit()
+                    self._writer.begin()
+                    contents = rows.read(self._db)
+                elif rows.serial(self._db) != serial:
+                    contents = rows.read(self._db)
+            _check_model(self.name, contents.header, fingerprint)
+            location.old.remove_if(contents.header.previous)
+            self._adopt(contents)
+            with sqlite_errors():
+                self._serial = rows.serial(self._db)
+            self._sign(os.getpid())
+            stack.pop_all()
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._writer is None:
+            raise ValueError(f"memory '{self.name}' is closed")
+        return self._writer.db
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called: the lock is gone, and nothing can be written."""
-        return self._lock is None
+        return self._writer is None
 
     def __enter__(self) -> Memory:
         return self
@@ -102,42 +117,49 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def append(self, tokens: Iterable[int]) -> None:
-        """Journals token ids (0 <= id < 2**32) as one record and adds them to `pending`.
+    # --- what is heard and said ----------------------------------------------------------------
 
-        After this they survive the death of the process; after sync() that of the machine.
+    def append(
+        self,
+        tokens: Iterable[int],
+        role: Literal["user", "assistant"] | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Adds token ids (0 <= id < 2**32) to `pending`; after `sync` they are on the disk.
+
+        role: they are a user's turn, or end a reply, whose words are `text` (None: not kept).
         """
         tokens = list(tokens)
-        if not tokens:
-            return
-        record = journal_record(tokens)
-        self._require_open()
-        with self._os_errors():
-            journal = self._journal or self._start_journal()
-            try:
-                journal.append(record)
-                self.pending += tokens
-                self._unsynced = True
-            except BaseException:
-                self._drop_journal()  # it may end in half a record; the next append starts afresh
-                raise
+        rows.token_bytes(tokens)  # for its check
+        self._db  # noqa: B018  for its check
+        if role is not None:
+            self.messages.append(Message(role, text, self._heard, now()))
+        self.pending += tokens
+
+    @property
+    def _heard(self) -> int:
+        return self.header.tokens + len(self.pending)
 
     def sync(self) -> None:
-        """Puts everything appended so far on the disk itself. Called once a turn."""
-        if not self._unsynced:
+        """Puts everything appended so far on the disk itself."""
+        if (self._heard, len(self.messages)) == self._stored:
             return
-        self._require_open()
-        with self._os_errors():
-            if self._journal is None:
-                self._start_journal()
-            else:
-                try:
-                    self._journal.sync()
-                except BaseException:
-                    # A second fsync may report success for pages that the first one lost.
-                    self._drop_journal()
-                    raise
-        self._unsynced = False
+        header = replace(self.header, updated=now())
+        self._write(lambda db: self._put_heard(db, header), lambda: self._stores(header))
+
+    def _put_heard(self, db: sqlite3.Connection, header: Header) -> None:
+        heard, said = self._stored
+        rows.add_tokens(db, heard, self.pending[heard - self.header.tokens :])
+        for number, message in enumerate(self.messages[said:], said + 1):
+            rows.add_message(db, number, message)
+        rows.put_head(db, header, self._heard)
+
+    def _stores(self, header: Header) -> None:
+        """The database holds all of this object, with this header."""
+        self.header = header
+        self._stored = self._heard, len(self.messages)
+
+    # --- sleeping ------------------------------------------------------------------------------
 
     def commit(
         self, arrays: Arrays, tokens: int, *, passes: int, eviction: str, window: int
@@ -150,84 +172,189 @@ class Memory:
         """
         if not 0 < tokens <= len(self.pending):
             raise ValueError(f"{tokens} tokens folded in, {len(self.pending)} are pending")
+        check_arrays(arrays)
+        before = self.header
         header = replace(
-            self.header,
+            before,
             passes=passes,
             eviction=eviction,
             window=window,
-            tokens=self.header.tokens + tokens,
-            sleeps=self.header.sleeps + 1,
+            tokens=before.tokens + tokens,
+            sleeps=before.sleeps + 1,
             updated=now(),
-            previous=self._sha256,
         )
-        self._replace(header, arrays, self.pending[tokens:])
+
+        def change(db: sqlite3.Connection) -> None:
+            self._put_heard(db, header)
+            rows.add_sleep(db, header, arrays)
+            rows.drop_older(db, before.sleeps)  # the state before this sleep stays, for `undo`
+
+        def adopt() -> None:
+            self.arrays, self.pending = dict(arrays), self.pending[tokens:]
+            self._stores(header)
+
+        self._write(change, adopt)
+        self._checkpoint()
+
+    def undo(self) -> Literal["turn", "sleep"] | None:
+        """Takes back the last turn with its reply, or the last sleep if nothing was said since.
+
+        Returns what it was. None when there is nothing to take back: only the state before the
+        last sleep is kept, and turns are known from `messages`.
+        """
+        self.sync()
+        header, said = self.header, len(self.messages)
+        arrays, position, pending = self.arrays, self._heard, self.pending
+        if pending:
+            turns = [i for i, message in enumerate(self.messages) if message.role == "user"]
+            if not turns:
+                return None
+            said = turns[-1]
+            position = self.messages[said].position
+        if not pending or position < header.tokens:
+            with self._location.errors("read"), sqlite_errors():
+                sleep = rows.read_sleep(self._db, header.sleeps - 1)
+                if sleep is None or position < sleep.tokens:
+                    return None
+                arrays = rows.read_arrays(self._db, sleep.number)
+                pending = rows.read_tokens(self._db, sleep.tokens)
+            header = replace(
+                header,
+                sleeps=sleep.number,
+                tokens=sleep.tokens,
+                passes=sleep.passes,
+                eviction=sleep.eviction,
+                window=sleep.window,
+            )
+        header = replace(header, updated=now())
+        pending = pending[: position - header.tokens]
+
+        def change(db: sqlite3.Connection) -> None:
+            rows.drop_later(db, header.sleeps)
+            rows.cut(db, position, said)
+            rows.put_head(db, header, position)
+
+        def adopt() -> None:
+            self.arrays, self.pending, self.messages = arrays, pending, self.messages[:said]
+            self._stores(header)
+
+        what: Literal["turn", "sleep"] = "turn" if said < len(self.messages) else "sleep"
+        self._write(change, adopt)
+        self._checkpoint()
+        return what
+
+    # --- all of it -----------------------------------------------------------------------------
+
+    def replace(self, contents: Contents) -> None:
+        """Puts other contents in place of all it holds, in one transaction."""
+        check_arrays(contents.arrays)
+        self._write(lambda db: rows.write(db, contents), lambda: self._adopt(contents))
+        self._checkpoint()
 
     def forget(self) -> None:
-        """Erases arrays, counters and pending tokens; the memory stays open, as if new."""
+        """Erases all but the settings; the memory stays open, as if new."""
         header = Header(
-            self.header.fingerprint,
-            model=self.header.model,
-            created=now(),
-            updated=now(),
-            previous=self._sha256,
+            self.header.fingerprint, model=self.header.model, created=now(), updated=now()
         )
-        self._replace(header, {}, [])
+        self.replace(Contents(header, {}, [], settings=self.settings))
+
+    def set(self, key: str, value: str | None) -> None:
+        """Changes a setting; None removes it."""
+        settings = {k: v for k, v in self.settings.items() if k != key}
+        if value is not None:
+            settings[key] = value
+        header = replace(self.header, updated=now())
+
+        def change(db: sqlite3.Connection) -> None:
+            rows.put_setting(db, key, value)
+            self._put_heard(db, header)
+
+        def adopt() -> None:
+            self.settings = settings
+            self._stores(header)
+
+        self._write(change, adopt)
 
     def close(self) -> None:
         """Syncs, then gives the lock back. A second close does nothing."""
-        if self._lock is None:
+        if self._writer is None:
             return
         try:
             self.sync()
+            self._sign(0)
         finally:
-            self._drop_journal()
-            lock, self._lock = self._lock, None
-            lock.release()
+            self._give_back()
 
-    def _replace(self, header: Header, arrays: Arrays, pending: list[int]) -> None:
-        self._require_open()
-        raw, sha256 = encode_memory(header, arrays, pending)
-        with self._os_errors():
-            if self._journal is None:
-                # The journal on disk must never be two files old: it would be refused.
-                self._start_journal()
+    # --- the database --------------------------------------------------------------------------
+
+    def _adopt(self, contents: Contents) -> None:
+        self.arrays = dict(contents.arrays)
+        self.pending = list(contents.pending)
+        self.messages = list(contents.messages)
+        self.settings = dict(contents.settings)
+        self._stores(contents.header)
+
+    def _write(
+        self, change: Callable[[sqlite3.Connection], None], adopt: Callable[[], None]
+    ) -> None:
+        """One transaction, then what this object makes of it."""
+        db, writer = self._db, self._writer
+        assert writer is not None
+        with self._location.errors("write"):
+            writer.begin()
+            with sqlite_errors():
+                serial = rows.serial(db)
+            if serial != self._serial:
+                raise UserError(
+                    f"memory '{self.name}' was changed by another process; close it and open it "
+                    "again"
+                )
             try:
-                replace_file(self._location.memory, raw)
-            finally:
-                # Ctrl-C may strike right after the rename: what lies on the disk decides.
-                if stored_sha256(self._location.memory) == sha256:
-                    self._adopt(header, arrays, pending, sha256)
-                    self._drop_journal()
-                    self._unsynced = True
-        # The sleep is committed, so a failure from here on is not its failure: the next append or
-        # sync tries again and reports it.
-        with contextlib.suppress(OSError):
-            fsync_path(self._location.folder)
-            self._start_journal()
-            self._unsynced = False
+                with sqlite_errors():
+                    change(db)
+                writer.commit()
+            except BaseException:
+                writer.rollback()
+                # Ctrl-C may strike right after the commit: what the database holds decides.
+                if self._is_written():
+                    adopt()
+                raise
+            self._serial += 1
+            adopt()
+            writer.rollback()  # takes the lock again
 
-    def _adopt(self, header: Header, arrays: Arrays, pending: list[int], sha256: str) -> None:
-        self.header = header
-        self.arrays = dict(arrays)
-        self.pending = list(pending)
-        self._stored = len(pending)  # how many of them NAME.safetensors holds
-        self._sha256 = sha256
+    def _is_written(self) -> bool:
+        with contextlib.suppress(sqlite3.Error):
+            if rows.serial(self._db) == self._serial + 1:
+                self._serial += 1
+                return True
+        return False
 
-    def _start_journal(self) -> Journal:
-        """Puts a journal in place that continues the file on disk and holds what it does not."""
-        heard = self.pending[self._stored :]
-        self._journal = Journal(self._location.journal, self._sha256, heard)
-        return self._journal
+    def _checkpoint(self) -> None:
+        if self._writer is not None:
+            self._writer.checkpoint()
 
-    def _drop_journal(self) -> None:
-        if self._journal is not None:
-            journal, self._journal = self._journal, None
-            journal.close()
+    def _sign(self, holder: int) -> None:
+        """Writes into the memory who has it open. A full disk must not keep anyone from it."""
+        assert self._writer is not None
+        with contextlib.suppress(OSError, Damaged), sqlite_errors():
+            self._writer.begin()
+            self._db.execute("UPDATE memory SET holder = ?", (holder,))
+            self._writer.commit()
+        self._writer.rollback()
 
-    def _os_errors(self) -> contextlib.AbstractContextManager[None]:
-        doing = f"cannot write memory '{self.name}' in {self._location.folder}"
-        return os_errors_as_user_errors(doing, CHECK_FOLDER)
+    def _give_back(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
-    def _require_open(self) -> None:
-        if self._lock is None:
-            raise ValueError(f"memory '{self.name}' is closed")
+
+def _check_model(name: str, header: Header, fingerprint: str | None) -> None:
+    """UserError when the memory is another model's; None fits any."""
+    if fingerprint not in (None, header.fingerprint):
+        assert fingerprint
+        raise UserError(
+            f"memory '{name}' was made by another model "
+            f"({header.model or 'unnamed'}, fingerprint {header.fingerprint[:12]}; "
+            f"this one's is {fingerprint[:12]}); load that model, or choose another memory name"
+        )

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from ...memory.lock import InUse, Lock
 from ...training.trainer import Trainer
 from ...training.windows import Window
 from ...utils.atomic import replace_file
 from ...utils.errors import UserError
+from ...utils.lock import InUse, Lock
 from ...utils.malloc import keep_freed_memory
 from . import models
 from .probes import halting, retention

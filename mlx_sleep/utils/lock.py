@@ -7,7 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from ..utils.atomic import chmod_private
+from .atomic import chmod_private
 
 
 class InUse(Exception):
