@@ -70,6 +70,9 @@ class Stats:
     sleeps: int
 
 
+_SYSTEM = "system_prompt"  # a memory's setting
+
+
 class _Turn(NamedTuple):
     """A user's turn as the past has it, up to the reply's text, and as the model is asked."""
 
@@ -100,6 +103,7 @@ class Session:
     temp, top_p, top_k, min_p, repetition_penalty
                     sampling, by mlx-lm's names (`Sampling`): temp 0, the default, is greedy
     seed            of the sampling; None leaves MLX's random state alone
+    system_prompt   see the property; None takes the memory's, "" takes it away
     keep_thoughts   leave thoughts in the window, which a sleep folds in
     on_sleep        called with the SleepReport of every sleep, those of a full window included
 
@@ -131,6 +135,7 @@ class Session:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         keep_thoughts: bool = False,
+        system_prompt: str | None = None,
         on_sleep: Callable[[SleepReport], None] | None = None,
     ):
         config = SleepConfig(  # for its checks
@@ -172,6 +177,12 @@ class Session:
                 mx.eval(self._snapshot)
             self._pending = list(memory.pending)
         self._working.rewind(self._snapshot)
+        self._system: str | None = None
+        self.system_prompt_waits = False
+        if system_prompt is not None:
+            self.system_prompt = system_prompt
+        elif memory is not None:
+            self._system = self._checked_system(memory.settings.get(_SYSTEM))
         # A process that was killed leaves a journal that may end within a reply.
         end = self.tokenizer.end_ids
         open_end = bool(self._pending) and self._pending[-len(end) :] != end
@@ -273,15 +284,10 @@ class Session:
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("the text is not valid UTF-8; check the encoding") from None
+        _check_unicode(text)
         self._end_reply()
-        first = not self._tokens and not self._pending
-        asked = self.tokenizer.turn(text, first)
-        past = asked if self.keep_thoughts else self.tokenizer.past_turn(text, first)
-        ids = past + reply
+        turn = self._turn(text)
+        ids = turn.past + reply
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
@@ -291,8 +297,48 @@ class Session:
         room = len(ids) + (0 if reply else self.window // 8)
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
-        self._record(ids)
-        return _Turn(past, asked)
+            turn = self._turn(text)
+        self._record(turn.past + reply)
+        return turn
+
+    def _turn(self, text: str) -> _Turn:
+        """A user's turn at this place of the window."""
+        first = not self._pending and (self._system is not None or not self._tokens)
+        asked = self.tokenizer.turn(text, first, self._system)
+        if self.keep_thoughts:
+            return _Turn(asked, asked)
+        return _Turn(self.tokenizer.past_turn(text, first, self._system), asked)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What each window begins with, in the place that the chat template has for it.
+
+        The memory keeps it. None is the template's own, or none, at the start of all and not again.
+        What is set holds from the next window on: at once if nothing is in this one, else after a
+        sleep, and `system_prompt_waits` is True until then. UserError where the template has no
+        place for it, or it takes more than half the window.
+        """
+        return self._system
+
+    @system_prompt.setter
+    def system_prompt(self, text: str | None) -> None:
+        text = self._checked_system(text)
+        if self.memory is not None and text != self.memory.settings.get(_SYSTEM):
+            self.system_prompt_waits = bool(self._pending)
+            self.memory.set(_SYSTEM, text)
+        self._system = text
+
+    def _checked_system(self, text: str | None) -> str | None:
+        if not text or not (text := text.strip()):
+            return None
+        _check_unicode(text)
+        length = len(self.tokenizer.opening(text))
+        if 2 * length > self.window:
+            raise UserError(
+                f"the system prompt takes {length} of the window's {self.window} tokens; shorten "
+                "it, or take a longer --window"
+            )
+        return text
 
     def ask(self, text: str) -> str:
         """`say`, with the whole reply at once, and without thoughts."""
@@ -510,6 +556,7 @@ class Session:
     def _adopt(self, state: State, folded: list[int], rest: list[int]) -> None:
         """Takes a sleep's result for the snapshot; `rest` is the new window."""
         self._snapshot, self._pending, self._apart = state, rest, None
+        self.system_prompt_waits = False
         self._tokens += len(folded)
         self._sleeps += 1
         self._working.rewind(self._snapshot)
@@ -648,6 +695,13 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close(sleep=kind is None)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the text is not valid UTF-8; check the encoding") from None
 
 
 def _check(memory: Memory, model: SleepModel) -> None:

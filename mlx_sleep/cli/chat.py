@@ -13,7 +13,7 @@ from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
 from .options import MemoryName, SessionOptions, SleepOnBattery, with_session_options
-from .sleeping import Interrupts, kind, may_sleep
+from .sleeping import SYSTEM_WAITS, Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -89,7 +89,10 @@ def generate(
 
 
 def _say_kind(session: Session) -> None:
-    """A line about a model that doesn't sleep by itself; nothing of one that does."""
+    """A line about a model that doesn't sleep by itself; nothing of one that does. And one about a
+    system prompt that waits."""
+    if session.system_prompt_waits:
+        output.note(SYSTEM_WAITS)
     if not session.model.trained_to_sleep:
         output.note(kind(session.model))
 

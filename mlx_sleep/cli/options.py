@@ -131,6 +131,13 @@ class SessionOptions:
         typer.Option(help="Of the last 20 tokens; 1 is none. (default: the model's)"),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What each window begins with, by the model's chat template; the memory keeps it, "
+            'and "" takes it away. A new one holds after the next sleep.'
+        ),
+    ] = None
     thinking: Annotated[
         str,
         typer.Option(help="on, off, or auto: as the model's template has it, if it can think."),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # they import MLX
 IDLE = 10.0
 """Seconds without a key press before a chat sleeps, where nothing else is asked for."""
 
+SYSTEM_WAITS = "the new system prompt holds after the next sleep: this window has begun without it"
+
 
 def may_sleep(model: SleepModel, idle: float | None = None) -> bool:
     """Whether a chat may sleep when it need not: in idle time, and at its end.

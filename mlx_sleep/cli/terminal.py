@@ -15,7 +15,16 @@ from .. import __version__
 from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
-from .sleeping import IDLE, Interrupts, SleepProgress, describe, kind, may_sleep, watch
+from .sleeping import (
+    IDLE,
+    SYSTEM_WAITS,
+    Interrupts,
+    SleepProgress,
+    describe,
+    kind,
+    may_sleep,
+    watch,
+)
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -170,6 +179,8 @@ class Terminal:
             markup=False,
         )
         self._note(kind(self._session.model, self._idle))
+        if self._session.system_prompt_waits:
+            self._note(SYSTEM_WAITS)
         self._note("/help lists the commands")
 
     def _read(self) -> str:

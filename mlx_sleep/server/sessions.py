@@ -136,6 +136,7 @@ class Sessions:
             window=like.window,
             max_tokens=like.max_tokens,
             keep_thoughts=like.keep_thoughts,
+            system_prompt=None if memory and memory.settings else like.system_prompt,
         )
         slot = Slot(name, session, Conversation(), session.stats())
         self.slots.append(slot)
