@@ -211,6 +211,27 @@ def test_commands_take_an_id(tmp_path, monkeypatch, run, torch_folder):
     )
 
 
+def test_models_get_an_id(tmp_path, run, torch_folder, hub):
+    hub.models["org/tiny"] = torch_folder
+    code, out, error = run("models", "get", "org/tiny")
+    assert code == 0 and "try: mlx-sleep chat --model org/tiny" in out, error
+    code, _, error = run("models", "get", "org/tiny", tmp_path / "ours", "--revision", COMMIT)
+    assert code == 0, error
+    assert same(logits(tmp_path / "ours"), logits(open_model("org/tiny", local_files_only=True)))
+    assert "'nano' to download; there are: smollm2, and ids" in run("models", "get", "nano")[2]
+    assert "is for ids" in run("models", "get", "smollm2", "--revision", "v1")[2]
+
+
+def test_models_show(tmp_path, run, torch_folder):
+    (row,) = json.loads(run("models", "show", torch_folder, "--json")[1])["rows"]
+    assert (row["architecture"], row["fast_weights"], row["trained_to_sleep"]) == (
+        "llama", "no", "no",
+    )  # fmt: skip
+    (row,) = json.loads(run("models", "show", "embedded", "--json")[1])["rows"]
+    assert row["trained_to_sleep"] == "yes" and row["training_tokens"] > 0 and row["window"] == 128
+    assert "this model was trained to sleep" in run("models", "show", "embedded")[1]
+
+
 def test_a_revision_is_for_ids(tmp_path, refused, torch_folder):
     wrong = "is for ids on Hugging Face"
     assert wrong in refused("chat", "--revision", "v1")
