@@ -17,6 +17,7 @@ from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
 from .template_parts import TEXTS, Apply, Template, switch, system_opening, take_apart
+from .templates import bounded
 from .thoughts import Marks, Thinking, ThoughtReader
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
@@ -45,7 +46,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking = "auto"):
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer = bounded(tokenizer)
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -6,6 +6,8 @@ import json
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_sleep.server.conversation import Conversation
 from mlx_sleep.server.wire import ApiError, Reply, StopStrings, Usage, read_request
@@ -95,6 +97,30 @@ def test_a_body_that_is_no_object(raw):
     with pytest.raises(ApiError) as refused:
         read_request(raw)
     assert refused.value.status == 400 and "\n" not in refused.value.message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "user", "x"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+NAMES = "messages stop stream stream_options user seed max_tokens temperature top_p n tools".split()
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_any_body_is_a_request_or_an_error(body):
+    try:
+        got = request(**body)
+    except ApiError as error:
+        assert error.status == 400 and "\n" not in error.message
+    else:
+        assert got.text and all(isinstance(text, str) for pair in got.history for text in pair)
 
 
 def test_replies_read_as_openai_s_own_types():

@@ -137,8 +137,8 @@ def test_a_flops_matched_run_has_the_steps_that_n_4_would_cost():
     "change, message",
     [
         ({"runs": [{"model": "poet"}]}, "unknown model 'poet'; known: .*hybrid"),
-        ({"runs": [{"passes": [1]}]}, "needs a model"),
-        ({"runs": [{"model": "hybrid", "passes": [0]}]}, "passes must be"),
+        ({"runs": [{"passes": [1]}]}, "run lacks model"),
+        ({"runs": [{"model": "hybrid", "passes": [0]}]}, r"run.passes\[0\] must be >= 1"),
         ({"runs": [{"model": "hybrid", "difficulties": [0]}]}, "t .steps of the automaton"),
         ({"runs": [{"model": "hybrid"}, {"model": "hybrid"}]}, "same run twice"),
         ({"steps": 0}, "steps must be"),
@@ -154,9 +154,9 @@ def test_bad_plans(change, message):
     [
         ("{", "not valid JSON"),
         ("[1]", "one JSON object"),
-        ("{}", "lacks 'task'"),
+        ("{}", "lacks task"),
         (json.dumps({**PLAN, "task": "depo"}), "for the task 'depo'"),
-        (json.dumps({**PLAN, "batch": "4"}), "'batch', or it is no int"),
+        (json.dumps({**PLAN, "batch": "4"}), "batch must be a whole number"),
         (json.dumps({**PLAN, "evaluate": {"every": 0}}), "evaluate.every"),
     ],
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from .model_names import choose, folder_of
 from .options import AdapterPath, Json, LocalFilesOnly, Revision
 from .output import emit, line, progress_bar, stderr
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..models.base import SleepModel
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -67,7 +70,8 @@ def show(
 
     chosen = choose(model, adapter_path, revision, local_files_only)
     opened = chosen.open()
-    loaded, config, _ = read_model(opened, chosen.adapter, lazy=True)
+    read, config, _ = read_model(opened, chosen.adapter, lazy=True)
+    loaded = cast("SleepModel", read)
     quantization, record = config.get("quantization") or {}, config.get(TRAINING) or {}
     row = {
         "name": chosen.name,

@@ -239,8 +239,9 @@ def _draw(folder: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "recall" in row]
+    from ..training.run_folder import read_rows
+
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "recall" in row]
     if not rows:
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,6 +14,7 @@ from ..models.sleep_hybrid import Model, ModelArgs
 from ..training.recipe import choices, stage_of, total_steps
 from ..training.trainer import Trainer
 from ..training.windows import Window, labelled
+from ..utils import schema
 from ..utils.errors import UserError
 from .tasks.memory import ASSISTANT, END, PAD, USER, Level, MemoryTask
 from .windows import windows_of
@@ -45,11 +44,7 @@ def make_batches(
 
 
 def make_level(values: dict) -> Level:
-    unknown = set(values) - {f.name for f in fields(Level)}
-    if unknown:
-        raise UserError(f"unknown fields in a level: {', '.join(sorted(unknown))}")
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Level(**given)
+    return schema.read(Level, values, "level.", closed=True)
 
 
 def make_trainer(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..ops.activations import gated
+
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x))"""
@@ -20,7 +22,7 @@ class GatedMLP(nn.Module):
         self._act = act
 
     def __call__(self, x):
-        return self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self._act, self.gate_proj(x), self.up_proj(x)))
 
 
 def conv_init(channels: int, kernel: int):

@@ -14,7 +14,7 @@ from typing import Annotated
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops.activations import silu
+from ..ops.activations import gated, silu
 from ..ops.mixers import gated_delta_net, mamba2
 from ..utils import limits
 from ..utils.errors import UserError
@@ -141,7 +141,7 @@ class Mamba2(nn.Module):
             self.N,
             mask=mask,
         )
-        o = self.norm(o.reshape(B, T, -1) * silu(z))
+        o = self.norm(gated(silu, z, o.reshape(B, T, -1)))
         return self.out_proj(o), {"fast_weights": S, "conv": conv}
 
 

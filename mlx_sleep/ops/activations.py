@@ -1,6 +1,9 @@
-"""silu, three times faster on MLX's CPU backend."""
+"""silu, three times faster on MLX's CPU backend, and a gate in one kernel on a GPU."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +14,18 @@ def silu(x):
     if mx.default_device() == mx.Device(mx.cpu) and x.dtype == mx.float32:
         return _silu_power(x)[0]
     return nn.silu(x)
+
+
+def gated(act: Callable, gate, up):
+    """act(gate) * up, of one shape. Differentiable where act is."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return act(gate) * up
+    return _compiled(act)(gate, up)
+
+
+@functools.cache
+def _compiled(act: Callable) -> Callable:
+    return mx.compile(lambda gate, up: act(gate) * up, shapeless=True)
 
 
 @mx.custom_function

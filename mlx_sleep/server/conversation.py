@@ -32,11 +32,13 @@ class Conversation:
 
     def __init__(self, pairs: Iterable[Pair] = ()):
         self.turns: list[Turn] = []
+        self._after: dict[int | None, list[int]] = {}  # place -> places of the turns that follow it
         for user, reply in pairs:  # of an earlier process: which followed which is not known
             self.add(user, reply, len(self.turns) - 1 if self.turns else None)
 
     def add(self, user: str, reply: str, before: int | None) -> int:
         """Returns the turn's place."""
+        self._after.setdefault(before, []).append(len(self.turns))
         self.turns.append(Turn(user.strip(), reply.strip(), before))
         return len(self.turns) - 1
 
@@ -46,22 +48,17 @@ class Conversation:
         The newest such place, and (None, 0) when even the first turn was never heard.
         """
         best: tuple[int | None, int] = (None, 0)
-        if not history:
-            return best
-        after: dict[int | None, list[int]] = {}
-        for place, turn in enumerate(self.turns):
-            after.setdefault(turn.before, []).append(place)
         for start in reversed(range(len(self.turns))):
-            at, length = start, 0
-            places = [start]
-            while length < len(history):
-                next_ = [p for p in places if self.turns[p].is_(history[length])]
-                if not next_:
+            at, places = start, [start]
+            for length, pair in enumerate(history):
+                said = [place for place in places if self.turns[place].is_(pair)]
+                if not said:
                     break
-                at, length = next_[-1], length + 1
-                places = after.get(at, [])
-            if length > best[1]:
-                best = at, length
+                at, places = said[-1], self._after.get(said[-1], [])
+                if length >= best[1]:
+                    best = at, length + 1
+            if best[1] == len(history):
+                break
         return best
 
     def is_beginning_of(self, history: list[Pair]) -> bool:

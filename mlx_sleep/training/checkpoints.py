@@ -8,17 +8,26 @@ the name checkpoint.old, where `load` finds it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..utils import schema
 from ..utils.atomic import fsync_path
 from ..utils.errors import UserError
-from ..utils.files import one_line
+from ..utils.files import one_line, read_json
+from ..utils.safetensors import read_header
+from ..utils.schema import Range
+
+PROGRESS = "progress.json"
 
 
 class Checkpoint(NamedTuple):
@@ -39,8 +48,7 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
         optimizer = dict(tree_flatten(checkpoint.optimizer))
         mx.save_safetensors(str(new / "model.safetensors"), checkpoint.weights)
         mx.save_safetensors(str(new / "optimizer.safetensors"), optimizer)
-        progress = {"step": checkpoint.step, "tokens": checkpoint.tokens}
-        (new / "progress.json").write_text(json.dumps(progress))
+        write_progress(new, {"step": checkpoint.step, "tokens": checkpoint.tokens})
         for path in new.iterdir():
             fsync_path(path)
         fsync_path(new)
@@ -64,19 +72,66 @@ def load(run: Path) -> Checkpoint | None:
         folder = run / "checkpoint.old"
     if not folder.exists():
         return None
-    try:
+    with naming_damage(run, "remove it to start from the first step"):
+        progress = read_progress(folder, Progress)
         weights = _arrays(folder / "model.safetensors")
         optimizer = tree_unflatten(list(_arrays(folder / "optimizer.safetensors").items()))
-        progress = json.loads((folder / "progress.json").read_text())
-        return Checkpoint(weights, optimizer, progress["step"], progress["tokens"])
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    return Checkpoint(weights, optimizer, progress.step, progress.tokens)
+
+
+@dataclass
+class Progress:
+    """What progress.json says, and every trainer's has."""
+
+    step: Annotated[int, Range(0)]
+    tokens: Annotated[int, Range(0)]
+
+
+P = TypeVar("P")
+
+
+def write_progress(folder: Path, progress: dict) -> None:
+    """Writes progress.json beside the weights, with a checksum over all of the checkpoint."""
+    sealed = {**progress, "sha256": _checksum(folder, progress)}
+    (folder / PROGRESS).write_text(json.dumps(sealed))
+
+
+def read_progress(folder: Path, kind: type[P]) -> P:
+    """What progress.json says, as the dataclass `kind`. UserError where the checkpoint is not what
+    was written; checkpoints of earlier versions have no checksum."""
+    file = folder / PROGRESS
+    progress = read_json(file)
+    written = progress.pop("sha256", None)
+    with schema.naming(file):
+        found = schema.read(kind, progress)
+    if written is not None and written != _checksum(folder, progress):
+        raise UserError(f"{folder} is damaged: its checksum is another")
+    return found
+
+
+@contextlib.contextmanager
+def naming_damage(run: Path, remedy: str) -> Iterator[None]:
+    """Turns what reading a checkpoint raises into a UserError that says what to do."""
+    try:
+        yield
+    except (KeyError, OSError, RuntimeError, TypeError, UserError, ValueError) as error:
         raise UserError(
-            f"the checkpoint in {run} cannot be read: {one_line(error)}; remove it to start from "
-            "the first step"
+            f"the checkpoint in {run} cannot be read: {one_line(error)}; {remedy}"
         ) from error
 
 
+def _checksum(folder: Path, progress: dict) -> str:
+    digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            digest.update(file.name.encode())
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def _arrays(file: Path) -> dict[str, mx.array]:
+    read_header(file)  # checks it: MLX's reader trusts it
     arrays = mx.load(str(file))
     assert isinstance(arrays, dict)  # what a .safetensors file gives
     return arrays

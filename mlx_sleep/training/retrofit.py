@@ -20,7 +20,9 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,9 +35,13 @@ from ..models.adapter import names_in_model, write_adapter
 from ..models.calibrate import calibrate
 from ..models.inserted import Inserted
 from ..models.weights import load_arrays
-from ..utils.atomic import fsync_path
+from ..utils.atomic import fsync_path, replace_file
 from ..utils.errors import UserError
-from ..utils.files import one_line
+from ..utils.files import one_line, read_json
+from ..utils.safetensors import read_header
+from ..utils.schema import Range
+from . import checkpoints
+from .checkpoints import naming_damage, read_progress, write_progress
 from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
 from .run_folder import Metrics
 from .schedule import Budget, stage_at, trapezoid
@@ -92,6 +98,14 @@ def _frozen_but(model, modules: list):
     model.load_weights([(n, x.astype(mx.float32)) for n, x in trained.items()], strict=False)
     mx.eval(model.parameters())
     return model
+
+
+@dataclass
+class Progress(checkpoints.Progress):
+    """What progress.json says; asked are stages of the batches that were under way."""
+
+    seconds: Annotated[float, Range(0)]
+    asked: list[Annotated[int, Range(0)]]
 
 
 class Retrofit:
@@ -305,11 +319,7 @@ class Retrofit:
                 "another --out"
             )
         if resume:
-            try:
-                same = json.loads(recipe.read_text()) == self.recipe
-            except ValueError:
-                same = False
-            if not same:
+            if read_json(recipe) != self.recipe:
                 raise UserError(
                     f"{self.folder} holds a run with other settings; give the same ones, or "
                     "another --out"
@@ -318,7 +328,7 @@ class Retrofit:
         else:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                recipe.write_text(json.dumps(self.recipe, indent=2))
+                replace_file(recipe, json.dumps(self.recipe, indent=2).encode())
             except OSError as error:
                 raise UserError(
                     f"cannot write to {self.folder}: {one_line(error)}; choose another --out"
@@ -342,7 +352,7 @@ class Retrofit:
                 ("optimizer", self.optimizer.state),
             ):
                 mx.save_safetensors(str(new / f"{name}.safetensors"), dict(tree_flatten(tree)))
-            (new / "progress.json").write_text(json.dumps(progress))
+            write_progress(new, progress)
             for file in new.iterdir():
                 fsync_path(file)
             aside = self.folder / "checkpoint.old"
@@ -363,19 +373,16 @@ class Retrofit:
             at = self.folder / "checkpoint.old"  # killed between the two renames
         if not at.exists():
             return  # stopped before the first one
-        try:
+        with naming_damage(self.folder, "remove the folder and start again"):
+            progress = read_progress(at, Progress)
+            for name in ("model", "optimizer"):
+                read_header(at / f"{name}.safetensors")  # checks it: MLX's reader trusts it
             self.model.load_weights(str(at / "model.safetensors"), strict=False)
             state = load_arrays(at / "optimizer.safetensors")
             self.optimizer.state = tree_unflatten(list(state.items()))
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-            progress = json.loads((at / "progress.json").read_text())
-            self.step, self.tokens = progress["step"], progress["tokens"]
-            self.seconds, self.asked = progress["seconds"], deque(progress["asked"])
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint in {self.folder} cannot be read ({one_line(error)}); remove the "
-                "folder and start again"
-            ) from error
+        self.step, self.tokens = progress.step, progress.tokens
+        self.seconds, self.asked = progress.seconds, deque(progress.asked)
 
     def _write_adapter(self) -> None:
         parameters = dict(tree_flatten(self.model.trainable_parameters()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..utils.atomic import fsync_path, replace_file
 from ..utils.errors import UserError
-from ..utils.files import os_errors_as_user_errors
+from ..utils.files import os_errors_as_user_errors, read_json, reading
 
 
 def open_run(folder: Path, settings: dict, *, write: bool = True) -> None:
@@ -23,11 +23,7 @@ def open_run(folder: Path, settings: dict, *, write: bool = True) -> None:
     recipe = folder / "recipe.json"
     text = json.dumps(settings, indent=2, sort_keys=True)
     if recipe.exists():
-        try:
-            theirs = json.loads(recipe.read_text())
-        except ValueError:
-            theirs = None
-        if theirs != json.loads(text):
+        if read_json(recipe) != json.loads(text):
             raise UserError(
                 f"{folder} holds a run with another recipe; choose another --out, or remove it"
             )
@@ -37,6 +33,23 @@ def open_run(folder: Path, settings: dict, *, write: bool = True) -> None:
         if write:
             replace_file(recipe, text.encode())
             fsync_path(folder)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, up to the first that is none: one was cut short by a power
+    failure. Empty where there is no file."""
+    rows: list[dict] = []
+    with reading(path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (RecursionError, ValueError):
+            break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
+    return rows
 
 
 class Metrics:
@@ -49,15 +62,8 @@ class Metrics:
         """Drops the rows after `step`: those of steps that will be done again."""
         if not self._path.exists():
             return
-        rows = []
-        for line in self._path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut short by a power failure
-                break
-            if row["step"] > step:
-                break
-            rows.append(line + "\n")
+        kept = [row for row in read_rows(self._path) if row["step"] <= step]
+        rows = [json.dumps(row) + "\n" for row in kept]
         with self._one_line_errors():
             replace_file(self._path, "".join(rows).encode())
 

@@ -33,7 +33,7 @@ from mlx_sleep.lab.bench.kernels import (
 from mlx_sleep.ops.gated_delta import gated_delta_chunk, gated_delta_mlx
 from mlx_sleep.utils.errors import UserError
 
-from . import harness
+from . import decode, harness
 
 assert mlx_sleep  # imported for its effect
 STEP = 32  # tokens: a multiple of every kernel's chunk
@@ -41,11 +41,12 @@ COUNTED = "device_read device_written barriers simd_ops matrix_loads matrix_prod
 
 
 def rows(tokens: int = 2048) -> Iterator[dict]:
-    """One row after the other, each for one head of float32.
+    """One row after the other, each for one head of float32, or for a token of a whole model.
 
     kernel           as in kernels/, or mlx-lm's for comparison, or a gradient by arrays, of which
-                     only the memory is known
-    dims             [Dk, Dv], or [channels, taps]
+                     only the memory is known; or a model and MLX_SLEEP_KERNELS, whose launches
+                     `decode` counts
+    dims             [Dk, Dv], or [channels, taps]; of a model [layers]
     device_bytes     read and written
     least_bytes      every input read once and every output written once
     ratio_to_least   device_bytes over least_bytes
@@ -87,6 +88,11 @@ def rows(tokens: int = 2048) -> Iterator[dict]:
     yield _row(_count("ssd_step", DIMS[0], 1, ssd.step, _ssd_step_inputs))
     attention = delta_attention.step, _attention_step_inputs
     yield _row(_count("delta_attention_step", (64, 64), 1, *attention))
+    for name, model in decode.models().items():
+        for kernels in ("array", "metal"):
+            launches = sum(decode.primitives(model, kernels).values())
+            counts = {"kernel": f"{name}, {kernels}", "dims": [model.num_layers], "tokens": 1}
+            yield _row(counts | {"launches": launches})
     for name, run in (("conv_forward", conv.forward), ("conv_backward", conv.backward)):
         yield _row(_count(name, (64, 4), tokens, run, conv_inputs(run is conv.backward)))
 

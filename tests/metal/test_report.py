@@ -12,7 +12,7 @@ from mlx_sleep.kernels import conv, gated_delta, ssd
 from mlx_sleep.lab.bench import kernels
 from mlx_sleep.utils.errors import UserError
 
-from . import harness, report
+from . import decode, harness, report
 
 assert mlx_sleep  # imported for its effect
 pytestmark = pytest.mark.skipif(
@@ -70,6 +70,16 @@ def test_scratch_of_the_gradient():
     assert second["scratch_bytes"] - first["scratch_bytes"] == 64 // 32 * 4 * 32 * 32 + 64 * 4 * 32
     mlx = report._memory("x", SMALL, 128, kernels.gated_delta_mlx)
     assert second["buffer_bytes"] <= mlx["buffer_bytes"] / 8
+
+
+def test_launches_of_a_token():
+    """Of the embedded model, and of each sleep layer in another: norm, projections, mixer, sum."""
+    model = decode.models()["embedded"]
+    assert sum(decode.primitives(model, "metal").values()) <= 67
+    assert sum(decode.primitives(model, "array").values()) >= 130
+    names = [decode.primitives(decode.smollm2(2, layers), "metal") for layers in (1, 2)]
+    more = names[1] - names[0]
+    assert more == {"Depends": 2, "Matmul": 6, "AddMM": 1, "Multiply": 1, "Add": 1}
 
 
 def test_timed_rows(monkeypatch):

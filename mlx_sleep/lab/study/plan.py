@@ -19,29 +19,66 @@ step), `flops_of_passes` (as many steps as cost what N passes would), `stages`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from ...utils import schema
 from ...utils.errors import UserError
 from ...utils.files import read_json
+from ...utils.schema import Range
 from ..tasks.synthetic import check_int
 from .task import Task
 
 CONFIGS = Path(__file__).parent / "configs"
 TASKS = ("rule110", "depo", "gsm")
-_KEYS = {
-    "task": str,
-    "size": str,
-    "world": dict,
-    "difficulties": list,
-    "model": dict,
-    "trainer": dict,
-    "batch": int,
-    "steps": int,
-    "evaluate": dict,
-    "beyond": dict,
-    "runs": list,
-}
+
+
+@dataclass
+class Entry:
+    """Some runs of a plan: one of each of these."""
+
+    model: str
+    passes: list[Annotated[int, Range(1)]] = field(default_factory=lambda: [1])
+    difficulties: list[int] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+    steps: Annotated[int, Range(1)] | None = None
+
+
+@dataclass
+class Evaluate:
+    """Steps between evaluations, and examples for each difficulty."""
+
+    every: Annotated[int, Range(1)]
+    valid: Annotated[int, Range(1)]
+    test: Annotated[int, Range(1)]
+
+
+@dataclass
+class Beyond:
+    """What else trained models are asked."""
+
+    examples: Annotated[int, Range(1)] | None = None
+    difficulty: int | None = None
+    thresholds: list[float] = field(default_factory=list)
+    further: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """The fields of a plan."""
+
+    task: str
+    size: str
+    world: dict
+    difficulties: list[int]
+    model: dict
+    trainer: dict
+    batch: Annotated[int, Range(1)]
+    steps: Annotated[int, Range(1)]
+    evaluate: Evaluate
+    beyond: Beyond
+    runs: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -73,15 +110,11 @@ def read_plan(task: str, size: str) -> dict:
         raise UserError(f"unknown size {size!r}; one of {', '.join(sizes(task))}, or a .json file")
     path = Path(size) if own else CONFIGS / f"{task}_{size}.json"
     plan = read_json(path)
-    for key, kind in _KEYS.items():
-        if not isinstance(plan.get(key), kind):
-            raise UserError(f"{path} lacks {key!r}, or it is no {kind.__name__}")
-    if plan["task"] != task:
-        raise UserError(f"{path} is a plan for the task {plan['task']!r}, not {task!r}")
-    for key in ("every", "valid", "test"):
-        check_int(f"{path}: evaluate.{key}", plan["evaluate"].get(key), 1)
-    check_int(f"{path}: batch", plan["batch"], 1)
-    check_int(f"{path}: model.blocks", plan["model"].get("blocks"), 1)
+    with schema.naming(path):
+        schema.read(Plan, plan)
+        if plan["task"] != task:
+            raise UserError(f"it is a plan for the task {plan['task']!r}, not {task!r}")
+        check_int("model.blocks", plan["model"].get("blocks"), 1)
     return plan
 
 
@@ -133,8 +166,7 @@ def _refuse(what: str, wanted: Sequence | None, known: Sequence) -> None:
 
 
 def _runs_of(plan: dict, task: Task, entry: dict) -> list[Run]:
-    if not isinstance(entry, dict) or "model" not in entry:
-        raise UserError(f"a run of the plan needs a model: {entry!r}")
+    schema.check(Entry, entry, "run")
     model = read_model(entry["model"])
     if "train_passes" in model:
         passes = [tuple(model["train_passes"])]

@@ -6,9 +6,14 @@ were written after the last checkpoint are there twice once the run has gone on.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from ...training.checkpoints import PROGRESS, Progress
+from ...training.run_folder import read_rows
+from ...utils import schema
 from ...utils.errors import UserError
 
 RESULT = "result.json"
@@ -47,31 +52,24 @@ def _json(path: Path):
 
 def check_metrics(folder: Path) -> None:
     """UserError when metrics.jsonl has lost rows of steps that the checkpoint has done."""
-    progress = folder / "checkpoint" / "progress.json"
-    if not progress.exists():
+    file = folder / "checkpoint" / PROGRESS
+    if not file.exists():
         return
-    done = _json(progress)
+    done = schema.read_file(Progress, file).step
     steps = [row["step"] for row in _metrics(folder)]
-    if done and steps[: done["step"]] != list(range(1, done["step"] + 1)):
+    if steps[:done] != list(range(1, done + 1)):
         raise UserError(
-            f"{folder / 'metrics.jsonl'} was cut short: the checkpoint is at step {done['step']}; "
+            f"{folder / 'metrics.jsonl'} was cut short: the checkpoint is at step {done}; "
             "remove the folder to start the run again"
         )
 
 
 def training_seconds(folder: Path) -> float:
-    return sum(row["seconds"] for row in _metrics(folder))
+    return sum(float(row.get("seconds", 0)) for row in _metrics(folder))
 
 
 def _metrics(folder: Path) -> list[dict]:
-    rows = []
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    return read_rows(folder / "metrics.jsonl")
 
 
 def steps_done(folder: Path) -> int:
@@ -87,10 +85,18 @@ def evaluations(folder: Path) -> list[dict]:
     """Accuracy during training: a row for each number of tokens and difficulty, in order."""
     rows = {}
     path = folder / EVALUATIONS
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(RecursionError, UserError, ValueError):  # one that was cut short
             row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["tokens"], row["difficulty"]] = row
+            read = schema.read(Evaluation, row)
+            rows[read.tokens, read.difficulty] = row
     return [rows[key] for key in sorted(rows)]
+
+
+@dataclass
+class Evaluation:
+    """What a row of evaluations.jsonl is sorted by, and shows."""
+
+    tokens: int
+    difficulty: int
+    accuracy: float
