@@ -246,11 +246,9 @@ def test_models_get_an_id(tmp_path, run, torch_folder, hub):
 
 def test_models_show(tmp_path, run, torch_folder):
     (row,) = json.loads(run("models", "show", torch_folder, "--json")[1])["rows"]
-    assert (row["architecture"], row["fast_weights"], row["trained_to_sleep"]) == (
-        "llama", "no", "no",
-    )  # fmt: skip
+    assert (row["architecture"], row["sleeps"]) == ("llama", "no")
     (row,) = json.loads(run("models", "show", "embedded", "--json")[1])["rows"]
-    assert row["trained_to_sleep"] == "yes" and row["training_tokens"] > 0 and row["window"] == 128
+    assert row["sleeps"] == "trained" and row["window"] == 128
     assert "this model was trained to sleep" in run("models", "show", "embedded")[1]
 
 

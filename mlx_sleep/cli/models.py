@@ -64,7 +64,6 @@ def show(
 
     Example: mlx-sleep models show smollm2
     """
-    from ..models.checkpoint import TRAINING
     from ..models.load import read_model
     from .sleeping import kind
 
@@ -72,7 +71,8 @@ def show(
     opened = chosen.open()
     read, config, _ = read_model(opened, chosen.adapter, lazy=True)
     loaded = cast("SleepModel", read)
-    quantization, record = config.get("quantization") or {}, config.get(TRAINING) or {}
+    quantization = config.get("quantization") or {}
+    sleeps = loaded.has_fast_weights, loaded.trained_to_sleep
     row = {
         "name": chosen.name,
         "architecture": config["model_type"],
@@ -81,9 +81,7 @@ def show(
         "file_bytes": sum(file.stat().st_size for file in opened.files),
         "window": loaded.sleep.window,
         "passes": loaded.sleep.passes,
-        "fast_weights": "yes" if loaded.has_fast_weights else "no",
-        "trained_to_sleep": "yes" if loaded.trained_to_sleep else "no",
-        "training_tokens": record.get("tokens"),
+        "sleeps": {(True, True): "trained", (True, False): "untrained"}.get(sleeps, "no"),
     }
     emit("models show", [row], json)
     if not json:
