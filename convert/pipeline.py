@@ -135,7 +135,7 @@ def understand(
         architecture, config = None, dict(theirs)
         get_model_classes(config.get("model_type"))
     else:
-        architecture = for_source(theirs.get("model_type"), or_mlx_lm=or_mlx_lm)
+        architecture = for_source(theirs.get("model_type"), theirs, or_mlx_lm=or_mlx_lm)
         config = _our_config(architecture, source)
     default: dict[str, Any] = {}
     if "sleep" not in theirs and not (source.ours and config["model_type"] in MODEL_TYPES):

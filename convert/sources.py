@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..models.config import read_config
 from ..models.folder import TOKENIZER_FILES
-from ..models.weights import INDEX, read_headers, weight_files
+from ..models.weights import INDEX, is_of_text_model, read_headers, weight_files
 from ..utils.errors import UserError
 from ..utils.files import one_line, reading
 from ..utils.safetensors import load
@@ -168,8 +168,13 @@ def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
         arrays, metadata = load(file)
         tensors.update(arrays)
         formats.add(metadata.get("format"))
-    ordered = {n: tensors.pop(n) for n in headers if n not in scales}  # as they lie on disk
-    return Source(config, ordered, files, folder, formats == {"mlx"}, how=how, notes=notes)
+    mlx = formats == {"mlx"}
+    ordered = {  # as they lie on disk
+        n: tensors.pop(n)
+        for n in headers
+        if n not in scales and not (mlx and not is_of_text_model(n))
+    }
+    return Source(config, ordered, files, folder, mlx, how=how, notes=notes)
 
 
 def _is_pair(value: object) -> bool:

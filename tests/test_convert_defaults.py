@@ -18,9 +18,7 @@ ELSEWHERE |= {"mamba_d_head", "model_type"}
 ALL = {
     a.model_type: a
     for a in architectures()
-    if a.sources[0] in CONFIG_MAPPING
-    and has_mlx_lm_model(a.model_type)
-    and a.model_type != "mamba2"
+    if a.sources[0] in CONFIG_MAPPING and has_mlx_lm_model(a.model_type)
 }
 
 

@@ -156,7 +156,7 @@ CONFIGS = {
         "state_size": 10,
         "layer_norm_epsilon": 1e-5,
         "conv_kernel": 4,
-        "n_groups": 2,
+        "n_groups": 1,
         "use_bias": False,
         "use_conv_bias": True,
         "time_step_limit": [0.0, 1e30],

@@ -26,13 +26,16 @@ def architectures() -> tuple[Architecture, ...]:
     return tuple(found)
 
 
-def for_source(model_type: Any, *, or_mlx_lm: bool = False) -> Architecture:
+def for_source(
+    model_type: Any, config: dict | None = None, *, or_mlx_lm: bool = False
+) -> Architecture:
     """The architecture that reads PyTorch checkpoints of this model_type. UserError for none.
 
+    config     theirs, where several architectures have the same source; without it the first counts
     or_mlx_lm  take what mlx-lm alone knows, too, as mlx-lm reads it
     """
     for architecture in architectures():
-        if model_type in architecture.sources:
+        if model_type in architecture.sources and (config is None or architecture.reads(config)):
             return architecture
     if or_mlx_lm and has_mlx_lm_model(model_type):
         from .mlx_lm import as_mlx_lm

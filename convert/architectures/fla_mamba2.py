@@ -6,6 +6,7 @@ import math
 
 from ...utils.errors import UserError
 from .base import Architecture, Tensor
+from .fields import complete
 from .fla_gated_deltanet import to_ours, to_theirs
 
 # transformers' fields, which fla's early versions shared.
@@ -13,6 +14,8 @@ _RENAMED = {"layer_norm_epsilon": "norm_eps", "time_step_limit": "dt_limit"}
 
 
 def config(theirs: dict) -> dict:
+    if "norm_eps" not in theirs:  # transformers', which has other defaults than fla
+        theirs = complete({**theirs, "model_type": "mamba2"})
     ours = {**theirs, "model_type": ARCHITECTURE.model_type}
     for old, new in _RENAMED.items():
         if old in ours:
@@ -38,6 +41,11 @@ def _to_ours(name: str, x) -> Tensor:
     return to_ours(name.replace("backbone.embedding.", "backbone.embeddings."), x)
 
 
+def _reads(theirs: dict) -> bool:
+    """fla's, and those of transformers that mlx-lm computes otherwise; mlx-lm has the rest."""
+    return "norm_eps" in theirs or theirs.get("layer_norm_epsilon", 1e-5) != 1e-5
+
+
 ARCHITECTURE = Architecture(
     model_type="fla_mamba2",
     sources=("mamba2",),
@@ -45,4 +53,5 @@ ARCHITECTURE = Architecture(
     to_ours=_to_ours,
     to_theirs=to_theirs,
     dropped=(r".*rotary\.inv_freq",),
+    reads=_reads,
 )

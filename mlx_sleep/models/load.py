@@ -35,6 +35,7 @@ from .folder import copy_tokenizer, new_folder, write_json
 from .weights import (
     abbreviate,
     check_tensors,
+    is_of_text_model,
     not_finite,
     read_headers,
     weight_files,
@@ -81,7 +82,17 @@ def open_folder(path: str | Path) -> Checkpoint:
         )
     if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
         config["sleep"] = default_sleep(config)
-    return Checkpoint(str(path), path, config, read_headers(files), files)
+    tensors, mapped = read_headers(files), None
+    if not all(map(is_of_text_model, tensors)):
+        tensors = {name: x for name, x in tensors.items() if is_of_text_model(name)}
+        arrays = Checkpoint(str(path), path, config, tensors, files).arrays()
+        mapped = {name: arrays[name] for name in tensors}
+    gemma = (
+        str(config.get("model_type")).startswith("gemma3") and "tie_word_embeddings" not in config
+    )
+    if gemma and any(name.endswith("lm_head.weight") for name in tensors):
+        config["tie_word_embeddings"] = False  # mlx-lm, too, lets the weights say it
+    return Checkpoint(str(path), path, config, tensors, files, mapped)
 
 
 def default_sleep(config: dict) -> dict:

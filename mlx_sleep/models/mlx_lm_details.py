@@ -15,6 +15,7 @@ from mlx_lm.models.rope_utils import SuScaledRoPE
 
 from ..utils.errors import UserError
 from .base import SleepConfig
+from .fla_mamba2 import GatedNorm
 
 
 def windows(config: dict) -> list[int | None]:
@@ -39,12 +40,14 @@ def grouped_scores(layer: nn.Module) -> bool:
     return isinstance(attention, gemma2.Attention) and attention.repeats > 1
 
 
-def tie_head(inner: Any) -> None:
-    """Takes away the head of a model whose config ties it to the embedding, where mlx-lm waits for
-    the weights to say so (Gemma 3)."""
-    if getattr(inner, "tie_word_embeddings", None) is False:
-        inner.tie_word_embeddings = True
-        inner.pop("lm_head")
+def tie_head(inner: Any, config: dict) -> None:
+    """Takes away the head of a model whose config ties it to the embedding, or says nothing, where
+    mlx-lm waits for the weights to say so (Gemma 3)."""
+    owner = inner.get("language_model", inner)
+    tied = config.get("tie_word_embeddings", True) and owner.get("lm_head") is not None
+    if tied and getattr(owner, "tie_word_embeddings", None) is False:
+        owner.tie_word_embeddings = True
+        owner.pop("lm_head")
 
 
 def set_latent_eps(inner: Any, config: dict) -> None:
@@ -56,6 +59,14 @@ def set_latent_eps(inner: Any, config: dict) -> None:
     for name, module in inner.named_modules():
         if name.endswith(("kv_a_layernorm", "q_a_layernorm")):
             module.eps = 1e-6
+
+
+def group_norms(inner: nn.Module, config: dict) -> None:
+    """Gives Mamba-2's gated norm its groups: transformers norms each by itself."""
+    if config["model_type"] == "mamba2" and config["n_groups"] > 1:
+        for layer in inner.layers:
+            norm = layer.mixer.norm
+            layer.mixer.norm = GatedNorm(norm.weight.size, config["n_groups"], norm.eps, False)
 
 
 def use_short_factors(inner: nn.Module, config: dict, sleep: SleepConfig) -> None:

@@ -27,7 +27,14 @@ from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
 from .compat import before_0_32, mlx_lm_classes
 from .mlx_lm_cache import LayerCache
-from .mlx_lm_details import grouped_scores, set_latent_eps, tie_head, use_short_factors, windows
+from .mlx_lm_details import (
+    group_norms,
+    grouped_scores,
+    set_latent_eps,
+    tie_head,
+    use_short_factors,
+    windows,
+)
 
 TESTED = (
     "bailing_hybrid",
@@ -55,7 +62,7 @@ TESTED = (
 
 OLD = before_0_32()
 """Whether this is an mlx-lm before 0.32, as Python 3.10 has it."""
-NOT_IN_OLD = ("falcon_h1", "olmo_hybrid")
+NOT_IN_OLD = ("bailing_hybrid", "falcon_h1", "olmo_hybrid")
 """What such an mlx-lm lacks, or reads otherwise."""
 
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
@@ -105,7 +112,11 @@ def untagged(value):
 
 def _without_nulls(args_class: Any, config: dict) -> dict:
     """Without fields that are null where mlx-lm has a default: libraries write null for unset."""
-    own = {f.name for f in dataclasses.fields(args_class) if f.default not in (None, MISSING)}
+    own = {
+        f.name
+        for f in dataclasses.fields(args_class)
+        if f.default not in (None, MISSING) and not re.search("None|Optional", str(f.type))
+    }
     return {name: x for name, x in config.items() if x is not None or name not in own}
 
 
@@ -140,10 +151,10 @@ class Model(SleepModel):
             inner = model_class(args_class.from_dict(config))
         except TypeError as error:
             raise UserError(f"mlx-lm cannot build this model: {error}") from error
-        if config.get("tie_word_embeddings", True) and inner.get("lm_head") is not None:
-            tie_head(inner)
+        tie_head(inner, config)
         super().__init__(SleepConfig.from_dict(args.sleep), len(inner.layers))
         set_latent_eps(inner, config)
+        group_norms(inner, config)
         use_short_factors(inner, config, self.sleep)
         self.args = args
         self.model_type = config["model_type"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -108,6 +109,18 @@ def check_tensors(path: Path, wanted: dict[str, mx.array], tensors) -> None:
             wrong.append(f"{name} is of type {dtype}")
     if wrong:
         raise UserError(f"the weights in {path} do not fit its config: {abbreviate(wrong)}")
+
+
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\..*"
+    r"|(language_model\.)?(model\.)?mtp\..*"
+)
+
+
+def is_of_text_model(name: str) -> bool:
+    """Whether a tensor is the language model's: not of a vision tower beside it, nor of heads that
+    predict more tokens at once."""
+    return _OTHER_PARTS.fullmatch(name) is None
 
 
 def load_arrays(file: Path) -> dict[str, mx.array]:

@@ -71,6 +71,19 @@ _FALCON = {
     "ssm_out_multiplier": 0.5,
     "ssm_multipliers": [0.9, 0.7, 0.8, 1.1, 0.6],
 }
+_MAMBA2 = {
+    "model_type": "mamba2",
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_heads": 6,
+    "head_dim": 8,
+    "state_size": 10,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "layer_norm_epsilon": 1e-5,
+    "eos_token_id": 2,
+}
 _SLIDING = {"eviction": "sliding"}
 _EXPERTS = {
     "num_experts": 4,
@@ -223,6 +236,10 @@ CONFIGS: dict[str, list[tuple[dict, dict]]] = {
     "granitemoehybrid": [
         ({**_GRANITE, "num_local_experts": 4, "position_embedding_type": "rope"}, {}),
         ({**_GRANITE, "num_local_experts": 0, "tie_word_embeddings": True}, _SLIDING),
+    ],
+    "mamba2": [
+        (_MAMBA2, {}),
+        ({**_MAMBA2, "n_groups": 1, "use_bias": True, "tie_word_embeddings": True}, {}),
     ],
     "falcon_h1": [
         (_FALCON, {}),

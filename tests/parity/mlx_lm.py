@@ -41,17 +41,24 @@ def build(architecture: str, n: int, rng: np.random.Generator) -> Pair:
     """The pair of one of CONFIGS, with fresh weights."""
     import transformers
 
-    from mlx_sleep.convert.torch.mlx_lm import Reference
-
     config, sleep = CONFIGS[architecture][n]
     sleep = {"window": WINDOW, **sleep}
-    theirs = Reference(config, sleep)
+    theirs = reference(config, sleep)
     _randomize(theirs.net, rng)
     with tempfile.TemporaryDirectory() as folder:
         theirs.net.save_pretrained(folder)
         ours = converted(Path(folder), sleep)
     name = f"transformers {transformers.__version__}, {type(theirs.net).__name__}"
     return Pair(architecture, name, ours, theirs, CASES if ours.has_fast_weights else AWAKE)
+
+
+def reference(config: dict, sleep: dict):
+    """The model of transformers, with fresh weights, as a reference of Pair."""
+    from mlx_sleep.convert.torch.fla import TransformersMamba2
+    from mlx_sleep.convert.torch.mlx_lm import Reference
+
+    mamba = config["model_type"] == "mamba2"
+    return TransformersMamba2(config) if mamba else Reference(config, sleep)
 
 
 def converted(folder: Path, sleep: dict):
