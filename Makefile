@@ -8,35 +8,39 @@
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
 
 READY := .venv/.ready
+# The tools of tests and checks, which a chat does without.
+TEST_READY := .venv/.test-ready
 
+# After a download that failed, as without a network, the next try is an hour later.
 chat: $(READY)
-	@if [ -d mlx_sleep/adapters/smollm2 ]; then .venv/bin/mlx-sleep models get smollm2 >/dev/null || true; fi
+	@if [ -d mlx_sleep/adapters/smollm2 ] && [ -z "$$(find .venv/.not-fetched -mmin -60 2>/dev/null)" ]; then \
+	  .venv/bin/mlx-sleep models get smollm2 >/dev/null || touch .venv/.not-fetched; fi
 	@.venv/bin/mlx-sleep chat $(ARGS)
 
-test: $(READY)
+test: $(TEST_READY)
 	@.venv/bin/python -m pytest -q $(ARGS)
 
-lint: $(READY) types
+lint: $(TEST_READY) types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@! command -v actionlint >/dev/null || actionlint
 
 # mypy reads the packages where they are imported from: kernels/ and convert/ in mlx_sleep.
-types: $(READY)
+types: $(TEST_READY)
 	@rm -rf build/types/mlx_sleep && mkdir -p build/types/mlx_sleep
 	@ln -s "$(CURDIR)"/mlx_sleep/* "$(CURDIR)/convert" "$(CURDIR)/kernels" build/types/mlx_sleep/
 	@cd build/types && ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p mlx_sleep
 
-mutants: $(READY)
+mutants: $(TEST_READY)
 	@.venv/bin/python -m tests.metal.mutants $(ARGS)
 
-fuzz: $(READY)
+fuzz: $(TEST_READY)
 	@.venv/bin/python -m tests.fuzz $(ARGS)
 
-kernel-report: $(READY)
+kernel-report: $(TEST_READY)
 	@.venv/bin/python -m tests.metal.report $(ARGS)
 
-parity: $(READY)
+parity: $(TEST_READY)
 	@.venv/bin/python -m tests.parity $(ARGS)
 
 wheel: $(READY)
@@ -64,7 +68,7 @@ APT_INSTALL = apt_install() { \
 
 # Needs no root, but 1 GB. Fails on ARM, for which there is none.
 INSTALL_MKL = { [ "$$(uname -m)" = x86_64 ] && echo "installing MKL" && \
-	  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mkl]'; }
+	  pip_install -e '.[mkl]'; }
 
 .venv/bin/python:
 	@set -e; $(APT_INSTALL); python=$$($(FIND_PYTHON)); \
@@ -77,10 +81,20 @@ INSTALL_MKL = { [ "$$(uname -m)" = x86_64 ] && echo "installing MKL" && \
 	  apt_install $$package && $$python -m venv .venv || { rm -rf .venv; \
 	    echo "$$python has no venv; run: sudo apt-get install $$package" >&2; exit 1; }; fi
 
+# One line of progress on a terminal, in place of pip's many.
+PIP_INSTALL = pip_install() { \
+	  pip="env PYTHONWARNINGS=ignore .venv/bin/python -m pip install --disable-pip-version-check"; \
+	  if ! [ -t 1 ]; then $$pip --quiet "$$@"; return; fi; \
+	  rm -f .venv/.failed; \
+	  { $$pip --no-color "$$@" || touch .venv/.failed; } | awk \
+	    '/^ *(Collecting|Downloading|Building|Installing)/ { printf "\r\033[K%.76s", $$0; fflush() } \
+	     END { printf "\r\033[K" }'; \
+	  ! [ -e .venv/.failed ]; }
+
 $(READY): pyproject.toml .venv/bin/python
-	@set -e; $(APT_INSTALL); \
+	@set -e; $(APT_INSTALL); $(PIP_INSTALL); \
 	echo "installing mlx-sleep and what it needs into .venv"; \
-	PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	pip_install -e .; \
 	if [ "$$(uname)" = Linux ] && ! .venv/bin/python -c \
 	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
 	  apt_install libopenblas0-pthread || $(INSTALL_MKL) || \
@@ -90,6 +104,14 @@ $(READY): pyproject.toml .venv/bin/python
 	  echo "measuring which matrix products are fastest here"; \
 	  if .venv/bin/mlx-sleep doctor --calibrate 2>/dev/null | grep -q 'mlx-sleep\[mkl\]'; then \
 	    $(INSTALL_MKL) && .venv/bin/mlx-sleep doctor --calibrate >/dev/null || true; fi; fi; \
+	touch $@
+
+HAS_TEST_TOOLS = .venv/bin/python -c 'import re; from importlib.metadata import requires, version; \
+	  [version(re.match(r"[\w.-]+", r)[0]) for r in requires("mlx-sleep") if "test" in r.partition("extra ==")[2]]' 2>/dev/null
+
+$(TEST_READY): $(READY)
+	@set -e; $(APT_INSTALL); $(PIP_INSTALL); \
+	$(HAS_TEST_TOOLS) || { echo "installing the tools of the tests"; pip_install -e '.[test]'; }; \
 	command -v g++ >/dev/null || command -v clang++ >/dev/null || apt_install g++ || \
 	  echo "the Metal kernels will not be tested: there is no C++ compiler"; \
 	touch $@

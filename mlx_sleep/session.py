@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +60,8 @@ class Stats:
     fast_weight_bytes   bytes of S, whatever it remembers
     tokens              tokens consolidated so far
     sleeps              sleeps so far
+    prompt_tps          tokens a second at which the last turn was read; None before the first
+    generation_tps      ... at which its reply came after the first token; None for less than two
     """
 
     window_tokens: int
@@ -68,6 +71,8 @@ class Stats:
     fast_weight_bytes: int
     tokens: int
     sleeps: int
+    prompt_tps: float | None = field(default=None, compare=False)
+    generation_tps: float | None = field(default=None, compare=False)
 
 
 _SYSTEM = "system_prompt"  # a memory's setting
@@ -138,16 +143,9 @@ class Session:
         system_prompt: str | None = None,
         on_sleep: Callable[[SleepReport], None] | None = None,
     ):
-        config = SleepConfig(  # for its checks
-            passes=model.sleep.passes if passes is None else passes,
-            window=model.sleep.window if window is None else window,
-        )
-        self.passes, self.window = config.passes, config.window
-        if max_tokens < 1:
-            raise UserError(f"max tokens must be at least 1, not {max_tokens}")
+        self.window = model.sleep.window if window is None else window
+        self.passes = model.sleep.passes if passes is None else passes
         sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty)
-        if seed is not None and not 0 <= seed < 2**64:
-            raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
         self.model, self.memory = model, memory
         self.can_sleep: bool = model.has_fast_weights
         self.tokenizer = (
@@ -158,8 +156,9 @@ class Session:
         self.sampler: Callable[[mx.array], mx.array]
         self.sampling = sampling
         self.cut = False
+        self._speed: tuple[float | None, float | None] = None, None
         if seed is not None:
-            mx.random.seed(seed)
+            self.seed(seed)
         # Loaded weights are lazy, and a lazy array can only be evaluated by its own thread.
         mx.eval(model.parameters())
         calibrate(model)
@@ -359,6 +358,9 @@ class Session:
         stream = Stream(lambda: self.tokenizer.detokenizer)
         left, thoughts = self.max_tokens, self.window
         self.cut = False
+        self._speed = None, None
+        unread, start = len(self._pending) - self._working.read, time.perf_counter()
+        first, made = start, 0
         try:
             self._set_apart(turn, on_pass, should_stop, on_read)
             self._feed(on_pass, should_stop, on_read)
@@ -366,6 +368,11 @@ class Session:
             while not self.cut:
                 following = None if reader.in_text and left == 1 else self._run_ahead(token)
                 taken = cast(int, token.item())
+                now = time.perf_counter()
+                if not made:
+                    first = now
+                self._speed = unread / (first - start), made / (now - first) if made else None
+                made += 1
                 if taken in self.tokenizer.stop_ids or self._no_room(1):
                     break
                 split = reader.add(taken)
@@ -455,6 +462,32 @@ class Session:
         self._sampling = sampling
         self.sampler = sampling.sampler(len(self.tokenizer))
         self._processors = sampling.processors()
+
+    def seed(self, seed: int) -> None:
+        """Seeds the sampling, which is MLX's random state. UserError for a seed out of range."""
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed must be at least 0 and below 2**64, not {seed}")
+        mx.random.seed(seed)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest reply, in tokens."""
+        return self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise UserError(f"max tokens must be at least 1, not {max_tokens}")
+        self._max_tokens = max_tokens
+
+    @property
+    def passes(self) -> int:
+        """N of the next sleep."""
+        return self._passes
+
+    @passes.setter
+    def passes(self, passes: int) -> None:
+        self._passes = SleepConfig(passes=passes, window=self.window).passes  # for its checks
 
     def _sample(self, ahead: mx.array | None = None, logits: mx.array | None = None) -> mx.array:
         """The token [1] after the pending ones and `ahead` [1], from logits [V]; not evaluated."""
@@ -587,6 +620,8 @@ class Session:
             fast_weight_bytes=fast_weight_bytes(self.state),
             tokens=self._tokens,
             sleeps=self._sleeps,
+            prompt_tps=self._speed[0],
+            generation_tps=self._speed[1],
         )
 
     @contextlib.contextmanager

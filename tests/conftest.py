@@ -41,6 +41,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Nobody's memories and models are found, in this process or in those that tests start.
     os.environ["MLX_SLEEP_HOME"] = tempfile.mkdtemp(prefix="mlx-sleep-tests-")
+    os.environ["MLX_SLEEP_CONFIG"] = os.path.join(os.environ["MLX_SLEEP_HOME"], "config.toml")
     config.addinivalue_line("markers", "kernels: runs Metal kernels, on a GPU or in the harness")
     config.addinivalue_line("markers", "slow: takes seconds, or is in a file that does")
     _check_tree()

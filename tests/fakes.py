@@ -90,6 +90,8 @@ def fake_folder(path: Path, seed: int = 0, **sleep) -> Path:
     """A model folder that the command line can load."""
     source = path.with_name(path.name + "-tokenizer")
     hf_tokenizer().save_pretrained(source)
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 1, "do_sample": False})
+    )
     save(path, fake_model(seed, **sleep), fake_config(**sleep), tokenizer_source=source)
     return path

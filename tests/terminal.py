@@ -86,9 +86,9 @@ class Screen:
 class Terminal:
     """A chat at a pseudo-terminal: type into it, wait for words on its screen."""
 
-    def __init__(self, *arguments, term: str = "xterm-256color"):
+    def __init__(self, *arguments, term: str = "xterm-256color", columns: int = 250):
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 250, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
 
         def own_terminal():
             os.setsid()

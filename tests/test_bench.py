@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 from mlx_sleep.cli import output
 from mlx_sleep.cli.bench import app
 from mlx_sleep.lab import timing
-from mlx_sleep.lab.bench import ops, sleep, wake
+from mlx_sleep.lab.bench import ops, reply, sleep, wake
 from mlx_sleep.lab.statistics import ratio
 from mlx_sleep.lab.study import data_speed
+from mlx_sleep.models import mlx_lm_model
 from mlx_sleep.models.load import save
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.utils.errors import UserError
+from tests.fakes import fake_tokenizer
 
 assert mlx_sleep  # imported for its effect
 
@@ -130,6 +132,35 @@ def test_wake_rows(model):
     assert all(r["ratio_to_n1"] == 1 for r in rows if r["passes"] == 1)
     assert all(r["ratio_to_full_kv"] == 1 for r in rows if r["passes"] == 0)
     assert next(wake.rows(model, (2,), (4,), 1))["ratio_to_n1"] is None
+
+
+def test_reply_rows(monkeypatch):
+    """Both sides say as much, whatever the tokenizer calls an end."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 360,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "rms_norm_eps": 1e-5,
+    }
+    llama = mlx_lm_model.Model(mlx_lm_model.ModelArgs.from_dict(config))
+    monkeypatch.setattr(reply, "REPLY", 6)
+    letter = fake_tokenizer().encode_text("a")[-1]  # bytes would come as one piece at the end
+    endless = reply._endless(fake_tokenizer())
+    ends = mx.where(mx.arange(400) == 1, 9.0, mx.where(mx.arange(400) == letter, 5.0, 0.0))[None]
+    assert endless(ends).item() == letter
+    monkeypatch.setattr(reply, "_endless", lambda _: lambda logprobs: mx.array([letter]))
+    rows = list(reply.rows(llama, fake_tokenizer(), windows=(60, 30), repeats=1))
+    assert [20 < row["window"] < 50 for row in rows] == [True, False]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["tokens_per_s"] / row["mlx_lm_tokens_per_s"])
+
+
+def test_a_reply_is_compared_with_mlx_lms_models_only(model):
+    with pytest.raises(UserError, match="mlx-lm can't run"):
+        next(reply.rows(model, fake_tokenizer()))
 
 
 def test_sleep_rows(model):

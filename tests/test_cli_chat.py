@@ -139,6 +139,14 @@ def test_generate(run, model, tmp_path):
     _, first, _ = run("generate", *options, "--prompt", "hello", "--seed", 7)
     assert run("generate", *options, "--prompt", "-", "--seed", 7, stdin=b"hello")[1] == first
     assert run("generate", *options, "--prompt", "hello", "--seed", 8)[1] != first
+    assert run("generate", *options, "hello", "--seed", 7)[1] == first
+    assert run("generate", *options, "-", "--seed", 7, stdin=b"hello")[1] == first
+    said = json.loads(run("generate", *options, "hello", "--seed", 7, "--json")[1])
+    assert output.clean(said["text"]) + "\n" == first and said["finish_reason"] in (
+        "stop",
+        "length",
+    )
+    assert said["prompt_tps"] > 0
     assert not list(tmp_path.iterdir())
     run("generate", *options, "--prompt", "hello", "--memory", "mine")
     assert show_memory("mine", tmp_path).header.sleeps == 1
@@ -174,7 +182,7 @@ def test_a_sleep_that_ctrl_c_cancels_says_so(run, refused, model, tmp_path, monk
     [
         (["chat", "--bogus"], "No such option: --bogus"),
         (["chat", "--idle", "soon"], "'--idle'"),
-        (["generate"], "'--prompt'"),
+        (["generate", "a", "b"], "b"),
         (["chat", "--seed"], "--seed"),
         (["frob"], "'frob'"),
         (["memory", "frob"], "'frob'"),
@@ -239,6 +247,9 @@ def test_bad_options(refused, model, tmp_path, options, words):
 def test_bad_input(refused, run, model, other_model, tmp_path):
     options = ("--model", model, "--home", tmp_path)
     assert "prompt is empty" in refused("generate", *options, "--prompt", " \n")
+    assert "prompt is empty" in refused("generate", *options)
+    assert "two prompts" in refused("generate", *options, "hello", "--prompt", "hello")
+    assert "cannot name a memory" in refused("chat", *options, "--memory", "")
     assert "--idle" in refused("chat", *options, "--idle", -1)
     (tmp_path / "file").write_text("")
     assert "error" in refused("chat", "--model", model, "--home", tmp_path / "file")

@@ -32,13 +32,17 @@ def test_terminal_idle_sleep_is_shown_and_a_key_cancels_it(model, tmp_path):
         waiting = show_memory("default", tmp_path)
         assert waiting.header.sleeps == 0 and waiting.pending >= 10
 
-        # It tries again, and tells above the half-typed line, which is kept.
+        # A half-typed line keeps it awake; without one it tries again.
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            terminal.read(0.05)
+        assert show_memory("default", tmp_path).header.sleeps == 0
+        terminal.type("\x7f")
         said = rf"slept: {waiting.pending} tokens folded in 100 passes, KV cache cleared"
-        terminal.wait_for(said + r" \([\d.]+ KB freed\)\n> x")
+        terminal.wait_for(said + r" \([\d.]+ KB freed\)\n>")
         terminal.wait_for(r"window 0/400 tokens, KV cache 0 B")
         slept = show_memory("default", tmp_path)
         assert (slept.header.sleeps, slept.header.tokens) == (1, waiting.pending)
-        terminal.type("\x7f")
         terminal.say("/stats")
         assert terminal.leave("\x04") == 0
     with Terminal(*options) as terminal:
@@ -63,7 +67,7 @@ def test_terminal_ctrl_c_cancels_the_reply_and_twice_leaves(model, tmp_path):
 
 def test_terminal_ctrl_c_cancels_a_sleep_within_a_turn_and_its_progress_is_shown(model, tmp_path):
     options = ("--model", model, "--home", tmp_path, "--max-tokens", 8, "--idle", 0)
-    with Terminal(*options, "--passes", 2000, "--window", 40) as terminal:
+    with Terminal(*options, "--passes", 1000, "--window", 40) as terminal:
         terminal.wait_for(r">\s*window 0/40")
         terminal.say("hello")
         for text, outcome in (
@@ -71,7 +75,7 @@ def test_terminal_ctrl_c_cancels_a_sleep_within_a_turn_and_its_progress_is_shown
             ("word " * 20, "sleep cancelled; what you typed was not taken"),
         ):
             terminal.type(text + "\r")
-            terminal.wait_for(r"sleeping: pass \d+/2000, \d+%, about [\d.]+ s left$")
+            terminal.wait_for(r"sleeping: pass \d+/1000, \d+%, about [\d.]+ s left$")
             terminal.type("\x03")
             terminal.wait_for(rf"{outcome}(.*\n)*>\s*window \d+/40")
             assert "sleeping" not in str(terminal.screen)
@@ -82,7 +86,7 @@ def test_terminal_ctrl_c_cancels_a_sleep_within_a_turn_and_its_progress_is_shown
         terminal.type("y\n")
         terminal.wait_for(r"memory is empty(.*\n)*>\s*window 0/40")
         terminal.type("word " * 20 + "\r")  # more than a window at once: it is taken
-        terminal.wait_for(r"sleeping: pass \d+/2000, \d+%, about [\d.]+ s left$")
+        terminal.wait_for(r"sleeping: pass \d+/1000, \d+%, about [\d.]+ s left$")
         terminal.type("\x03")
         terminal.wait_for(r"reply cancelled; what was said stays said(.*\n)*>\s*window")
         pending = show_memory("default", tmp_path).pending
@@ -117,12 +121,13 @@ def test_a_key_cancels_a_sleep_on_a_dumb_terminal_too(model, tmp_path):
                 terminal.read(0.05)
         assert show_memory("default", tmp_path).header.sleeps == 0
         assert "slept" not in str(terminal.screen)
+        terminal.type("\x7f" * 8)
         terminal.wait_for(r"slept: \d+ tokens", 60)  # left alone, it does
 
 
 def test_terminal_ctrl_c_while_leaving_keeps_the_journal(model, tmp_path):
     options = ("--model", model, "--home", tmp_path, "--max-tokens", 12, "--idle", 0)
-    with Terminal(*options, "--passes", 5000) as terminal:
+    with Terminal(*options, "--passes", 1000) as terminal:
         terminal.wait_for(r">\s*window 0/400")
         terminal.say("hello")
         terminal.type("\x03")
@@ -174,3 +179,49 @@ def test_terminal_forget_asks_and_a_second_chat_is_refused(refused, model, tmp_p
         assert terminal.leave("\x04") == 0
     memory = show_memory("default", tmp_path)
     assert memory.pending == 0 and memory.header.tokens == 0
+
+
+def test_lines_history_completion_and_words_to_leave(model, tmp_path):
+    options = ("--model", model, "--home", tmp_path, "--max-tokens", 4, "--idle", 0)
+    with Terminal(*options) as terminal:
+        terminal.wait_for(r">\s*window 0/400")
+        terminal.type("one\\\r")
+        terminal.wait_for(r"> one\n")
+        terminal.type("two\x1b\rthree\r")
+        terminal.wait_for(r"> one\n  two\n  three\n(.*\n)*cut at 4 tokens.*\n>\s*window")
+        terminal.type("/sta\t\r")
+        terminal.wait_for(r"> /stats\n(.*\n)*last reply .* tokens/s said(.*\n)*>\s*window")
+        terminal.type("/SLEP\r")
+        terminal.wait_for(r"did you mean /sleep\?(.*\n)*>\s*window")
+        terminal.type("/set max_tokens 2\r")
+        terminal.wait_for(r"max_tokens is 2(.*\n)*>\s*window")
+        assert terminal.leave("exit\r") == 0
+    history = tmp_path / "memories" / "default.history"
+    assert history.stat().st_mode & 0o777 == 0o600 and "+three\n" in history.read_text()
+    with Terminal(*options) as terminal:
+        terminal.wait_for(r"default'(.*\n)*>\s*window")
+        terminal.type("\x1b[A\x1b[A")
+        terminal.wait_for(r"> /set max_tokens 2")
+        terminal.type("\x15/forget now\r")
+        terminal.wait_for(r"memory is empty(.*\n)*>\s*window")
+        assert terminal.leave("/bye\r") == 0
+    assert "three" not in history.read_text()
+    with Terminal(*options, "--no-history") as terminal:
+        terminal.wait_for(r"default'(.*\n)*>\s*window")
+        assert terminal.leave("/quit\r") == 0
+    assert "quit" not in history.read_text()
+
+
+def test_a_narrow_status_is_short_and_ctrl_z_is_not_typed(model, tmp_path):
+    options = ("--model", model, "--home", tmp_path, "--max-tokens", 4, "--idle", 60)
+    with Terminal(*options, columns=40) as terminal:
+        terminal.wait_for(r">\s*window 0/400 tokens")
+        terminal.type("hello\r")
+        terminal.wait_for(r"> hello\n(.*\n)*>\s*window \d\d/400 tokens, KV cache [\d.]+ KB")
+        assert "sleeps after" not in str(terminal.screen)
+        terminal.type("half\x1a")
+        # It stops the process where a shell could start it again; here there is none.
+        terminal.type(" a line")
+        terminal.wait_for(r"> half a line")
+        terminal.type("\x15")
+        assert terminal.leave("\x04") == 0

@@ -228,7 +228,7 @@ def test_a_template_without_a_switch():
 class Says:
     """A session that has thought."""
 
-    def say(self, text, should_stop=None):
+    def say(self, text, should_stop=None, on_read=None):
         yield from (Thought("hm "), Thought("\x1b[2Jwell"), "Yes", ".")
 
 

@@ -19,7 +19,7 @@ from .. import __version__
 from ..utils import limits
 from ..utils.errors import UserError
 from ..utils.malloc import keep_freed_memory
-from . import output
+from . import config_file, output
 
 # name -> module of this package and what it has: a function, or a Typer with commands of its own
 COMMANDS = {
@@ -38,6 +38,7 @@ COMMANDS = {
     "export": ("convert", "export"),
     "fuse": ("models", "fuse"),
     "models": ("models", "app"),
+    "config": ("config", "app"),
     "doctor": ("doctor", "doctor"),
 }
 
@@ -61,7 +62,7 @@ class _Commands(typer.core.TyperGroup):
         return command
 
 
-app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, pretty_exceptions_enable=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,6 +73,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback(no_args_is_help=True)
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
     ] = False,
@@ -86,6 +88,8 @@ def _root(
     """
     if no_limits:
         limits.lift()
+    if ctx.invoked_subcommand in config_file.COMMANDS and "--help" not in sys.argv:
+        ctx.default_map = {ctx.invoked_subcommand: config_file.defaults(ctx.invoked_subcommand)}
 
 
 # typer's own class, or click's in a typer that has none: what both raise for a wrong option.

@@ -30,6 +30,7 @@ History = Annotated[
 
 
 PASSES, TRAINING_PASSES = Numbers((1, 2, 4, 8)), Numbers((1, 2, 4))
+WINDOWS = Numbers((100, 1000, 4000))
 HISTORY = Numbers((512, 1024, 2048, 4096, 8192, 16384))
 
 
@@ -95,6 +96,35 @@ def wake(
 
     loaded = _load(model, adapter_path)
     _run("bench wake", wake, wake.rows(loaded, passes, history, repeats), json, plot)
+
+
+@app.command()
+def reply(
+    model: Model = None,
+    adapter_path: AdapterPath = None,
+    window: Annotated[
+        Numbers,
+        typer.Option(
+            parser=numbers("--window"), metavar="N,...", help="Tokens in the window, with commas."
+        ),
+    ] = WINDOWS,
+    json: Json = False,
+    plot: PlotFile = None,
+    repeats: Repeats = 5,
+):
+    """Time a reply of a chat, which decodes as chats do, against mlx_lm.generate.
+
+    `ratio` is the chat's tokens a second over mlx-lm's, with the same model and window; sleep
+    layers are the chat's alone.
+
+    Example: mlx-sleep bench reply --model smollm2 --window 100,1000
+    """
+    from ..lab.bench import reply
+    from ..models.load import load
+
+    chosen = choose(model, adapter_path)
+    loaded, tokenizer, _ = load(chosen.open(), adapter=chosen.adapter)
+    _run("bench reply", reply, reply.rows(loaded, tokenizer, window, repeats), json, plot)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +12,8 @@ import typer
 from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
-from .options import MemoryName, SessionOptions, SleepOnBattery, with_session_options
+from .history import history_file
+from .options import Json, MemoryName, SessionOptions, SleepOnBattery, with_session_options
 from .sleeping import SYSTEM_WAITS, Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
@@ -31,6 +32,10 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    history: Annotated[
+        bool,
+        typer.Option(help="Keep what is typed, for the arrow keys: a private file a memory."),
+    ] = True,
     sleep_on_battery: SleepOnBattery = False,
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
@@ -42,7 +47,7 @@ def chat(
     """
     if idle is not None and not 0 <= idle < float("inf"):
         raise UserError("--idle must be a number of seconds; 0 never sleeps on its own")
-    memory = memory or options.chosen.memory
+    memory = options.chosen.memory if memory is None else memory
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         session = options.open(memory)
         _say_kind(session)
@@ -54,33 +59,49 @@ def chat(
     from ..manners import Manners
     from .terminal import Terminal
 
+    file = history_file(memory, options.home) if history else None
     manners = Manners(on_battery=sleep_on_battery)
-    Terminal(session, options.chosen.name, idle, manners).run()
+    Terminal(session, options.chosen.name, idle, manners, file).run()
 
 
 @with_session_options
 def generate(
     options: SessionOptions,
+    words: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="What to say; - takes all of standard input.", show_default=False
+        ),
+    ] = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="What to say; - takes all of standard input.")
-    ],
+        str | None, typer.Option("--prompt", "-p", help="The same, as an option.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="The memory's name. (default: remember nothing)")
     ] = None,
+    json: Json = False,
 ):
     """Say one thing, print the reply, sleep, leave.
 
-    Example: mlx-sleep generate --memory work --prompt "My cat is called Zorvi."
+    Example: mlx-sleep generate --memory work "My cat is called Zorvi."
     """
-    if prompt == "-":
-        prompt = "".join(_lines())
-    if not prompt.strip():
-        raise UserError('the prompt is empty; give one with --prompt "..."')
+    if words is not None and prompt is not None:
+        raise UserError("there are two prompts; give one, with or without --prompt")
+    text = (words if prompt is None else prompt) or ""
+    if text == "-":
+        text = "".join(_lines())
+    if not text.strip():
+        raise UserError('the prompt is empty; say something: mlx-sleep generate "Hello"')
     session = options.open(memory)
     if memory is not None:
         _say_kind(session)
     with _closing(session, may_sleep(session.model)), Interrupts() as ctrl_c:
-        _print_reply(session, prompt, ctrl_c)
+        if json:
+            output.print_json(_reply_as_json(session, text, ctrl_c))
+        else:
+            _print_reply(session, text, ctrl_c)
+            if session.cut and sys.stderr.isatty():
+                output.note(f"cut at {session.max_tokens} tokens; --max-tokens changes that")
     if ctrl_c.count:
         raise typer.Exit(130)
 
@@ -135,25 +156,50 @@ def _closing(session: Session, sleeps: bool) -> Iterator[None]:
     session.close(sleep=sleeps)
 
 
-def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
+def _reply_as_json(session: Session, text: str, ctrl_c: Interrupts) -> dict:
+    """A reply by the names of mlx-lm's and OpenAI's answers; without Ctrl-C it is whole."""
+    pieces = list(_pieces(session, text, ctrl_c))
+    reply = "".join(piece for piece in pieces if not isinstance(piece, Thought))
+    stats = session.stats()
+    return {
+        "text": reply,
+        "finish_reason": "cancelled" if ctrl_c.count else "length" if session.cut else "stop",
+        "window_tokens": stats.window_tokens,
+        "prompt_tps": stats.prompt_tps,
+        "generation_tps": stats.generation_tps,
+    }
+
+
+def _pieces(session: Session, text: str, ctrl_c: Interrupts) -> Generator[str]:
+    """A reply until its end or Ctrl-C."""
     from ..sleep import SleepCancelled
 
-    thoughts, thinking = output.stderr(), False
+    def on_read(done: int, total: int) -> None:
+        if ctrl_c.count:
+            raise SleepCancelled
+
     try:
-        said = session.say(text, should_stop=lambda: ctrl_c.count > 0)
+        said = session.say(text, should_stop=lambda: ctrl_c.count > 0, on_read=on_read)
         with contextlib.closing(said) as pieces:
             for piece in pieces:
-                if isinstance(piece, Thought):
-                    output.thought(piece, thoughts)
-                elif thinking:
-                    output.thought("\n", thoughts)
-                thinking = isinstance(piece, Thought)
-                if not thinking:
-                    output.piece(piece)
+                yield piece
                 if ctrl_c.count:
                     break
-    except SleepCancelled:  # by Ctrl-C, while the window slept because it was full
+    except SleepCancelled:  # by Ctrl-C, while it read the turn or slept because it was full
         pass
+
+
+def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
+    thoughts, thinking = output.stderr(), False
+    with contextlib.closing(_pieces(session, text, ctrl_c)) as pieces:
+        for piece in pieces:
+            if isinstance(piece, Thought):
+                output.thought(piece, thoughts)
+            elif thinking:
+                output.thought("\n", thoughts)
+            thinking = isinstance(piece, Thought)
+            if not thinking:
+                output.piece(piece)
     output.line()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options, output
+from .history import history_file, remove_history
 from .model_names import choose
 from .output import line
 from .sleeping import describe, watch
@@ -154,6 +155,7 @@ def rm(
     if not yes and not typer.confirm(f"delete memory '{name}' for good?"):
         raise typer.Exit(1)
     remove(name, home)
+    remove_history(history_file(name, home))
     line(f"deleted memory '{name}'")
 
 

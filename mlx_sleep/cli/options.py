@@ -54,7 +54,9 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="A model's folder, its id on Hugging Face, smollm2 or embedded. "
-        "(default: smollm2 if fetched, else embedded)"
+        "(default: smollm2 if fetched, else embedded)",
+        envvar="MLX_SLEEP_MODEL",
+        show_envvar=False,
     ),
 ]
 Revision = Annotated[
@@ -70,7 +72,12 @@ AdapterPath = Annotated[
 ]
 MemoryName = Annotated[
     str | None,
-    typer.Option("--memory", help="The memory's name. (default: default, or smollm2 for smollm2)"),
+    typer.Option(
+        "--memory",
+        help="The memory's name. (default: default, or smollm2 for smollm2)",
+        envvar="MLX_SLEEP_MEMORY",
+        show_envvar=False,
+    ),
 ]
 Home = Annotated[
     Path | None,

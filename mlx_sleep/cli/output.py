@@ -37,6 +37,16 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def shorten(text: str, width: int) -> str:
+    """A status in so many columns: its last parts (after a comma) are left out until it fits."""
+    while len(text) > width:
+        parts = re.match(r"(.*)[,;] ", text)
+        if not parts:
+            return text[: max(0, width - 1)] + "…"
+        text = parts[1]
+    return text
+
+
 def size(number: int) -> str:
     """Bytes in decimal units: "640 B", "123 KB", "1.2 MB"."""
     value, unit = float(number), "B"
@@ -96,6 +106,7 @@ class StatusLine:
     def __init__(self, console: Console | None = None):
         self._console = console or stderr()
         self._progress: Any = None
+        self._spinner: Any = None
 
     @property
     def shown(self) -> bool:
@@ -105,6 +116,8 @@ class StatusLine:
         """Replaces the line. Print nothing else until `clear`."""
         if not self._console.is_terminal:
             return
+        if self._spinner:
+            self.clear()
         if self._progress is None:
             from rich.progress import Progress, TextColumn
             from rich.table import Column
@@ -119,9 +132,27 @@ class StatusLine:
             )
             self._progress.add_task("")
             self._progress.start()
-        self._progress.update(self._progress.task_ids[0], description=clean(text), refresh=True)
+        self._progress.update(self._progress.task_ids[0], description=self._fit(text), refresh=True)
+
+    def spin(self, text: str) -> None:
+        """As `show`, with a sign of life of its own before the text."""
+        if not self._console.is_terminal:
+            return
+        from rich.text import Text
+
+        if self._spinner is None:
+            self.clear()
+            self._spinner = self._console.status("")
+            self._spinner.start()
+        self._spinner.update(Text(self._fit(text, 3), style="dim"))
+
+    def _fit(self, text: str, less: int = 1) -> str:
+        return shorten(clean(text), self._console.width - less)
 
     def clear(self) -> None:
+        if self._spinner is not None:
+            spinner, self._spinner = self._spinner, None
+            spinner.stop()
         if self._progress is not None:
             progress, self._progress = self._progress, None
             progress.stop()

@@ -24,10 +24,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 
 
 @app.callback()
-def _group():
+def _services():
     """Start the server with your session, by launchd or systemd.
 
-    Example: mlx-sleep service install
+    Example: mlx-sleep service install --dry-run
     """
 
 

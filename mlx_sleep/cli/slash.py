@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from . import settings
 from .output import count, size
 from .sleeping import describe, watch
 
@@ -15,16 +17,36 @@ if TYPE_CHECKING:  # it imports MLX
 HELP = """\
 /sleep   fold the window into the fast weights now
 /memory  what the memory holds
-/stats   window, KV cache and fast weights
+/stats   window, KV cache, fast weights and speed
+/set     settings; /set temp 0.7 changes one
 /forget  empty the memory; /forget now doesn't ask
-/help    this list
-/exit    leave; so do Ctrl-D, and Ctrl-C twice"""
+/help    this list, as /?
+/exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
+
+COMMANDS = tuple(re.findall("^/[a-z]+", HELP, re.M))
+ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}
+WORDS = {"exit": "/exit", "quit": "/exit"}
+"""What somebody types at a terminal to leave; in a pipe it is a turn like any other."""
+
+_TAKES_TEXT = ("/set",)
 
 
 def command(text: str) -> str | None:
     """The command that a line is, or None: "/etc/hosts is a file" is none, nor is "/forget me"."""
-    words = " ".join(text.split())
-    return words if re.fullmatch(r"/[A-Za-z]*|/forget now", words) else None
+    first, _, rest = " ".join(text.split()).partition(" ")
+    name = ALIASES.get(first.lower(), first.lower())
+    if name in _TAKES_TEXT and rest:
+        return f"{name} {rest}"
+    if rest:
+        return "/forget now" if (name, rest.lower()) == ("/forget", "now") else None
+    return name if re.fullmatch(r"/[a-z?]*", name) else None
+
+
+def completions(before: str) -> Iterable[str]:
+    """Words that go on from a line's text up to its last word."""
+    if not before:
+        return sorted((*COMMANDS, *ALIASES))
+    return {"/set ": settings.KINDS, "/forget ": ("now",)}.get(before.lower(), ())
 
 
 def answer(session: Session, word: str, confirm: Callable[[], bool] | None) -> Iterator[str]:
@@ -36,12 +58,11 @@ def answer(session: Session, word: str, confirm: Callable[[], bool] | None) -> I
     elif word == "/memory":
         yield f"memory '{memory_name(session)}': {holdings(session)}"
     elif word == "/stats":
-        stats = session.stats()
-        yield f"window        {stats.window_tokens} of {count(stats.window, 'token')}"
-        yield f"KV cache      {size(stats.kv_bytes)}"
-        yield f"fast weights  {size(stats.fast_weight_bytes)}"
-        yield f"sleeps        {stats.sleeps}, of {count(stats.passes, 'pass')} from now on"
-        yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
+        yield from _stats(session)
+    elif word == "/set":
+        yield from settings.values(session)
+    elif word.startswith("/set "):
+        yield settings.change(session, word.removeprefix("/set "))
     elif word == "/forget" and confirm is None:
         yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
     elif word in ("/forget", "/forget now"):
@@ -51,7 +72,23 @@ def answer(session: Session, word: str, confirm: Callable[[], bool] | None) -> I
         else:
             yield "nothing was forgotten"
     else:
-        yield f"unknown command {word}; /help lists them"
+        near = difflib.get_close_matches(word, (*COMMANDS, *ALIASES), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        yield f"unknown command {word}; {meant}/help lists them"
+
+
+def _stats(session: Session) -> Iterator[str]:
+    stats = session.stats()
+    yield f"window        {stats.window_tokens} of {count(stats.window, 'token')}"
+    yield f"KV cache      {size(stats.kv_bytes)}"
+    yield f"fast weights  {size(stats.fast_weight_bytes)}"
+    yield f"sleeps        {stats.sleeps}, of {count(stats.passes, 'pass')} from now on"
+    yield f"tokens        {stats.tokens + stats.window_tokens:,} heard and said"
+    if stats.prompt_tps:
+        speed = f"{stats.prompt_tps:,.1f} tokens/s read"
+        if stats.generation_tps:
+            speed += f", {stats.generation_tps:,.1f} tokens/s said"
+        yield f"last reply    {speed}"
 
 
 def _sleep_now(session: Session) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -34,8 +35,9 @@ class IdleSleeper:
     """Sleeps in a thread of its own once `idle` seconds have passed without a key press.
 
     Between start and stop the session belongs to that thread. A key press cancels a sleep within
-    one block of the model; the idle time then starts again. `show` gets each new status, `note`
-    a line about each sleep that was done; both are called from the thread. idle 0 is never.
+    one block of the model; the idle time then starts again. So it does while `typing()` says that
+    a line is half typed. `show` gets each new status, `note` a line about each sleep that was
+    done; all are called from the thread. idle 0 is never.
     manners tell why not to sleep now, or ""; they are asked again after another idle time.
     """
 
@@ -46,9 +48,11 @@ class IdleSleeper:
         show: Callable[[str], None],
         note: Callable[[str], None],
         manners: Callable[[], str] = lambda: "",
+        typing: Callable[[], bool] = lambda: False,
     ):
         self._manners = manners
         self._session, self._idle, self._show, self._note = session, idle, show, note
+        self._typing = typing
         self._key = threading.Event()
         self._ended = threading.Event()
         self.stopping = False
@@ -82,6 +86,8 @@ class IdleSleeper:
             while self._session.pending and not self.stopping:
                 if self._key.wait(self._idle or None):
                     self._key.clear()
+                elif self._typing():
+                    pass
                 elif reason := self._manners():
                     self._show(f"no sleep now: {reason}; /sleep does it all the same")
                 else:
@@ -116,9 +122,14 @@ class Terminal:
     """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
 
     def __init__(
-        self, session: Session, model: str, idle: float | None, manners: Callable[[], str]
+        self,
+        session: Session,
+        model: str,
+        idle: float | None,
+        manners: Callable[[], str],
+        history: Path | None = None,
     ) -> None:
-        from prompt_toolkit import PromptSession
+        from .prompt import open_prompt
 
         self._manners = manners
         self._session, self._model = session, model
@@ -126,7 +137,8 @@ class Terminal:
         self._idle = (IDLE if idle is None else idle) if self._sleeps else 0
         self._console = output.stdout()
         self._progress = output.StatusLine(self._console)
-        self._prompt: PromptSession[str] = PromptSession("> ", bottom_toolbar=lambda: self._status)
+        self._history = history
+        self._prompt = open_prompt(self._status_line, slash.completions, history)
         self._prompt.app.key_processor.before_key_press += self._on_key
         self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
         self._sleeper: IdleSleeper | None = None
@@ -157,13 +169,15 @@ class Terminal:
             interrupts = 0
             if not text:
                 continue
-            command = slash.command(text)
+            command = slash.command(text) or slash.WORDS.get(text.lower())
             if command == "/exit":
                 return
             try:
                 if command:
                     for out in slash.answer(self._session, command, self._confirm):
                         self._note(out)
+                        if out.startswith("forgotten"):
+                            self._forget_history()
                 else:
                     interrupts = self._reply(text)
             except UserError as error:
@@ -184,7 +198,7 @@ class Terminal:
         self._note("/help lists the commands")
 
     def _read(self) -> str:
-        """A line from the prompt; meanwhile the session belongs to the sleeper."""
+        """What is typed at the prompt; meanwhile the session belongs to the sleeper."""
         from prompt_toolkit.patch_stdout import patch_stdout
 
         self._status = _window(self._session)
@@ -192,13 +206,24 @@ class Terminal:
             self._status += f", sleeps after {self._idle:g} s without a key"
         with patch_stdout(raw=True):
             self._sleeper = IdleSleeper(
-                self._session, self._idle, self._show, self._note, self._manners
+                self._session,
+                self._idle,
+                self._show,
+                self._note,
+                self._manners,
+                self._is_typing,
             )
             self._sleeper.start()
             try:
                 return self._prompt.prompt().strip()
             finally:
                 self._sleeper.stop()
+
+    def _is_typing(self) -> bool:
+        return bool(self._prompt.default_buffer.text)
+
+    def _status_line(self) -> str:
+        return output.shorten(self._status, self._prompt.output.get_size().columns)
 
     def _on_key(self, _: object) -> None:
         if self._sleeper:
@@ -214,21 +239,28 @@ class Terminal:
 
         self._session.on_sleep = lambda report: self._note(describe(report, self._session))
         progress = SleepProgress(self._session, self._show_sleep)
-        taken = False
+        taken = whole = False
 
         def should_stop() -> bool:
             progress.step()
             return ctrl_c.count > 0
 
+        def on_read(done: int, total: int) -> None:
+            self._progress.spin(f"reading {output.count(total, 'token')}, {100 * done // total}%")
+            if ctrl_c.count:
+                raise SleepCancelled
+
         with Interrupts() as ctrl_c:
             try:
-                pieces = self._session.say(text, progress.on_pass, should_stop)
+                pieces = self._session.say(text, progress.on_pass, should_stop, on_read)
                 taken = True
                 with contextlib.closing(pieces):
                     for piece in pieces:
                         self._write(piece)
                         if ctrl_c.count:
                             break
+                    else:
+                        whole = True
             except SleepCancelled:  # of a window that was full
                 pass
             finally:
@@ -240,6 +272,8 @@ class Terminal:
                 if taken
                 else "sleep cancelled; what you typed was not taken"
             )
+        elif whole and self._session.cut:
+            self._note(f"cut at {self._session.max_tokens} tokens; /set max_tokens changes that")
         return ctrl_c.count
 
     def _show_sleep(self, status: str) -> None:
@@ -277,6 +311,11 @@ class Terminal:
             self._write("\n")
             return False
         return answer.strip().lower() in ("y", "yes")
+
+    def _forget_history(self) -> None:
+        from .prompt import forget_history
+
+        forget_history(self._prompt, self._history)
 
     def _leave(self) -> None:
         """Sleeps and lets go of the memory. Ctrl-C leaves at once; the journal has the window."""
