@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chat_template import ChatTokenizer
-from .memory import Memory
+from .memory import Contents, Memory
 from .models.base import (
     SleepConfig,
     SleepModel,
@@ -111,6 +111,7 @@ class Session:
     system_prompt   see the property; None takes the memory's, "" takes it away
     keep_thoughts   leave thoughts in the window, which a sleep folds in
     on_sleep        called with the SleepReport of every sleep, those of a full window included
+    transcript      whether the memory keeps what is said as text, too
 
     `sampling` may be set to another between turns, and `sampler` to any of mlx-lm's:
     log-probabilities [1, V] -> token ids [1]. It is called one token ahead of the reply.
@@ -142,6 +143,7 @@ class Session:
         keep_thoughts: bool = False,
         system_prompt: str | None = None,
         on_sleep: Callable[[SleepReport], None] | None = None,
+        transcript: bool = True,
     ):
         self.window = model.sleep.window if window is None else window
         self.passes = model.sleep.passes if passes is None else passes
@@ -151,7 +153,7 @@ class Session:
         self.tokenizer = (
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
-        self.max_tokens, self.on_sleep = max_tokens, on_sleep
+        self.max_tokens, self.on_sleep, self.transcript = max_tokens, on_sleep, transcript
         self.keep_thoughts = keep_thoughts
         self.sampler: Callable[[mx.array], mx.array]
         self.sampling = sampling
@@ -168,24 +170,34 @@ class Session:
         self._snapshot = model.init_state()
         self._apart: _Apart | None = None  # what the model is asked with, and thinks
         self._working = WorkingState(model, len(self.tokenizer))
-        if memory is not None:
-            _check(memory, model)
-            self._tokens, self._sleeps = memory.header.tokens, memory.header.sleeps
-            if memory.arrays:
-                self._snapshot = unflatten_state(memory.arrays, len(self._snapshot))
-                mx.eval(self._snapshot)
-            self._pending = list(memory.pending)
-        self._working.rewind(self._snapshot)
+        self._open_reply: object | None = None
+        self._said: list[int] = []  # the tokens of the open reply
+        self._read_memory()
         self._system: str | None = None
         self.system_prompt_waits = False
         if system_prompt is not None:
             self.system_prompt = system_prompt
         elif memory is not None:
             self._system = self._checked_system(memory.settings.get(_SYSTEM))
-        # A process that was killed leaves a journal that may end within a reply.
+
+    def _read_memory(self) -> None:
+        """Takes all from the memory, and ends a reply in which a process was killed."""
+        if self.memory is not None:
+            _check(self.memory, self.model)
+            self._tokens, self._sleeps = self.memory.header.tokens, self.memory.header.sleeps
+            self._snapshot = self.model.init_state()
+            if self.memory.arrays:
+                self._snapshot = unflatten_state(self.memory.arrays, len(self._snapshot))
+                mx.eval(self._snapshot)
+            self._pending = list(self.memory.pending)
+        self._apart = None
+        self._working.rewind(self._snapshot)
         end = self.tokenizer.end_ids
-        open_end = bool(self._pending) and self._pending[-len(end) :] != end
-        self._open_reply: object | None = object() if open_end else None
+        if self._pending and self._pending[-len(end) :] != end:
+            self._open_reply = object()
+            replies = self.tokenizer.in_replies(self._pending)
+            start = len(replies) - (replies[::-1].index(False) if False in replies else 0)
+            self._said = self._pending[start:]
         self._end_reply()
         self._feed()
 
@@ -254,7 +266,8 @@ class Session:
         on_read(done, total) is called while the turn is read, with tokens; what it raises ends the
         reply.
         """
-        turn = self._take(text, [], on_pass, should_stop)
+        turn = self._take(text, None, on_pass, should_stop)
+        self._said = []
         self._open_reply = reply = object()
         self._sync()
         return self._reply(reply, turn, on_pass, should_stop, on_read)
@@ -271,13 +284,12 @@ class Session:
         Both are in the journal and on the disk when this returns, and read through the model.
         Errors are those of `say`; SleepCancelled may leave the turn to be read by the next call.
         """
-        end = self.tokenizer.encode_text(reply.strip()) + self.tokenizer.end_ids
-        self._take(text, end, on_pass, should_stop)
+        self._take(text, reply.strip(), on_pass, should_stop)
         self._sync()
         self._feed(on_pass, should_stop)
 
     def _take(
-        self, text: str, reply: list[int], on_pass: OnPass | None, should_stop: ShouldStop | None
+        self, text: str, reply: str | None, on_pass: OnPass | None, should_stop: ShouldStop | None
     ) -> _Turn:
         """Puts a user's turn, and what is known of its reply, into the window and the journal."""
         text = text.strip()
@@ -286,18 +298,22 @@ class Session:
         _check_unicode(text)
         self._end_reply()
         turn = self._turn(text)
-        ids = turn.past + reply
+        said = [] if reply is None else self.tokenizer.encode_text(reply)
+        ids = turn.past + said + ([] if reply is None else self.tokenizer.end_ids)
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
                 f"the window of {self.window} tokens is full, and {NOTHING_TO_SLEEP_INTO}, "
                 "forget, or take a longer --window"
             )
-        room = len(ids) + (0 if reply else self.window // 8)
+        room = len(ids) + (self.window // 8 if reply is None else 0)
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
             turn = self._turn(text)
-        self._record(turn.past + reply)
+        self._record(turn.past, "user", text)
+        if reply is not None:
+            self._record(said)
+            self._record(self.tokenizer.end_ids, "assistant", reply)
         return turn
 
     def _turn(self, text: str) -> _Turn:
@@ -432,6 +448,7 @@ class Session:
         """Records what is known to be a reply's text after this token of it."""
         if self.keep_thoughts:
             self._record([token])
+            self._said += split.text
             return
         if self._apart is not None:
             self._apart.ids.append(token)
@@ -440,6 +457,7 @@ class Session:
     def _keep_text(self, text: list[int]) -> None:
         """Records a reply's text, which the working state has read."""
         self._record(text)
+        self._said += text
         if text and (apart := self._apart) is not None:
             if apart.ids[-len(text) :] == text:
                 del apart.ids[-len(text) :]
@@ -665,13 +683,18 @@ class Session:
         said = self.tokenizer.in_replies([*self._read(), _UNKNOWN])
         return {"write": ~mx.array([said[start:end]])}
 
-    def _record(self, ids: list[int]) -> None:
-        """Puts tokens into the journal and the window. Nothing has changed if it raises."""
+    def _record(
+        self, ids: list[int], role: Literal["user", "assistant"] | None = None, text: str = ""
+    ) -> None:
+        """Puts tokens into the memory and the window. Nothing has changed if it raises.
+
+        role: they are a user's turn, or end a reply, of this text.
+        """
         if self.memory is None:
             self._pending.extend(ids)
             return
         try:
-            self.memory.append(ids)
+            self.memory.append(ids, role, text if self.transcript else None)
         finally:  # a KeyboardInterrupt may come after the tokens are in the journal
             self._pending.extend(self.memory.pending[len(self._pending) :])
 
@@ -685,11 +708,40 @@ class Session:
             with self._rewinding():
                 self._working.settle()
             self._forget_thoughts()
-            self._record(self.tokenizer.end_ids)
+            self._record(self.tokenizer.end_ids, "assistant", self._text(self._said))
             self._open_reply = None
             self._sync()
 
+    def _text(self, ids: list[int]) -> str:
+        """What a reply of these tokens says."""
+        detokenizer = self.tokenizer.detokenizer
+        for token in ids:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        return detokenizer.text.strip()
+
     # --- the end ---------------------------------------------------------------------------
+
+    def undo(self) -> Literal["turn", "sleep"] | None:
+        """Takes back the last turn with its reply, or the last sleep when nothing was said since.
+
+        Returns what it was; None when there is nothing to take back (`Memory.undo`).
+        """
+        if self.memory is None:
+            return None
+        self._end_reply()
+        what = self.memory.undo()
+        if what:
+            self._read_memory()
+        return what
+
+    def replace(self, contents: Contents) -> None:
+        """Puts other contents in place of all that the memory holds, and goes on from there."""
+        if self.memory is None:
+            raise ValueError("a session without a memory has nothing to replace")
+        self._end_reply()
+        self.memory.replace(contents)
+        self._read_memory()
 
     def forget(self) -> None:
         """Empties the memory, on the disk too, and starts from nothing."""

@@ -50,8 +50,23 @@ def test_pipe_each_line_is_a_turn_and_the_end_is_a_sleep(run, model, tmp_path):
     out = run("chat", *options, stdin=b"/forget\n")[1]
     assert "nobody can be asked" in out and "/forget now" in out
     assert show_memory("default", tmp_path).header.tokens == memory.header.tokens
-    run("chat", *options, stdin=b"/forget me not, I said\n")
-    assert show_memory("default", tmp_path).header.tokens > memory.header.tokens
+    out = run("chat", *options, stdin=b"/forget me not, I said\n/forget zorvi\n/history\n")[1]
+    assert "'me not, I said' was never said" in out and "1 turn of 1 would go" in out
+    assert "nothing was forgotten: nobody can be asked here" in out and "> My cat is Zorvi." in out
+    assert show_memory("default", tmp_path).header.tokens == memory.header.tokens
+    shown = run("memory", "show", "default", "--text", "--home", tmp_path)[1]
+    assert shown.startswith("> My cat is Zorvi.\n  ")
+    found = run("memory", "search", "default", "zorvi", "--home", tmp_path)[1]
+    assert found == "> My cat is Zorvi.\n"
+    assert "tiny" in run("memory", "list", "--home", tmp_path)[1]
+    options_ = options[:-2]
+    code, out, _ = run("memory", "rebuild", "default", *options_, "--passes", 2)
+    assert (code, "made anew with" in out, "1 turn, " in out) == (0, True, True)
+    assert run("chat", *options, stdin=b"/undo\n")[1].startswith("undone: ")
+    run("chat", *options, "--no-transcript", stdin=b"A secret.\n")
+    assert "secret" not in run("memory", "show", "default", "--text", "--home", tmp_path)[1]
+    code, _, error = run("memory", "rebuild", "default", *options_)
+    assert code == 1 and "heard more than its transcript tells" in error
     assert run("chat", *options, stdin=b"/forget now\n")[1] == "forgotten: the memory is empty\n"
     assert show_memory("default", tmp_path).header.tokens == 0
 
@@ -289,7 +304,8 @@ def test_words():
     assert output.clean(turned) == "agpj.exe b"
     assert slash.command("/sleep") == "/sleep" and slash.command("/x y") is None
     assert slash.command(" /forget  now ") == "/forget now"
-    assert slash.command("/forget me not, I said") is slash.command("/sleep now") is None
+    assert slash.command("/forget  my cat") == "/forget my cat"
+    assert slash.command("/history all") and slash.command("/sleep now") is None
     assert slash.command("/") == "/"
     assert slash.command("/etc/hosts is a file") is None
     assert slash.command("hello /sleep") is None

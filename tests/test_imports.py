@@ -32,6 +32,7 @@ ALLOWED = {
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template thoughts",
     "server": "session memory sleep thoughts",
+    "rebuild": "session memory models chat_template",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,9 +14,11 @@ from .history import history_file, remove_history
 from .model_names import choose
 from .output import line
 from .sleeping import describe, watch
+from .transcript import said
 
 if TYPE_CHECKING:  # it imports MLX
-    from ..memory import Listing
+    from ..memory import Listing, Message
+    from ..models.base import SleepModel
 
 app = typer.Typer(
     add_completion=False,
@@ -41,29 +44,42 @@ def list_(home: options.Home = None, as_json: options.Json = False):
     if not memories:
         line(f"no memories in {data_dir(home)}; `mlx-sleep chat` makes one")
         return
-    rows = [["NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "UPDATED"]]
+    rows = [["NAME", "SLEEPS", "TOKENS", "WAITING", "SIZE", "LAST USE", "MODEL"]]
     for memory in memories:
         header = memory.header
         counters = [header.sleeps, header.tokens, memory.pending] if header else ["?"] * 3
         updated = header.updated[:16].replace("T", " ") if header else ""
-        rows.append([memory.name, *map(str, counters), output.size(memory.bytes), updated])
+        model = header.model if header else ""
+        size = output.size(memory.bytes)
+        rows.append([memory.name, *map(str, counters), size, updated, model])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells, updated in rows:
+    for name, *cells, updated, model in rows:
         right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)]
-        line("  ".join([name.ljust(widths[0]), *right, updated]).rstrip())
+        left = [updated.ljust(widths[-2]), model]
+        line("  ".join([name.ljust(widths[0]), *right, *left]).rstrip())
     for memory in memories:
         if memory.problem:
             line(f"{memory.name}: {memory.problem}")
 
 
 @app.command()
-def show(name: Name, home: options.Home = None, as_json: options.Json = False):
+def show(
+    name: Name,
+    text: Annotated[
+        bool, typer.Option("--text", help="What was said, and nothing else: the transcript.")
+    ] = False,
+    home: options.Home = None,
+    as_json: options.Json = False,
+):
     """Show one memory: its counters and where it came from.
 
-    Example: mlx-sleep memory show default
+    Example: mlx-sleep memory show smollm2 --text
     """
-    from ..memory import show_memory
+    from ..memory import show_memory, transcript
 
+    if text:
+        _print_messages(transcript(name, home), as_json)
+        return
     memory = show_memory(name, home)
     if as_json:
         output.print_json(_as_dict(memory))
@@ -89,6 +105,84 @@ def show(name: Name, home: options.Home = None, as_json: options.Json = False):
     width = max(map(len, lines))
     for label, value in lines.items():
         line(f"{label:{width}}  {value}")
+
+
+def _print_messages(messages: Iterable[Message], as_json: bool) -> None:
+    if as_json:
+        output.print_json({"messages": [asdict(message) for message in messages]})
+        return
+    for message in messages:
+        line(said(message))
+
+
+@app.command()
+def search(
+    name: Name,
+    text: Annotated[str, typer.Argument(help="Words to look for in what was said.")],
+    home: options.Home = None,
+    as_json: options.Json = False,
+):
+    """Find what was said in a memory; the best match first.
+
+    Example: mlx-sleep memory search smollm2 "blue van"
+    """
+    from ..memory import search as find
+
+    found = find(name, text, home)
+    _print_messages(found, as_json)
+    if not found and not as_json:
+        line(f"nothing with {text!r} was said in memory '{name}'")
+
+
+@app.command()
+def rebuild(
+    name: Name,
+    model: options.Model = None,
+    adapter_path: options.AdapterPath = None,
+    home: options.Home = None,
+    passes: options.Passes = None,
+    window: options.Window = None,
+):
+    """Make a memory anew from its transcript: for a better model or adapter, or with more passes.
+
+    The old one stays until the new one is whole. Ctrl-C loses nothing.
+
+    Example: mlx-sleep memory rebuild smollm2 --passes 4
+    """
+    from dataclasses import replace
+
+    from ..memory import Memory, show_memory
+    from ..models.load import fingerprint, load
+    from ..rebuild import rebuild as run
+    from ..rebuild import turns
+
+    show_memory(name, home)  # that it exists
+    chosen = choose(model, adapter_path)
+    source = chosen.open()
+    with output.StatusLine() as status:
+        status.show(f"loading {chosen.name} ...")
+        loaded, tokenizer, _ = load(source, adapter=chosen.adapter)
+        mark = fingerprint(source, chosen.adapter)
+        with Memory.open(name, mark, home=home, any_model=True) as memory:
+            heard = memory.header.tokens + len(memory.pending)
+            pairs = turns(memory.messages, heard, name)
+            header = replace(memory.header, fingerprint=mark, model=chosen.name)
+            contents = run(
+                cast("SleepModel", loaded),
+                tokenizer,
+                header,
+                pairs,
+                memory.settings,
+                passes=passes,
+                window=window,
+                on_turn=lambda done, all_: status.show(f"reading turn {done} of {all_}"),
+            )
+            memory.replace(contents)
+    after = contents.header
+    line(
+        f"memory '{name}' was made anew with {chosen.name}: {output.count(len(pairs), 'turn')}, "
+        f"{output.count(after.tokens, 'token')} in {output.count(after.sleeps, 'sleep')}"
+    )
 
 
 @app.command()

@@ -153,6 +153,13 @@ class SessionOptions:
         bool,
         typer.Option("--keep-thoughts", help="Remember what the model thinks before a reply, too."),
     ] = False
+    no_transcript: Annotated[
+        bool,
+        typer.Option(
+            "--no-transcript",
+            help="Don't keep what is said as text beside the memory. It then can't be made anew.",
+        ),
+    ] = False
 
     @cached_property
     def chosen(self) -> Chosen:
@@ -168,6 +175,7 @@ class SessionOptions:
         others = asdict(self)
         for name in ("model", "adapter_path", "revision", "local_files_only"):
             del others[name]
+        others["transcript"] = not others.pop("no_transcript")
         opened = self.chosen.open()
         return Session.open(opened, memory, adapter=self.chosen.adapter, **others)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from . import settings
+from . import settings, transcript
 from .output import count, size
 from .sleeping import describe, watch
 
@@ -18,8 +18,10 @@ HELP = """\
 /sleep   fold the window into the fast weights now
 /memory  what the memory holds
 /stats   window, KV cache, fast weights and speed
+/history what was said, the last of it; /history all
+/undo    take back the last turn, or the last sleep
 /set     settings; /set temp 0.7 changes one
-/forget  empty the memory; /forget now doesn't ask
+/forget  empty the memory; /forget now doesn't ask; /forget TEXT makes it anew without that
 /help    this list, as /?
 /exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
 
@@ -28,17 +30,17 @@ ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}
 WORDS = {"exit": "/exit", "quit": "/exit"}
 """What somebody types at a terminal to leave; in a pipe it is a turn like any other."""
 
-_TAKES_TEXT = ("/set",)
+_TAKES_TEXT = ("/set", "/forget")
 
 
 def command(text: str) -> str | None:
-    """The command that a line is, or None: "/etc/hosts is a file" is none, nor is "/forget me"."""
+    """The command that a line is, or None: "/etc/hosts is a file" is none."""
     first, _, rest = " ".join(text.split()).partition(" ")
     name = ALIASES.get(first.lower(), first.lower())
-    if name in _TAKES_TEXT and rest:
-        return f"{name} {rest}"
+    if (name, rest.lower()) in (("/forget", "now"), ("/history", "all")):
+        return f"{name} {rest.lower()}"
     if rest:
-        return "/forget now" if (name, rest.lower()) == ("/forget", "now") else None
+        return f"{name} {rest}" if name in _TAKES_TEXT else None
     return name if re.fullmatch(r"/[a-z?]*", name) else None
 
 
@@ -46,11 +48,16 @@ def completions(before: str) -> Iterable[str]:
     """Words that go on from a line's text up to its last word."""
     if not before:
         return sorted((*COMMANDS, *ALIASES))
-    return {"/set ": settings.KINDS, "/forget ": ("now",)}.get(before.lower(), ())
+    return {"/set ": settings.KINDS, "/forget ": ("now",), "/history ": ("all",)}.get(
+        before.lower(), ()
+    )
 
 
-def answer(session: Session, word: str, confirm: Callable[[], bool] | None) -> Iterator[str]:
-    """Runs a command; the lines to show. confirm asks the user; None where nobody can answer."""
+def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -> Iterator[str]:
+    """Runs a command; the lines to show.
+
+    confirm asks the user a question; None where nobody can answer.
+    """
     if word == "/help":
         yield HELP
     elif word == "/sleep":
@@ -66,11 +73,20 @@ def answer(session: Session, word: str, confirm: Callable[[], bool] | None) -> I
     elif word == "/forget" and confirm is None:
         yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
     elif word in ("/forget", "/forget now"):
-        if word == "/forget now" or (confirm and confirm()):
+        if word == "/forget now" or (
+            confirm and confirm(f"forget all of memory '{memory_name(session)}'?")
+        ):
             session.forget()
             yield "forgotten: the memory is empty"
         else:
             yield "nothing was forgotten"
+    elif word.startswith("/forget "):
+        text = word.removeprefix("/forget ").strip("\"'")
+        yield from transcript.forget(session, text, confirm)
+    elif word in ("/history", "/history all"):
+        yield from transcript.history(session, None if word.endswith("all") else 10)
+    elif word == "/undo":
+        yield transcript.undo(session)
     else:
         near = difflib.get_close_matches(word, (*COMMANDS, *ALIASES), 1)
         meant = f"did you mean {near[0]}? " if near else ""

@@ -303,10 +303,9 @@ class Terminal:
         self._end_line()
         self._console.print(output.clean(text), style=style, markup=False)
 
-    def _confirm(self) -> bool:
-        name = slash.memory_name(self._session)
+    def _confirm(self, question: str) -> bool:
         try:
-            answer = input(f"forget all of memory '{name}'? It can't be undone. [y/N] ")
+            answer = input(f"{question} It can't be undone. [y/N] ")
         except (KeyboardInterrupt, EOFError):
             self._write("\n")
             return False

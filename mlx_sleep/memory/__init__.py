@@ -16,7 +16,9 @@ from .manage import (
     import_memory,
     list_memories,
     remove,
+    search,
     show_memory,
+    transcript,
 )
 from .store import Memory
 
@@ -32,5 +34,7 @@ __all__ = [
     "import_memory",
     "list_memories",
     "remove",
+    "search",
     "show_memory",
+    "transcript",
 ]

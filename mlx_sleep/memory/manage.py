@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sqlite3
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from ..utils.atomic import fsync_path, replace_file
 from ..utils.errors import UserError
 from ..utils.files import os_errors_as_user_errors
 from .database import Writer, remove_database
-from .format import Damaged, Header, decode_memory, encode_memory
+from .format import Damaged, Header, Message, decode_memory, encode_memory
 from .location import CHECK_FOLDER, NAME, Location, memories_folder, now
 
 Home = str | os.PathLike | None
@@ -50,6 +52,35 @@ def list_memories(home: Home = None) -> list[Listing]:
 def show_memory(name: str, home: Home = None) -> Listing:
     """One memory as list_memories shows it. Raises UserError when there is none."""
     return _listing(Location.existing(name, home))
+
+
+def transcript(name: str, home: Home = None) -> tuple[Message, ...]:
+    """What was said in a memory, oldest first. Raises UserError when there is none."""
+    return Location.of(name, home).load().messages
+
+
+def search(name: str, text: str, home: Home = None) -> list[Message]:
+    """What was said in a memory with all these words (or their beginnings), the best match first.
+
+    The index is made when it is asked for, so that no build of SQLite needs FTS5 to open a memory
+    and nothing forgotten stays in one; without FTS5 the words are looked for one by one.
+    """
+    messages = [m for m in transcript(name, home) if m.text]
+    words = re.findall(r"\w+", text)
+    if not words:
+        return []
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        try:
+            db.execute("CREATE VIRTUAL TABLE said USING fts5 (text)")
+        except sqlite3.DatabaseError:
+            lower = [word.casefold() for word in words]
+            return [m for m in messages if all(w in str(m.text).casefold() for w in lower)]
+        db.executemany(
+            "INSERT INTO said (rowid, text) VALUES (?, ?)", enumerate(m.text for m in messages)
+        )
+        query = " ".join(f'"{word}"*' for word in words)
+        found = db.execute("SELECT rowid FROM said WHERE said MATCH ? ORDER BY rank", (query,))
+        return [messages[row] for (row,) in found]
 
 
 def _listing(location: Location) -> Listing:
