@@ -475,7 +475,7 @@ def test_a_turn_is_on_the_disk_before_its_reply_starts(memory, monkeypatch):
 def test_a_turn_that_cannot_be_written_is_not_heard(memory, monkeypatch):
     session = Session(MODEL, TOKENIZER, memory)
 
-    def full(_):
+    def full(*said):
         raise UserError("the disk is full")
 
     monkeypatch.setattr(memory, "append", full)
@@ -492,8 +492,8 @@ def test_ctrl_c_right_after_an_append_keeps_session_and_journal_together(memory,
     session = Session(MODEL, TOKENIZER, memory)
     append = memory.append
 
-    def interrupted(ids):
-        append(ids)
+    def interrupted(*said):
+        append(*said)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
