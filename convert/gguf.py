@@ -86,7 +86,10 @@ def read(file: Path, folder: Path, *, keep_blocks: bool = True) -> Read:
             "llama-export-lora and convert the result"
         )
     if (kind := metadata.get("general.architecture")) != "llama":
-        raise UserError(f"{file} holds a model of architecture {kind!r}; only llama can be read")
+        raise UserError(
+            f"{file} holds a model of architecture {kind!r}; only llama, which Mistral's are too, "
+            "can be read from GGUF; convert the PyTorch model"
+        )
     config = _Config(file, metadata, tensors).read()
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     entries: list[Entry] = []

@@ -129,7 +129,12 @@ def _load(config: Any, state: dict[str, Any]) -> tuple[str, Any]:
     logging.disable_progress_bar()
     model_class = causal_lm_class(config)
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        None,
+        config=config,
+        state_dict=state,
+        dtype=torch.float32,
+        attn_implementation="eager",  # others leave out Gemma 2's softcapping
+        output_loading_info=True,
     )
     if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
         raise LookupError(f"transformers misses tensors of it: {sorted(missing)[:3]}")

@@ -1,6 +1,6 @@
 """Launches of the prefill and backward kernels, which the families share: shapes, types, grids.
 
-`rule` is a family's name: RULE.metal holds RULE_prefill and RULE_backward. Arrays are named and
+`rule` is a family's name, of RULE_prefill.metal and RULE_backward.metal. Arrays are named and
 shaped as in the ops. Heads must be `checks.supported`.
 """
 
@@ -77,7 +77,9 @@ def backward(
     keys, gates = (blocks, B, T, Hv, Dk), (blocks, B, T, Hv)
     outputs = [keys, keys, v.shape, gates, gates, (B, Hv, Dv, Dk)]
     outputs += [(blocks, B, Hv)] if per_head else []
-    d_q, d_k, d_v, d_g, d_beta, d_state, *rest = kernel(f"{rule}.metal", f"{rule}_backward")(
+    d_q, d_k, d_v, d_g, d_beta, d_state, *rest = kernel(
+        f"{rule}_backward.metal", f"{rule}_backward"
+    )(
         inputs=[
             *_inputs(q, k, y if solves else v, g, beta, states),
             d_o,
@@ -120,7 +122,7 @@ def _prefill(rule, inputs, outputs, mask, checkpoints, extra_template):
     grid = prefill_grid(Dk, Dv)
     threads = 32 * grid["Bands"] * grid["Parts"]
     return tuple(
-        kernel(f"{rule}.metal", f"{rule}_prefill")(
+        kernel(f"{rule}_prefill.metal", f"{rule}_prefill")(
             inputs=inputs,
             template=[
                 ("OutT", outputs[0][1]),

@@ -5,11 +5,7 @@
 // the tokens of each row that are not padding; sums in float32. The state after the call holds the
 // last K - 1 inputs of each row, reaching back into the given one. K >= 2.
 
-#include <metal_stdlib>
-using namespace metal;
-
-// Arrays that stay in registers need loops without a counter.
-#define UNROLL _Pragma("clang loop unroll(full)")
+#include "common.metal"
 
 // kernel conv_forward(x, weight, state, lengths, T, C) -> (y, state_out)
 

@@ -1,4 +1,4 @@
-"""The kernel of delta_attention.metal. The mixer itself is in ops/mixers.py."""
+"""The kernel of delta_attention_step.metal. The mixer itself is in ops/mixers.py."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def step(q, k, v, z, a, b, conv, conv_weight, dt_bias, norm_weight, norm_eps, st
     writes = mx.array([True]) if write is None else write
     weights = conv_weight, dt_bias, norm_weight, float(norm_eps)
     return tuple(
-        kernel("delta_attention.metal", "delta_attention_step")(
+        kernel("delta_attention_step.metal", "delta_attention_step")(
             inputs=[q, k, v, z, a, b, conv, *weights, state.astype(mx.float32), writes, H],
             template=[
                 ("OutT", z.dtype),

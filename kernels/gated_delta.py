@@ -1,4 +1,4 @@
-"""The kernels of gated_delta.metal. The rule itself is in ops/gated_delta.py."""
+"""The kernels of gated_delta_*.metal. The rule itself is in ops/gated_delta.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def step(qkv, z, ba, conv, conv_weight, A_log, dt_bias, norm_weight, norm_eps, s
     check_groups("the gated_delta step", Hk, Hv)
     check_heads("the gated_delta kernels", Dk, Dv)
     return tuple(
-        kernel("gated_delta.metal", "gated_delta_step")(
+        kernel("gated_delta_step.metal", "gated_delta_step")(
             inputs=[
                 qkv,
                 z,

@@ -1,7 +1,7 @@
 """Cuts a .metal file into its kernels and compiles one when it is first called.
 
-A file holds one family. The text before its first kernel is shared by all of them, and each
-kernel opens with a line that names its buffers in order:
+The text before a file's first kernel, with other files in the place of its #include "FILE", is
+shared by its kernels. Each of these opens with a line that names its buffers in order:
 
     // kernel NAME(input, ...) -> (output, ...)
 
@@ -26,6 +26,7 @@ PREFIX = "mlx_sleep_"
 without_metal: Callable | None = None
 """Takes the place of `mx.fast.metal_kernel` where there is no Metal. Tests set it."""
 
+_INCLUDE = re.compile(r'^#include "(\w+\.metal)"\n', re.MULTILINE)
 _MARK = re.compile(r"^// kernel (\w+)\(([\w, ]*)\) -> \(([\w, ]*)\)$", re.MULTILINE)
 
 
@@ -42,12 +43,16 @@ class Source:
 
 def read(file: str) -> dict[str, Source]:
     """The kernels of a file in this package, by name."""
-    return cut((resources.files(__package__) / file).read_text())
+    return cut(_text(file))
 
 
-def cut(text: str) -> dict[str, Source]:
-    """The kernels of a file's text, by name."""
-    header, *parts = _MARK.split(text)
+def _text(file: str) -> str:
+    return (resources.files(__package__) / file).read_text()
+
+
+def cut(text: str, text_of: Callable[[str], str] = _text) -> dict[str, Source]:
+    """The kernels of a text, by name; text_of(file) is the text of a file that it includes."""
+    header, *parts = _MARK.split(_INCLUDE.sub(lambda found: text_of(found[1]), text))
     kernels = {}
     for name, inputs, outputs, body in zip(*[iter(parts)] * 4, strict=True):
         names = tuple(inputs.split(", ")), tuple(outputs.split(", "))

@@ -1,4 +1,4 @@
-"""The kernels of ssd.metal. The rule itself is in ops/ssd.py."""
+"""The kernels of ssd_*.metal. The rule itself is in ops/ssd.py."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def step(xBC, dt, conv, conv_weight, conv_bias, A_log, dt_bias, D, state, Hk, dt
     check_groups("the ssd step", Hk, Hv)
     check_heads("the ssd kernels", Dk, Dv)
     return tuple(
-        kernel("ssd.metal", "ssd_step")(
+        kernel("ssd_step.metal", "ssd_step")(
             inputs=[
                 xBC,
                 dt,

@@ -95,6 +95,12 @@ def test_gemma_3_with_a_vision_tower_is_its_text_model(tmp_path):
     }
 
 
+def test_null_is_the_known_value():
+    nulls = {"hidden_act": None, "use_bidirectional_attention": None, "hidden_activation": None}
+    for model_type in ("llama", "gemma2", "gemma3_text", "smollm3"):
+        for_source(model_type).config({**BASE, "model_type": model_type, **nulls})
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -86,6 +87,24 @@ def test_mlx_lm_reads_the_folder_and_export_gives_the_checkpoint(tmp_path, rng, 
 def test_which_mamba_2_mlx_lm_computes(fields, ours):
     config = {"model_type": "mamba2", **CONFIGS["mamba2"], **fields}
     assert for_source("mamba2", config).model_type == ours
+
+
+def test_rwkv_7_as_early_checkpoints_have_it():
+    kind = for_source("rwkv7")
+    given = {n: x for n, x in CONFIGS["rwkv7"].items() if "low_rank" not in n}
+    config = kind.config({"model_type": "rwkv7", **given, "hidden_size": 768})
+    ranks = [config[f"{name}_low_rank_dim"] for name in ("decay", "gate", "a", "v")]
+    assert ranks == [64, 128, 64, 32] and config["intermediate_size"] == 1536
+    x = mx.arange(12.0).reshape(6, 2)
+    parts = kind.sanitize(config, {"model.layers.0.attn.x_x": x})
+    assert parts["model.layers.0.attn.x_v"].tolist() == [[[6.0, 7.0]]] and len(parts) == 6
+
+
+def test_lings_layers_that_predict_more_tokens_are_left_out():
+    patterns = for_source("bailing_hybrid").dropped_for({"num_hidden_layers": 3})
+    name = "model.layers.{}.attention.q_proj.weight"
+    assert any(re.fullmatch(p, name.format(3)) for p in patterns)
+    assert not any(re.fullmatch(p, name.format(i)) for i in (2, 30) for p in patterns)
 
 
 def test_transformers_defaults_of_a_mamba_2_that_mlx_lm_does_not_compute():

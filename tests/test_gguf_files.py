@@ -115,6 +115,8 @@ def test_a_big_endian_file(tmp_path, tensors):
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' cannot be read"),
         ({"llama.attention.sliding_window": 9}, "attention.sliding_window cannot be read"),
         ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"general.architecture": "gemma2"}, "a model of architecture 'gemma2'; only llama"),
+        ({"general.architecture": "phi3"}, "a model of architecture 'phi3'; only llama"),
         ({"general.type": "adapter"}, "is a LoRA adapter, not a model; merge it"),
         ({"tokenizer.ggml.bos_token_id": 262}, "damaged tokenizer.ggml.bos_token_id"),
         ({"tokenizer.ggml.token_type": [1, 3]}, "damaged tokenizer.ggml.token_type"),

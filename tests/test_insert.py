@@ -360,7 +360,7 @@ def test_a_chat_without_fast_weights_keeps_one_window_and_says_when_it_is_full(t
         session.ask("hello there.")
         full = session.pending
         assert len(full) == 64 and list(full[-1:]) == tokenizer.end_ids
-        with pytest.raises(UserError, match="window of 64 tokens is full.*--insert"):
+        with pytest.raises(UserError, match="window of 64 tokens is full.*retrofit"):
             session.say("and again")
         with pytest.raises(UserError, match="nothing to sleep into.*mlx-sleep retrofit"):
             session.sleep()

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_sleep.convert import architectures
 from mlx_sleep.models.base import flatten_state, state_problem
+from mlx_sleep.models.inserted import Inserted
 from mlx_sleep.models.load import load_model, save
 from mlx_sleep.models.mlx_lm_model import NOT_IN_OLD, OLD, TESTED, Model, ModelArgs
 from mlx_sleep.sleep import consolidate, passes_over
@@ -402,6 +403,13 @@ def test_without_fast_weights_there_is_nothing_to_sleep_into(rng, name):
     model = make(name)
     with pytest.raises(UserError, match="retrofit"):
         consolidate(model, model.init_state(), tokens(rng, 1, 5), 1)
+
+
+def test_nothing_goes_between_the_blocks_of_rwkv_7():
+    """They hand on the first layer's values beside h."""
+    layer = {"before": 1, "kind": "jet", "num_heads": 2, "head_dim": 8}
+    with pytest.raises(UserError, match="nothing can be inserted"):
+        Inserted(make("rwkv7"), [layer])
 
 
 def test_gradients_flow_through_a_sleep(rng):

@@ -6,10 +6,22 @@ import numpy as np
 import pytest
 
 from tests import parity
-from tests.parity import CASES, compared, naive
+from tests.parity import CASES, compared, naive, rwkv7
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers", parity.TRANSFORMERS)
+
+
+@pytest.mark.skipif(not rwkv7.ARCHITECTURES, reason="needs fla-core")
+def test_rwkv_7_is_flas(rng):
+    seen = []
+    for _, c in compared(rwkv7, "rwkv7", rng):
+        seen.append(c.case)
+        assert np.abs(c.theirs).max() > 0.3
+        np.testing.assert_allclose(c.ours, c.theirs, atol=1e-4, rtol=0, err_msg=c.case)
+        for ours, theirs in zip(c.our_S, c.their_S, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4, err_msg=c.case)
+    assert tuple(seen) == CASES
 
 
 @pytest.mark.parametrize("architecture", naive.ARCHITECTURES)

@@ -31,9 +31,12 @@ def complete(config: dict) -> dict:
 
 
 def only(config: dict, **known: Any) -> dict:
-    """A copy. UserError where a field that mlx-lm ignores has another value than the known one."""
+    """A copy. UserError where a field that mlx-lm ignores has another value than the known one.
+
+    null says nothing.
+    """
     for name, value in known.items():
-        if config.get(name, value) != value:
+        if config.get(name) is not None and config[name] != value:
             raise UserError(
                 f"{config.get('model_type')} with {name} {config[name]!r} is not known to mlx-lm, "
                 f"only {value!r}"

@@ -41,7 +41,7 @@ def _gemma2(config: dict) -> dict:
         hidden_activation="gelu_pytorch_tanh",
         attention_bias=False,
         tie_word_embeddings=True,
-        use_bidirectional_attention=None,
+        use_bidirectional_attention=False,
     )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(name, 1.0) is None:

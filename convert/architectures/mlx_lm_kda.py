@@ -91,7 +91,7 @@ def _dense_layers(config: dict, default: int) -> int:
 def _mtp_layers(config: dict) -> tuple[str, ...]:
     """Layers after the last one, which predict more tokens at once."""
     n = config["num_hidden_layers"]
-    more = config.get("num_nextn_predict_layers") or 0
+    more = config.get("num_nextn_predict_layers", 1) or 0
     return tuple(rf"model\.layers\.{i}\..*" for i in range(n, n + more))
 
 

@@ -101,11 +101,14 @@ class SleepModel(nn.Module):
     `embed`, `block`, `final_norm` and `head` are apart because a sleep loops over the blocks.
     `sleep` says how the model sleeps; blocks is the number of them, for the check of loop_range.
     `loops` is how often a wake pass runs the blocks: 1, save for a model that was trained looped.
-    `can_fold_user` says whether `hidden` and `block` take `write`, which SleepConfig.fold needs.
+    `carries` says whether blocks hand on more than h, beside it in h's channels: nothing can be put
+    between such blocks. `can_fold_user` says whether `hidden` and `block` take `write`, which
+    SleepConfig.fold needs.
     `trained_to_sleep` is set when the model is loaded (`checkpoint.TRAINING`).
     """
 
     loops: int = 1
+    carries: bool = False
     can_fold_user: bool = False
     trained_to_sleep: bool = False
 

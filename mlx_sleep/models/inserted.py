@@ -83,6 +83,8 @@ class Inserted(SleepModel):
     def __init__(self, host: SleepModel, layers: list[dict]):
         if isinstance(host, Inserted):
             raise UserError("the model has sleep layers already")
+        if host.carries:
+            raise UserError("nothing can be inserted between the blocks of this architecture")
         blocks = host.num_layers
         layers = check(layers, blocks)
         width = host.embed(mx.zeros((1, 1), mx.int32)).shape[-1]  # lazy: nothing is computed

@@ -5,18 +5,15 @@ mlx-lm's names, so that a folder is one of mlx-lm's too. `embed` is mlx-lm's dec
 layers and no final norm, and `head` is mlx-lm's model run with its decoder replaced by the final
 norm: multipliers, tied heads and logit scaling are then mlx-lm's business and not known here.
 
-The architectures in TESTED are compared with PyTorch's (`tests/parity/mlx_lm.py`). Another one is
-compared with mlx-lm's own forward pass, on a few tokens, before its first use.
+The architectures in TESTED are compared with PyTorch's, or where nobody has one with mlx-lm's own
+under a naive sleep (`tests/parity/`). Another one is compared with mlx-lm's own forward pass, on a
+few tokens, before its first use. `mlx_lm_details` adds what mlx-lm leaves out of some.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-import re
-from dataclasses import MISSING, dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..utils import schema
 from ..utils.errors import UserError
 from .base import LayerState, SleepConfig, SleepModel, State
-from .compat import before_0_32, mlx_lm_classes
+from .mlx_lm_args import NOT_IN_OLD, OLD, ModelArgs, classes, untagged, without_nulls
 from .mlx_lm_cache import LayerCache
 from .mlx_lm_details import (
     group_norms,
@@ -35,6 +32,8 @@ from .mlx_lm_details import (
     use_short_factors,
     windows,
 )
+
+__all__ = ["NOT_IN_OLD", "OLD", "TESTED", "Model", "ModelArgs", "untagged"]
 
 TESTED = (
     "bailing_hybrid",
@@ -60,11 +59,6 @@ TESTED = (
     "smollm3",
 )
 
-OLD = before_0_32()
-"""Whether this is an mlx-lm before 0.32, as Python 3.10 has it."""
-NOT_IN_OLD = ("bailing_hybrid", "falcon_h1", "olmo_hybrid")
-"""What such an mlx-lm lacks, or reads otherwise."""
-
 # Recurrent layers that keep the right state for rows padded on the right, from `lengths`.
 _READ_LENGTHS = (
     () if OLD else ("falcon_h1", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next")
@@ -77,64 +71,6 @@ _MASKS = {"mask", "attn_mask", "mamba_mask"}
 _CARRIED = "v_first"  # of RWKV-7: what its first layer hands to all others, beside h
 
 
-@dataclass
-class ModelArgs:
-    """config: the contents of config.json, as mlx-lm reads it; sleep: the fields of SleepConfig."""
-
-    config: dict
-    sleep: dict = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, config: dict) -> ModelArgs:
-        """From the contents of config.json. UserError when mlx-lm has no such architecture."""
-        return cls(config=untagged(config), sleep=config.get("sleep") or {})
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Rows of the head, where the config says it in one of the usual places."""
-        text = self.config.get("text_config") or {}
-        return self.config.get("vocab_size", text.get("vocab_size"))
-
-    @staticmethod
-    def fields(config: dict) -> set[str]:
-        """The fields of config.json that describe the architecture."""
-        return {*inspect.signature(_classes(config)[1]).parameters, "sleep"}
-
-
-def untagged(value):
-    """Of a config: {"__float__": "Infinity"}, as transformers writes it, read as a float."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {name: untagged(x) for name, x in value.items()}
-    return [untagged(x) for x in value] if isinstance(value, list | tuple) else value
-
-
-def _without_nulls(args_class: Any, config: dict) -> dict:
-    """Without fields that are null where mlx-lm has a default: libraries write null for unset."""
-    own = {
-        f.name
-        for f in dataclasses.fields(args_class)
-        if f.default not in (None, MISSING) and not re.search("None|Optional", str(f.type))
-    }
-    return {name: x for name, x in config.items() if x is not None or name not in own}
-
-
-def _classes(config: dict) -> tuple[Any, Any]:
-    """mlx-lm's (Model, ModelArgs) for a config. No code of a model folder is ever run."""
-    model_type = config.get("model_type")
-    if config.get("model_file") is not None:
-        raise UserError("the model brings its own code (model_file), which mlx-sleep never runs")
-    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
-        raise UserError(f"model_type must be a name, not {model_type!r}")
-    if OLD and model_type in NOT_IN_OLD:
-        raise UserError(f"{model_type} needs mlx-lm 0.32 or newer, and that Python 3.11")
-    try:
-        return mlx_lm_classes(config)
-    except (AttributeError, ValueError) as error:
-        raise UserError(f"mlx-lm has no architecture {model_type!r}; update mlx-lm?") from error
-
-
 class Model(SleepModel):
     """A model of mlx-lm as a SleepModel. Blocks are mlx-lm's layers.
 
@@ -144,8 +80,8 @@ class Model(SleepModel):
 
     def __init__(self, args: ModelArgs):
         config = copy.deepcopy(args.config)  # mlx-lm's argument classes change it
-        model_class, args_class = _classes(config)
-        config = _without_nulls(args_class, config)
+        model_class, args_class = classes(config)
+        config = without_nulls(args_class, config)
         schema.check_fields(args_class, config)
         try:
             inner = model_class(args_class.from_dict(config))
@@ -204,7 +140,7 @@ class Model(SleepModel):
             decoder.layers = []
         setattr(decoder, self._norm, nn.Identity())
         h = decoder(tokens, cache=self._blank)
-        return mx.concatenate([h, mx.zeros_like(h)], axis=-1) if self._carries else h
+        return mx.concatenate([h, mx.zeros_like(h)], axis=-1) if self.carries else h
 
     def block(self, i, h, layer_state, mask=None):
         cache = self._caches[i]
@@ -219,7 +155,7 @@ class Model(SleepModel):
         return h, entries
 
     def head(self, h):
-        if self._carries:
+        if self.carries:
             h = mx.split(h, 2, axis=-1)[0]
         top = owner = copy.copy(self.inner)
         *path, last = self._path
@@ -255,7 +191,7 @@ class Model(SleepModel):
         self._blank = tuple(make_prompt_cache(self._inner))
         self._caches = _layer_caches(self.layers, self._blank, windows(self.args.config))
         self._reads_lengths = self.model_type in _READ_LENGTHS
-        self._carries = _CARRIED in inspect.signature(type(self.layers[0]).__call__).parameters
+        self.carries = _CARRIED in inspect.signature(type(self.layers[0]).__call__).parameters
         self._takes_arrays = not self._is_tested or self.model_type in _TAKE_ARRAYS
         self._takes = tuple(_masks_of(layer) for layer in self.layers)
         h = self.embed(mx.zeros((1, 1), mx.int32))
@@ -282,7 +218,7 @@ class Model(SleepModel):
             else:
                 masks[name] = mask
         argument = cache.argument(views)
-        if self._carries:
+        if self.carries:
             h, carried = mx.split(h, 2, axis=-1)
             heads = (*h.shape[:2], -1, self.layers[i].attn.head_dim)
             h, carried = self.layers[i](h, carried.reshape(heads), argument)

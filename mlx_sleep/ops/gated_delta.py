@@ -115,21 +115,21 @@ def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUN
     decay = decay_matrix(g)  # exp(G_t - G_j), [n, B, H, C, C]
     from_start = mx.exp(mx.cumsum(g, axis=-1))[..., None]
     to_end = mx.exp(mx.cumsum(g, axis=-1, reverse=True, inclusive=False))[..., None]
-    A = beta * (decay * triangle(C, -1, g.dtype)) * (k @ k.swapaxes(-1, -2))
-    inverse = unit_lower_inverse(A)
-    u0 = inverse @ (beta * v)
-    w = inverse @ (beta * from_start * k)
-    within = decay * (q @ k.swapaxes(-1, -2))
-    rows = zip(
-        *(unstack(x) for x in (q * from_start, k * to_end, u0, w, within, from_start[..., -1:, :])),
-        strict=True,
-    )
+    # k and q meet the keys and then S: together, in products of twice the height.
+    kq = mx.concatenate([k, q], axis=-2)  # [n, B, H, 2C, Dk]
+    scores = kq @ k.swapaxes(-1, -2)
+    inverse = unit_lower_inverse(beta * (decay * triangle(C, -1, g.dtype)) * scores[..., :C, :])
+    within = decay * scores[..., C:, :]
+    readers = kq * mx.concatenate([beta * from_start, from_start], axis=-2)
+    through = from_start[..., -1:, :]
+    rows = (readers, k * to_end, beta * v, inverse, within, through)
 
     o, state = [], state.swapaxes(-1, -2)  # S^T: all products with it are then of whole rows
-    for q_i, k_i, u_i, w_i, within_i, through in rows:
-        u = mx.addmm(u_i, w_i, state, alpha=-1)
-        o.append(mx.addmm(q_i @ state, within_i, u))
-        state = mx.addmm(through * state, k_i.swapaxes(-1, -2), u)
+    for r_i, k_i, v_i, inverse_i, within_i, through_i in zip(*map(unstack, rows), strict=True):
+        read = r_i @ state
+        u = inverse_i @ (v_i - read[..., :C, :])
+        o.append(mx.addmm(read[..., C:, :], within_i, u))
+        state = mx.addmm(through_i * state, k_i.swapaxes(-1, -2), u)
     joined = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
     return joined[:, :T].astype(dtype), state.swapaxes(-1, -2)
 

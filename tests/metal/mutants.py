@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -86,12 +87,18 @@ def mutants(text: str) -> list[tuple[int, str, str]]:
     return found
 
 
-def kernels_of(text: str, new: str) -> list[str]:
-    """The kernels whose text differs: one, or all where the shared text does."""
-    before, after = source.cut(text), source.cut(new)
-    return [name for name, kernel in before.items() if kernel != after[name]]
+def kernels_of(file: str, new: str) -> dict[str, source.Source]:
+    """The kernels whose text is another where that file's text is new, by name."""
+    files = kernel_files()
+    changed = {**files, file: new}
+    before, after = (
+        {name: k for text in x.values() for name, k in source.cut(text, x.__getitem__).items()}
+        for x in (files, changed)
+    )
+    return {name: kernel for name, kernel in after.items() if kernel != before[name]}
 
 
+@functools.cache
 def kernel_files() -> dict[str, str]:
     """The text of each .metal file."""
     folder = resources.files("mlx_sleep.kernels")
@@ -118,24 +125,23 @@ def prepare(folder: str, queue) -> None:
     queue.put("passed")
 
 
-def judge(file: str, new: str, names: list[str], compiled: str, queue) -> None:
+def judge(kernels: dict[str, source.Source], compiled: str, queue) -> None:
     """In a process of its own: puts "missed", "caught" or "no mutant"."""
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     with tempfile.TemporaryDirectory() as folder:
         for path in Path(compiled).iterdir():
             (Path(folder) / path.name).symlink_to(path)
         build.cache_folder = lambda: Path(folder)
-        cut = source.cut(new)
         real = source.kernel
-        changed = {name: source.build(cut[name]) for name in names}
+        changed = {name: source.build(kernel) for name, kernel in kernels.items()}
 
         def kernel(path, name):
-            return changed.get(name) or real(path, name) if path == file else real(path, name)
+            return changed.get(name) or real(path, name)
 
         for module in KERNELS:
             module.kernel = kernel
         try:
-            run_checks(names)
+            run_checks(list(kernels))
             result = "missed"
         except (AssertionError, harness.KernelError):
             result = "caught"
@@ -180,9 +186,8 @@ class Results:
                 key, result = json.loads(line)
                 self._known[key] = result
 
-    def key(self, file: str, new: str, names: list[str]) -> str:
-        kernels = [repr(source.cut(new)[name]) for name in names]
-        text = "\0".join([self._basis, file, *kernels])
+    def key(self, kernels: dict[str, source.Source]) -> str:
+        text = "\0".join([self._basis, *map(repr, kernels.values())])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def get(self, key: str) -> str | None:
@@ -208,7 +213,7 @@ def main() -> None:
     todo = []
     for file, text in kernel_files().items():
         if args.file in (None, file):
-            todo += [(file, line, shown, text, new) for line, shown, new in mutants(text)]
+            todo += [(file, line, shown, new) for line, shown, new in mutants(text)]
     if args.sample:
         todo = random.sample(todo, min(args.sample, len(todo)))
     counts = {"caught": 0, "missed": 0, "no mutant": 0}
@@ -219,16 +224,16 @@ def main() -> None:
             sys.exit("the checks fail before anything is changed: see test_kernels_all.py")
 
         def run(job):
-            file, _, _, text, new = job
-            names = kernels_of(text, new)
-            key = results.key(file, new, names)
+            file, _, _, new = job
+            kernels = kernels_of(file, new)
+            key = results.key(kernels)
             result = results.get(key)
             if result is None:
-                result = in_a_process(context, judge, file, new, names, compiled)
+                result = in_a_process(context, judge, kernels, compiled)
                 results.add(key, result)
             return job, result
 
-        for (file, line, shown, _, _), result in pool.map(run, todo):
+        for (file, line, shown, _), result in pool.map(run, todo):
             counts[result] += 1
             print(f"{sum(counts.values())} of {len(todo)}", end="\r", file=sys.stderr)
             if result == "missed":

@@ -33,7 +33,17 @@ from .kernel_checks import (
 assert mlx_sleep  # imported for its effect
 HERE = Path(__file__).parent / "address_spaces"
 FLAGS = ("-x", "c++", "-std=c++14", "-fsyntax-only", "-nostdinc", "-nostdinc++", "-w", "-I", HERE)
-FILES = ("conv.metal", "delta_attention.metal", "gated_delta.metal", "ssd.metal")
+FILES = (
+    "common.metal",
+    "conv.metal",
+    "delta_attention_step.metal",
+    "gated_delta_backward.metal",
+    "gated_delta_prefill.metal",
+    "gated_delta_step.metal",
+    "ssd_backward.metal",
+    "ssd_prefill.metal",
+    "ssd_step.metal",
+)
 TYPES = (mx.float32, mx.float16, mx.bfloat16)
 # B, T, Hk, Hv, Dk, Dv: every input small enough for the constant address space, and others.
 SHAPES = (

@@ -8,7 +8,7 @@ import functools
 import mlx.core as mx
 import pytest
 
-from mlx_sleep.kernels import chunks, conv, gated_delta, source, ssd
+from mlx_sleep.kernels import chunks, conv, delta_attention, gated_delta, source, ssd
 
 from . import harness
 from .harness import cuda
@@ -37,7 +37,7 @@ def test_it_compiles(monkeypatch, name):
         inputs = known.name, known.inputs, known.outputs, known.body, known.header
         return harness.metal_kernel(*inputs, wrap=cuda.wrap, launch=launch)
 
-    for module in (chunks, conv, gated_delta, ssd):
+    for module in (chunks, conv, delta_attention, gated_delta, ssd):
         monkeypatch.setattr(module, "kernel", kernel)
     with pytest.raises(AssertionError):  # zeros are wrong
         CHECKS[name][0]()

@@ -24,7 +24,7 @@ __all__ = ["CASES", "Case", "Compared", "Pair", "compare", "compared", "rows", "
 
 TRANSFORMERS = "5.24"
 """The oldest transformers whose models can be compared: earlier caches and kernels differ."""
-MODULES = ("fla", "jet_nemotron", "mlx_lm", "naive", "ouro", "sleep_hybrid")
+MODULES = ("fla", "jet_nemotron", "mlx_lm", "naive", "ouro", "rwkv7", "sleep_hybrid")
 
 
 @dataclass(frozen=True)

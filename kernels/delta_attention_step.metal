@@ -2,21 +2,7 @@
 // b_t v_t k_t^T, o_t = S_t q_t, with q, k, v as softmax attention has them. All arithmetic and S are
 // float32. D is a multiple of 8.
 
-#include <metal_stdlib>
-using namespace metal;
-
-// Arrays that stay in registers need loops without a counter, of a fixed number of rounds.
-#define UNROLL _Pragma("clang loop unroll(full)")
-
-constant constexpr float kNormEps = 1e-6f;  // of the L2 norm of q and k
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + precise::exp(-x)); }
-// log(1 + exp(x)) to the last digits also where exp(x) is far below 1 (Kahan's log1p).
-inline float softplus(float x) {
-  const float e = precise::exp(x);
-  const float y = 1.0f + e;
-  return x > 20.0f ? x : y == 1.0f ? e : precise::log(y) * e / (y - 1.0f);
-}
+#include "common.metal"
 
 // kernel delta_attention_step(q, k, v, z, a, b, conv, conv_weight, dt_bias, norm_weight, norm_eps, state, write, H) -> (o, conv_out, state_out)
 
