@@ -104,6 +104,8 @@ def plan_for(
     before: list[int] | None = None,
 ) -> list[dict]:
     """`plan` for a model of so many blocks that is not loaded."""
+    if before is not None and count is not None:
+        raise UserError("say how many sleep layers, or where; not both")
     if before is None:
         count = min(6, blocks) if count is None else count
         if not 1 <= count <= blocks:

@@ -18,9 +18,17 @@ from mlx.utils import tree_flatten
 from ..models.base import SleepConfig, SleepModel
 from ..models.checkpoint import TRAINING
 from ..models.folder import copy_tokenizer, new_folder, write_json
-from ..models.load import MODEL_TYPES, build, default_sleep, get_model_classes, seal
+from ..models.load import (
+    MODEL_TYPES,
+    build,
+    check_tokenizer,
+    default_sleep,
+    get_model_classes,
+    seal,
+)
+from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import one_line
+from ..utils.files import one_line, read_json
 from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture
@@ -58,6 +66,34 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     merged: str | None = None
+
+
+@dataclass
+class Row:
+    """A tensor's entry in convert.json."""
+
+    name: str
+    how: str
+    dtype: str
+    sha256: str
+    shape: list[int]
+
+
+@dataclass
+class _Written:
+    tensors: list[Row]
+    merged: str | None = None
+
+
+def read_report(folder: Path) -> dict:
+    """A folder's convert.json, the fields of `Report`. UserError for a wrong type."""
+    file = folder / REPORT
+    values = read_json(file)
+    with schema.naming(file):
+        schema.read(_Written, values)
+        for row in values["tensors"]:
+            schema.check(list[str], row.get("from"), f"{row['name']}: from")
+    return values
 
 
 def convert(
@@ -117,6 +153,7 @@ def convert(
                 types = replace(types, layers=((r"^sleep_layers\.", None), *types.layers))
         _write(folder, model, config, mapping, types, report, on_bytes, shard_bytes)
         copy_tokenizer(opened.tokenizer, folder)
+        check_tokenizer(folder, model)
         shutil.rmtree(scratch)
         write_json(folder / REPORT, asdict(report))
         seal(folder, config)

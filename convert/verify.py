@@ -20,11 +20,11 @@ import numpy as np
 from ..models.load import load_model
 from ..models.weights import weight_files
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json
+from ..utils.files import one_line
 from ..utils.safetensors import array_bytes, load
 from .gguf_reference import Reference
 from .mapping import without_wrappers
-from .pipeline import REPORT
+from .pipeline import REPORT, read_report
 from .sources import Source, open_source
 
 TOKENS = 48
@@ -67,7 +67,7 @@ def verify(source: str | Path, dest: str | Path, **where: Any) -> Verified:
     dest = Path(dest).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(source, Path(scratch), **where)
-        report = read_json(dest / REPORT)
+        report = read_report(dest)
         rows = {row["name"]: row for row in report["tensors"]}
         same = _compare_bytes(opened, dest, rows)
         rewritten = len(rows) - same

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .template_parts import TEXTS, Apply, Template, switch, system_opening, take_apart
 from .templates import bounded
 from .thoughts import Marks, Thinking, ThoughtReader
+from .tokenizer_config import check_files
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
@@ -212,6 +213,7 @@ def load(
     """
     if not any((Path(path) / name).is_file() for name in _FILES):
         raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(_FILES)}")
+    check_files(Path(path))
     ids = None if eos_token_ids is None else list(eos_token_ids)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every model_type that transformers doesn't have

@@ -39,6 +39,7 @@ from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
 from .thoughts import Split, Stream, Thinking, Thought
+from .utils import limits
 from .utils.errors import UserError
 from .wake import READ, Mark, WorkingState
 
@@ -295,6 +296,7 @@ class Session:
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
+        limits.check("the length of the text", len(text), limits.TURN_CHARACTERS)
         _check_unicode(text)
         self._end_reply()
         turn = self._turn(text)

@@ -83,7 +83,7 @@ def test_wheel_metadata(wheel):
     assert any(line.startswith("mlx[cuda13]") and "extra == 'cuda'" in line for line in requires)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"{info}/licenses/LICENSE" in archive.namelist()
-    assert b"mlx-sleep = mlx_sleep.cli:main" in archive.read(f"{info}/entry_points.txt")
+    assert b"mlx-sleep = mlx_sleep_start:main" in archive.read(f"{info}/entry_points.txt")
 
 
 def test_wheel_imports(installed, tmp_path):

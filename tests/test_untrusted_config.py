@@ -63,6 +63,10 @@ def refusal(do, *arguments) -> str:
         ("config.json", "quantization.group_size", {"group_size": "64", "bits": 4}),
         ("config.json", "sleep_layers", {"before": 1}),
         ("config.json", "rms_norm_eps", float("nan")),
+        ("tokenizer_config.json", "eos_token", 5),
+        ("tokenizer_config.json", "chat_template", {"default": ""}),
+        ("tokenizer_config.json", "add_bos_token", "true"),
+        ("tokenizer_config.json", "added_tokens_decoder.1", {"1": "<|end|>"}),
     ],
 )
 def test_a_wrong_field_is_named(folder, file, field, value):

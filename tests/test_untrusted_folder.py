@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
 from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.memory import show_memory
+from mlx_sleep.utils.errors import UserError
 from tests.fakes import fake_folder
 from tests.terminal import ENVIRONMENT, PROGRAM
 
@@ -65,3 +69,39 @@ def test_the_fields_that_name_code_are_not_copied(folder, tmp_path):
         copied.pop("fingerprint", None)
         assert copied == kept
     assert not list((tmp_path / "copy").glob("*.py"))
+
+
+def test_ids_without_rows_are_refused_by_convert_too(folder, tmp_path):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"word{i}": i for i in range(len(vocabulary), 400)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="its ids go up to 399, and the model has 360"):
+        convert(folder, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_line_of_a_megabyte_is_refused_at_once(folder, tmp_path):
+    (folder / "evil.py").unlink()
+    started = time.monotonic()
+    done = chat(folder, tmp_path / "home", b"x" * 1_000_000 + b"\nhello\n")
+    assert b"the length of the text is 1,000,000, more than 100,000" in done.stderr
+    assert time.monotonic() - started < 60  # on a busy machine; not minutes
+
+
+@pytest.mark.parametrize("after", [0.03, 0.1, 0.3])
+def test_ctrl_c_while_it_starts(after, tmp_path):
+    code = "import sys; sys.argv = ['mlx-sleep', 'doctor']; from mlx_sleep_start import main; "
+    code += "print('up', flush=True); main()"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+    )
+    assert started.stdout.readline() == b"up\n"
+    time.sleep(after)
+    started.send_signal(signal.SIGINT)
+    _, errors = started.communicate()
+    assert started.returncode in (130, 1) and b"Traceback" not in errors

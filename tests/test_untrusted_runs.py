@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sleep.lab.study import plan, records
+from mlx_sleep.models.adapter import CONFIG, FORMAT, WEIGHTS, open_adapter
 from mlx_sleep.training import checkpoints
 from mlx_sleep.training.checkpoints import Checkpoint
 from mlx_sleep.training.recipe import RECIPES, read_recipe
@@ -115,3 +116,24 @@ def test_rows_end_where_one_is_none(tmp_path, bad):
     assert read_rows(file) == good and records.training_seconds(tmp_path) == 3.0
     Metrics(tmp_path).keep_until(1)
     assert [json.loads(line) for line in file.read_text().splitlines()] == good[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"base": {"weights": 5}}, "base.weights must be a string"),
+        ({"sleep": 5}, "sleep must be an object"),
+        ({"sleep": {"passes": "1"}}, "sleep.passes must be a whole number"),
+        ({"sleep_layers": [{"before": "1", "kind": "jet"}]}, "sleep_layers[0].before must be"),
+        ({"sleep_layers": [5]}, "sleep_layers[0] must be an object"),
+        ({"quantization": {"bits": 8}}, "quantization lacks group_size"),
+        ({"lora_rank": 1.5}, "lora_rank must be a whole number"),
+    ],
+)
+def test_a_wrong_field_of_an_adapter_is_named(tmp_path, change, says):
+    config = {"format": FORMAT, "base": {"weights": "0"}, "sleep_layers": []}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **change}))
+    mx.save_safetensors(str(tmp_path / WEIGHTS), {})
+    with pytest.raises(UserError) as caught:
+        open_adapter(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / CONFIG}: ") and says in str(caught.value)

@@ -6,15 +6,18 @@ weights may be quantized. Weights get Hugging Face's names. Needs no transformer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from ...utils import schema
 from ...utils.errors import UserError
 from ...utils.files import read_json
+from ...utils.schema import Count, CountOrZero, Layers, Positive, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,39 @@ class BaseConfig:
                 f"{folder} cannot be retrofitted ({', '.join(wrong)}); the trainer takes Llama "
                 "models with tied embeddings, without biases and without scaled rotary embeddings"
             )
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or {}
+        with schema.naming(folder / "config.json"):
+            read = schema.read(_Fields, config)
+        heads, rope = read.num_attention_heads, read.rope_parameters.get("rope_theta")
         return cls(
-            config["vocab_size"],
-            config["hidden_size"],
-            config["intermediate_size"],
-            config["num_hidden_layers"],
+            read.vocab_size,
+            read.hidden_size,
+            read.intermediate_size,
+            read.num_hidden_layers,
             heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or config["hidden_size"] // heads,
-            float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            config.get("rms_norm_eps", 1e-6),
-            config.get("fingerprint", ""),
+            read.num_key_value_heads or heads,
+            read.head_dim or read.hidden_size // heads,
+            float(read.rope_theta or rope or 10_000.0),
+            read.rms_norm_eps,
+            read.fingerprint,
             folder.resolve().name,
         )
+
+
+@dataclass
+class _Fields:
+    """What is read of config.json, with transformers' defaults."""
+
+    vocab_size: Vocabulary
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: CountOrZero = 0
+    head_dim: CountOrZero = 0
+    rope_theta: Positive | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    rms_norm_eps: Positive = 1e-6
+    fingerprint: str = ""
 
 
 def read_weights(folder: Path, dtype=torch.float32) -> dict[str, torch.Tensor]:

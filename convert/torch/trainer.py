@@ -20,14 +20,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from ...training.run_folder import Metrics
 from ...training.schedule import Budget, stage_at, trapezoid
-from ...utils.atomic import fsync_path
+from ...utils import schema
+from ...utils.atomic import fsync_path, replace_file
 from ...utils.errors import UserError
+from ...utils.files import read_json
+from ...utils.schema import Range
 from .adapter import save_adapter
 from .loss import LifeBatch, life_loss
 from .muon import Muon
@@ -53,6 +57,16 @@ class Settings:
     clip: float = 1.0
     value_weight: float = 4.0
     kl_weight: float = 1.0
+
+
+@dataclass
+class _Progress:
+    """The counts of a checkpoint; asked are stages of the batches that were under way."""
+
+    step: Annotated[int, Range(0)]
+    tokens: Annotated[int, Range(0)]
+    seconds: Annotated[float, Range(0)]
+    asked: list[Annotated[int, Range(0)]]
 
 
 class Trainer:
@@ -219,7 +233,7 @@ class Trainer:
         if resume:
             if not recipe.exists():
                 raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
-            if json.loads(recipe.read_text()) != self.recipe:
+            if read_json(recipe) != self.recipe:
                 raise UserError(
                     f"{self.folder} holds a run with other settings; give the same ones, or "
                     "another --out"
@@ -232,7 +246,7 @@ class Trainer:
                     "another --out"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
-            recipe.write_text(json.dumps(self.recipe, indent=2))
+            replace_file(recipe, json.dumps(self.recipe, indent=2).encode())
         Metrics(self.folder).keep_until(self.step)
 
     def save(self) -> None:
@@ -270,8 +284,11 @@ class Trainer:
             raise UserError(
                 f"{path} cannot be read ({error}); remove the folder and start again"
             ) from error
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.asked = deque(state["asked"])
+        counts = {name: x for name, x in state.items() if name not in ("model", "muon", "adamw")}
+        with schema.naming(path):
+            progress = schema.read(_Progress, counts)
+        self.step, self.tokens, self.seconds = progress.step, progress.tokens, progress.seconds
+        self.asked = deque(progress.asked)
 
 
 def _is_projection(name: str) -> bool:

@@ -19,22 +19,56 @@ layers.0.self_attn.q_proj.lora_a for low-rank changes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import mlx.core as mx
 
+from ..utils import limits, schema
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json
 from ..utils.safetensors import read_header
+from ..utils.schema import CountOrZero, Range
 from . import lora
+from .base import SleepConfig
 from .checkpoint import TRAINING
+from .config import check_quantization
 from .folder import new_folder, write_json
 from .weights import abbreviate, load_arrays, not_finite
 
 FORMAT = "mlx-sleep-adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+
+
+@dataclass
+class _Base:
+    """The model that an adapter was trained in."""
+
+    name: str | None = None
+    weights: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass
+class _Layer:
+    """What all kinds of sleep layers have; the rest is read by their own arguments."""
+
+    before: Annotated[int, Range(0, limits.LAYERS)]
+    kind: str
+
+
+@dataclass
+class _Fields:
+    """The fields of adapter_config.json."""
+
+    base: _Base
+    sleep_layers: Annotated[list[dict], Range(0, limits.LAYERS)]
+    sleep: dict = field(default_factory=dict)
+    quantization: dict | None = None
+    generation: dict = field(default_factory=dict)
+    lora_rank: CountOrZero = 0
+    trained: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -111,23 +145,17 @@ def open_adapter(path: str | Path) -> Adapter:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise UserError(f"{path} has no {name}: it is not an adapter's folder")
-    config = read_json(path / CONFIG)
+    file = path / CONFIG
+    config = {name: x for name, x in read_json(file).items() if x is not None}
     if config.get("format") != FORMAT:
-        raise UserError(f'{path / CONFIG} is not of format "{FORMAT}"')
-    kinds: dict[str, tuple[type, Any]] = {
-        "base": (dict, None),
-        "sleep_layers": (list, None),
-        "sleep": (dict, {}),
-        "quantization": (dict, {}),
-        "generation": (dict, {}),
-        "lora_rank": (int, 0),
-    }
-    for name, (kind, default) in kinds.items():
-        if not isinstance(config.get(name, default), kind):
-            raise UserError(f"{path / CONFIG}: {name} is missing or of another type")
-    quantization = config.get("quantization")
-    if quantization and not {"group_size", "bits"} <= quantization.keys():
-        raise UserError(f"{path / CONFIG}: quantization needs group_size and bits")
+        raise UserError(f'{file} is not of format "{FORMAT}"')
+    with schema.naming(file):
+        fields = schema.read(_Fields, config)
+        SleepConfig.from_dict(fields.sleep)
+        for i, layer in enumerate(fields.sleep_layers):
+            schema.read(_Layer, layer, f"sleep_layers[{i}].")
+        if fields.quantization:
+            check_quantization(fields.quantization)
     return Adapter(path, config, read_header(path / WEIGHTS))
 
 

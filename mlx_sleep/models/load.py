@@ -132,12 +132,28 @@ def load(
     if eos is None:
         eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
     tokenizer = chat_template.load(path, eos, thinking=thinking)
-    if tokenizer.largest_id >= model.vocab_rows:
+    _check_ids(path, tokenizer, model.vocab_rows)
+    return model, tokenizer, config
+
+
+def check_tokenizer(path: Path, model: SleepModel) -> None:
+    """UserError where a folder's tokenizer has ids for which the model has no rows. No tokenizer
+    passes, and one that no chat can use: the weights are of use without."""
+    from .. import chat_template
+
+    try:
+        tokenizer = chat_template.load(path)
+    except UserError:
+        return
+    _check_ids(path, tokenizer, model.vocab_rows)
+
+
+def _check_ids(path: Path, tokenizer: Any, rows: int) -> None:
+    if tokenizer.largest_id >= rows:
         raise UserError(
             f"the tokenizer in {path} is of another model: its ids go up to "
-            f"{tokenizer.largest_id}, and the model has {model.vocab_rows}; download it again"
+            f"{tokenizer.largest_id}, and the model has {rows}; download it again"
         )
-    return model, tokenizer, config
 
 
 def generation_of(path: str | Path, adapter: str | Path | None = None) -> Generation:

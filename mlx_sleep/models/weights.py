@@ -11,13 +11,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
+from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import read_json, reading
+from ..utils.files import reading
 from ..utils.safetensors import DTYPES, read_header, read_json_header
 
 _QUANTIZED = (mx.uint32, mx.uint8)  # all else is floating
@@ -32,6 +34,11 @@ INDEX = "model.safetensors.index.json"
 """Says which shard holds which tensor."""
 
 
+@dataclass
+class _Index:
+    weight_map: dict[str, str] = field(default_factory=dict)
+
+
 def weight_files(path: Path, index: str = INDEX) -> list[Path]:
     """model.safetensors, or the shards that its index names."""
     single = path / index.removesuffix(".index.json")
@@ -39,11 +46,11 @@ def weight_files(path: Path, index: str = INDEX) -> list[Path]:
         return [single]
     if not (path / index).is_file():
         raise UserError(f"{path} has neither {single.name} nor {index}")
-    names = read_json(path / index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    names = schema.read_file(_Index, path / index).weight_map
+    if not names:
         raise UserError(f"{path / index} has no weight_map")
     files = []
-    for name in sorted({str(name) for name in names.values()}):
+    for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise UserError(f"{path / index} names {name!r}, which is outside the folder")
         if not (path / name).is_file():

@@ -32,6 +32,8 @@ JSON_BYTES = 2**24
 """A config, a recipe, an index of shards."""
 TOKENIZER_BYTES = 2**28
 """A file of a tokenizer."""
+TURN_CHARACTERS = 100_000
+"""What a user says at once: minutes of reading for a small model on a CPU."""
 TEMPLATE_CHARACTERS = 2**18
 """A chat template."""
 

@@ -31,7 +31,7 @@ def run(
     kind: str,
     numbers: list[int],
     seed: int = 0,
-    seconds: float = 30.0,
+    seconds: float = 60.0,
     on_case: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """The cases of a kind, in worker processes one after the other: one dies with a bad case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from random import Random
 from typing import Any
@@ -99,7 +100,7 @@ def damage_json(text: str | bytes, draw: Random) -> tuple[str, tuple]:
             case 2 if isinstance(owner, dict):
                 owner[str(draw.choice(HOSTILE))[:50]] = owner.pop(last)
             case _:
-                owner[last] = draw.choice(HOSTILE)
+                owner[last] = copy.deepcopy(draw.choice(HOSTILE))
     return json.dumps(value), path
 
 
