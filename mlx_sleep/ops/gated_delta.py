@@ -131,7 +131,8 @@ def gated_delta_chunk(q, k, v, g, beta, state=None, mask=None, chunk: int = CHUN
         o.append(mx.addmm(read[..., C:, :], within_i, u))
         state = mx.addmm(through_i * state, k_i.swapaxes(-1, -2), u)
     joined = mx.stack(o).transpose(1, 0, 3, 2, 4).reshape(B, T + pad, H, -1)
-    return joined[:, :T].astype(dtype), state.swapaxes(-1, -2)
+    # Laid out as a file gives it back: BLAS rounds a transposed matrix otherwise.
+    return joined[:, :T].astype(dtype), mx.contiguous(state.swapaxes(-1, -2))
 
 
 @custom_function
