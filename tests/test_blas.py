@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from mlx_sleep.cli import doctor, doctor_blas
-from mlx_sleep.utils import blas, blas_choice, platform
+from mlx_sleep.utils import blas, blas_choice, blas_trial, platform
 from mlx_sleep.utils.blas_choice import Candidate
 from tests.metal.harness import compiler
 from tests.test_platform import STATUS, fresh, has_openblas
@@ -209,12 +209,12 @@ def blas_report(monkeypatch):
     monkeypatch.setattr(blas_choice, "installed", lambda: [Candidate("libopenblas.so.0", {})])
     monkeypatch.setattr(blas_choice, "can_use_mkl", lambda: True)
     monkeypatch.setattr(blas, "cpu_fields", lambda: {"flags": "avx2"})
-    monkeypatch.setattr(platform, "available_cpus", lambda: 2)
     return {"status": "loaded", "detail": "OpenBLAS", "gflops": 150.0, "error": 1e-7}
 
 
-def calibrated(monkeypatch, **answers):
-    monkeypatch.setattr(blas_choice, "try_one", lambda candidate: answer("OpenBLAS", FAST))
+def calibrated(monkeypatch, chunk=80.0):
+    gflops = {"large": 200.0, doctor_blas._CHUNK: chunk}
+    monkeypatch.setattr(blas_choice, "try_one", lambda candidate: answer("OpenBLAS", gflops))
     return doctor_blas.calibrate()
 
 
@@ -223,15 +223,16 @@ def test_doctor_advises_to_measure_and_then_not_again(blas_report, monkeypatch):
     assert calibrated(monkeypatch) == "OpenBLAS"
     assert doctor_blas.advice(blas_report) == ""
     rows = doctor_blas.lines(doctor_blas.examine(cpu=False))
-    assert rows[1][1] == "OpenBLAS: GFLOP/s 200 (large), 50 (small), error 5e-07, taken"
+    assert rows[1][1] == ("OpenBLAS: GFLOP/s 200 (large), 80 (256 of 32x64x64), error 5e-07, taken")
     more = [*blas_choice.installed(), Candidate("libmkl_rt.so.3", {})]
     monkeypatch.setattr(blas_choice, "installed", lambda: more)
     assert doctor_blas.advice(blas_report) == "mlx-sleep doctor --calibrate"
 
 
 def test_doctor_advises_mkl_where_openblas_is_slow_or_cannot_be_had(blas_report, monkeypatch):
-    calibrated(monkeypatch)
-    slow = {**blas_report, "gflops": 60.0}
+    assert doctor_blas._CHUNK in blas_trial.SIZES
+    calibrated(monkeypatch, chunk=25.0)
+    slow = blas_report
     assert doctor_blas.advice(slow).endswith("pip install 'mlx-sleep[mkl]'")
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     missing = {**blas_report, "status": "missing", "gflops": 7.0}

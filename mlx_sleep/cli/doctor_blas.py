@@ -9,7 +9,9 @@ import sys
 from .. import BLAS
 from ..utils import blas, blas_choice, platform
 
-# GFLOP/s of a CPU below which its OpenBLAS is far from what the processor can do.
+# GFLOP/s of one CPU in a chunk's products below which a BLAS is far from what it could be. Large
+# products would tell less: they want all CPUs, and wait where the machine has other work.
+_CHUNK = "256 of 32x64x64"
 _SLOW = {"avx512f": 60, "avx2": 35}
 
 
@@ -56,7 +58,8 @@ def advice(report: dict) -> str:
     kept = blas.kept_choice()
     if kept is None or kept["candidates"] != [list(candidate) for candidate in candidates]:
         return "mlx-sleep doctor --calibrate"
-    return mkl if not has_mkl and _is_slow(report["gflops"]) else ""
+    taken = [r["gflops"] for r in kept["results"] if r["detail"] == kept["detail"]]
+    return mkl if not has_mkl and taken and _is_slow(taken[0].get(_CHUNK)) else ""
 
 
 def lines(report: dict) -> list[tuple[str, str]]:
@@ -85,7 +88,7 @@ def _chosen_here() -> bool:
 def _is_slow(gflops: float | None) -> bool:
     flags = blas.cpu_fields().get("flags", "").split()
     bound = next((bound for flag, bound in _SLOW.items() if flag in flags), 0)
-    return gflops is not None and gflops < bound * platform.available_cpus()
+    return gflops is not None and gflops < bound
 
 
 def _result(result: dict) -> str:
