@@ -101,12 +101,14 @@ class Clients:
         try:
             answer = http.post(f"{self.serving.url}/v1/chat/completions", json=body)
             answered = answer.json()
+        except httpx.ConnectError:  # it is being started
+            time.sleep(0.1)
+            return
         except (httpx.HTTPError, json.JSONDecodeError):
             with self._lock:
                 # A turn is at most as many tokens as characters, and what stands around it.
                 self.cut[memory] += len(text) + LONGEST + 16
                 self.unanswered += 1
-            time.sleep(0.1)
             return
         with self._lock:
             if answer.status_code in (429, 503):

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep.server.conversation import Conversation
+from mlx_sleep.memory import Message
+from mlx_sleep.server.conversation import Conversation, said
 from mlx_sleep.server.wire import ApiError, Reply, StopStrings, Usage, read_request
 
 HELLO = {"role": "user", "content": "hello"}
@@ -195,3 +196,14 @@ def test_the_beginning_of_a_history():
     assert heard("ab").is_beginning_of(pairs("ab", "cd"))
     assert not heard("ab", "cd").is_beginning_of(pairs("ab"))
     assert not heard("ax").is_beginning_of(pairs("ab", "cd"))
+
+
+def test_a_transcript_as_turns():
+    roles = ["assistant", "user", "assistant", "user", "user", "assistant"]
+    texts = ["?", "a", "b", "c", "d", None]
+    messages = [Message(r, t, 0, "") for r, t in zip(roles, texts, strict=True)]
+    assert said(messages) == [("a", "b"), ("c", ""), ("d", "")]
+
+
+def test_a_system_text_before_the_first_turn_is_looked_past():
+    assert Conversation([("Be kind.\n\nhello", "hi")]).find([("hello", "hi")]) == (0, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -91,6 +93,10 @@ def serve(
         output.line(f"mlx-sleep serves {chosen.name} at http://{name}:{port}; Ctrl-C stops it")
         run.run(served, runs, listener)
         output.note("stopped; what was said is kept")
+    # All is on the disk. An ordinary end has been seen to abort: MLX keeps threads for the engine's
+    # own, which may still be going when the interpreter ends.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _read_key(file: Path) -> str:

@@ -22,8 +22,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from ..memory import list_memories
-from ..memory.location import NAME
+from ..memory.location import NAME, Location
 from ..utils.errors import UserError
+from .conversation import Pair, said
 from .engine import Engine
 from .guard import Guard
 from .jobs import ChatJob, Done, Event, Failed, Job, Piece, SleepJob, Slept
@@ -168,11 +169,22 @@ class _Api:
         return JSONResponse({"slept": happened.report and asdict(happened.report)})
 
     async def transcript(self, request: Request) -> Response:
-        """What was said in a memory that is in RAM, oldest first."""
-        slot = self._sessions.named(_checked(request.path_params["name"]))
-        turns = slot.conversation.turns if slot else []
-        said = [{"user": turn.user, "reply": turn.reply} for turn in turns]
-        return JSONResponse({"turns": said})
+        """What was said in a memory, oldest first."""
+        name = _checked(request.path_params["name"])
+        if slot := self._sessions.named(name):
+            pairs = [(turn.user, turn.reply) for turn in slot.conversation.turns]
+        else:
+            pairs = await run_in_threadpool(self._kept, name)
+        turns = [{"user": user, "reply": reply} for user, reply in pairs]
+        return JSONResponse({"turns": turns})
+
+    def _kept(self, name: str) -> list[Pair]:
+        """The transcript of a memory on the disk; none of one that doesn't exist."""
+        try:
+            found = Location.of(name, self._sessions.home).peek()
+        except UserError as error:
+            raise ApiError(409, str(error), code="memory_unavailable") from error
+        return said(found[0].messages) if found else []
 
     # --- the page ----------------------------------------------------------------------------
 

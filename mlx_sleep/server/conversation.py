@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..memory import Message
+
 Pair = tuple[str, str]
 """What the user said, and the reply."""
 
@@ -23,8 +25,24 @@ class Turn:
     before: int | None
 
     def is_(self, pair: Pair) -> bool:
-        """Whether a client's pair is this turn. The client of a reply that was cut has less."""
-        return self.user == pair[0] and self.reply.startswith(pair[1])
+        """Whether a client's pair is this turn. The client of a reply that was cut has less, and a
+        conversation's first turn in a transcript begins with its system text."""
+        user, reply = pair
+        same = self.user == user or self.user.endswith(f"\n\n{user}")
+        return same and self.reply.startswith(reply)
+
+
+def said(messages: Iterable[Message]) -> list[Pair]:
+    """A memory's transcript as turns. What was not kept as text is left out."""
+    pairs: list[Pair] = []
+    for message in messages:
+        if message.text is None:
+            continue
+        if message.role == "user":
+            pairs.append((message.text, ""))
+        elif pairs:
+            pairs[-1] = (pairs[-1][0], message.text)
+    return pairs
 
 
 class Conversation:

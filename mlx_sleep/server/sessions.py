@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ..memory import Memory
 from ..session import Session, Stats
 from ..utils.errors import UserError
-from .conversation import Conversation, Pair
+from .conversation import Conversation, Pair, said
 from .wire import ApiError
 
 
@@ -138,7 +138,8 @@ class Sessions:
             keep_thoughts=like.keep_thoughts,
             system_prompt=None if memory and memory.settings else like.system_prompt,
         )
-        slot = Slot(name, session, Conversation(), session.stats())
+        heard = said(memory.messages) if memory else ()
+        slot = Slot(name, session, Conversation(heard), session.stats())
         self.slots.append(slot)
         return slot
 
