@@ -28,8 +28,9 @@ constexpr int pairs = chunk_tiles * (chunk_tiles + 1) / 2;  // tiles on and belo
 constexpr int key_tiles = (Dk / 8 + Parts - 1) / Parts;     // of a SIMD group
 constexpr int groups = Bands * Parts;
 constexpr int threads = 32 * groups;
-constexpr int elements = (C * Dk + threads - 1) / threads;  // of q and of k, that a thread reads
-constexpr int ahead = elements < 8 ? elements : 8;          // of these, a chunk early
+constexpr int turns = (Dk + 31) / 32;  // of a SIMD group, for a row of q or k
+constexpr int elements = (C + groups - 1) / groups * turns;  // of q and of k, that a thread reads
+constexpr int ahead = elements < 8 ? elements : 8;           // of these, a chunk early
 constexpr int every = Checkpoints ? Checkpoints : C;
 
 threadgroup float q_chunk[C * row_size];
@@ -76,9 +77,9 @@ float q_next[ahead];
 float k_next[ahead];
 UNROLL
 for (int i = 0; i < ahead; ++i) {
-  const int t = (index + threads * i) / Dk;
-  const int d = (index + threads * i) % Dk;
-  const bool real = t < C && t < T && (!HasMask || mask[size_t(b) * T + t]);
+  const int t = simd_index + groups * (i / turns);
+  const int d = lane + 32 * (i % turns);
+  const bool real = t < C && d < Dk && t < T && (!HasMask || mask[size_t(b) * T + t]);
   const size_t at = ((size_t(b) * T + t) * Hk + hk) * Dk + d;
   q_next[i] = real && !Checkpoints ? static_cast<float>(q[at]) : 0.0f;
   k_next[i] = real ? static_cast<float>(k[at]) : 0.0f;
@@ -102,9 +103,9 @@ for (int start = 0; start < T; start += C) {
 
   UNROLL
   for (int i = 0; i < elements; ++i) {
-    const int t = (index + threads * i) / Dk;
-    const int d = (index + threads * i) % Dk;
-    if (t >= C) continue;
+    const int t = simd_index + groups * (i / turns);
+    const int d = lane + 32 * (i % turns);
+    if (t >= C || d >= Dk) continue;
     if (i < ahead) {
       q_chunk[t * row_size + d] = q_next[i];
       k_chunk[t * row_size + d] = k_next[i];
@@ -278,9 +279,10 @@ for (int start = 0; start < T; start += C) {
   // The next chunk comes while S is renewed.
   UNROLL
   for (int i = 0; i < ahead; ++i) {
-    const int t = (index + threads * i) / Dk;
-    const int d = (index + threads * i) % Dk;
-    const bool real = t < C && start + C + t < T && (!HasMask || mask[token + C + t]);
+    const int t = simd_index + groups * (i / turns);
+    const int d = lane + 32 * (i % turns);
+    const bool real =
+        t < C && d < Dk && start + C + t < T && (!HasMask || mask[token + C + t]);
     const size_t at = ((token + C + t) * Hk + hk) * Dk + d;
     q_next[i] = real && !Checkpoints ? static_cast<float>(q[at]) : 0.0f;
     k_next[i] = real ? static_cast<float>(k[at]) : 0.0f;
