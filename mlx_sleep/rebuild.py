@@ -7,13 +7,14 @@ the result in place in one transaction, so what is cancelled or killed on the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .memory import Contents, Header, Message
 from .models.base import flatten_state
 from .session import Session, ShouldStop
+from .sleep import SleepCancelled
 from .utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ def rebuild(
     *,
     passes: int | None = None,
     window: int | None = None,
+    read: Sequence[bool] | None = None,
+    sleep: bool = False,
     on_turn: OnTurn | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Contents:
     """What a memory holds after these turns. header: its provenance, and the model's fingerprint.
 
-    on_turn(done, turns) is called after each turn; should_stop() as in `Session.sleep`, and it
-    raises SleepCancelled.
+    read: which of the turns are read; the others stay in the transcript only. None: all. sleep:
+    whether the last window is folded in too. on_turn(done, turns) is called after each turn;
+    should_stop() as in `Session.sleep`, and it raises SleepCancelled.
     """
     session = Session(
         model,
@@ -82,13 +86,19 @@ def rebuild(
     messages: list[Message] = []
     for done, (turn, reply) in enumerate(pairs, 1):
         start = _heard(session)
-        session.hear(turn.text or "", reply.text or "" if reply else "", should_stop=should_stop)
+        said = reply.text or "" if reply else ""
+        if should_stop and should_stop():
+            raise SleepCancelled
+        if not read or read[done - 1]:
+            session.hear(turn.text or "", said, should_stop=should_stop)
         messages.append(replace(turn, position=start))
         if reply:
-            position = _heard(session) - len(session.tokenizer.end_ids)
+            position = max(start, _heard(session) - len(session.tokenizer.end_ids))
             messages.append(replace(reply, position=position))
         if on_turn:
             on_turn(done, len(pairs))
+    if sleep:
+        session.sleep(should_stop=should_stop)
     stats = session.stats()
     header = replace(
         header,

@@ -33,7 +33,8 @@ ALLOWED = {
     "memory": "models",
     "session": "memory sleep wake sampling models chat_template thoughts",
     "server": "session memory sleep thoughts",
-    "rebuild": "session memory models chat_template",
+    "rebuild": "session memory sleep models chat_template",
+    "deep_sleep": "rebuild session memory sleep models",
     "training": "sleep models",
     "convert": "models convert.torch",
     "convert.torch": "training",  # its schedule; PyTorch takes the place of models

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,7 +14,7 @@ from ..utils.errors import UserError
 from . import output, slash
 from .history import history_file
 from .options import Json, MemoryName, SessionOptions, SleepOnBattery, with_session_options
-from .sleeping import SYSTEM_WAITS, Interrupts, kind, may_sleep
+from .sleeping import DEEP, SYSTEM_WAITS, Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -37,6 +37,13 @@ def chat(
         typer.Option(help="Keep what is typed, for the arrow keys: a private file a memory."),
     ] = True,
     sleep_on_battery: SleepOnBattery = False,
+    deep_sleep: Annotated[
+        Literal["off", "auto"],
+        typer.Option(
+            help="auto: after five idle minutes the model is asked what it remembers; if that has "
+            "faded, the memory is made anew from its transcript, and kept if it is better."
+        ),
+    ] = "off",
 ):
     """Chat with a model that sleeps when you are idle, and remembers when you come back.
 
@@ -61,7 +68,8 @@ def chat(
 
     file = history_file(memory, options.home) if history else None
     manners = Manners(on_battery=sleep_on_battery)
-    Terminal(session, options.chosen.name, idle, manners, file).run()
+    deep = DEEP if deep_sleep == "auto" else 0
+    Terminal(session, options.chosen.name, idle, manners, file, deep).run()
 
 
 @with_session_options

@@ -21,6 +21,9 @@ IDLE = 10.0
 
 SYSTEM_WAITS = "the new system prompt holds after the next sleep: this window has begun without it"
 
+DEEP = 300.0
+"""Seconds without a key press, and with nothing left to fold in, before a deep sleep."""
+
 
 def may_sleep(model: SleepModel, idle: float | None = None) -> bool:
     """Whether a chat may sleep when it need not: in idle time, and at its end.

@@ -38,7 +38,8 @@ class IdleSleeper:
     one block of the model; the idle time then starts again. So it does while `typing()` says that
     a line is half typed. `show` gets each new status, `note` a line about each sleep that was
     done; all are called from the thread. idle 0 is never.
-    manners tell why not to sleep now, or ""; they are asked again after another idle time.
+    manners tell why not to sleep now, or ""; they are asked again after another idle time. deep is
+    the idle time before a deep sleep, once the window is empty; 0 is never.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class IdleSleeper:
         note: Callable[[str], None],
         manners: Callable[[], str] = lambda: "",
         typing: Callable[[], bool] = lambda: False,
+        deep: float = 0,
     ):
-        self._manners = manners
+        self._manners, self._deep = manners, deep
         self._session, self._idle, self._show, self._note = session, idle, show, note
         self._typing = typing
         self._key = threading.Event()
@@ -92,6 +94,11 @@ class IdleSleeper:
                     self._show(f"no sleep now: {reason}; /sleep does it all the same")
                 else:
                     self._sleep()
+            while self._deep and not self.stopping:
+                if self._key.wait(self._deep):
+                    self._key.clear()
+                elif not self._typing() and not self._manners() and self._sleep_deeply():
+                    break
         except UserError as error:  # not again before the next turn
             self._show(f"error: {output.clean(str(error))}")
         except BaseException as error:
@@ -117,6 +124,22 @@ class IdleSleeper:
             if report:
                 self._note(describe(report, self._session))
 
+    def _sleep_deeply(self) -> bool:
+        """Whether it was not cancelled; what it did is noted."""
+        from ..deep_sleep import deep_sleep
+        from ..sleep import SleepCancelled
+
+        try:
+            report = deep_sleep(self._session, self._key.is_set)
+        except SleepCancelled:
+            return False
+        if report and report.kept:
+            self._note(
+                f"deep sleep: {output.count(report.read, 'turn')} read again; a reply costs "
+                f"{report.after:.1f} nats, {report.before:.1f} before"
+            )
+        return True
+
 
 class Terminal:
     """The chat at a terminal: a prompt with a status line, notes in grey, replies as they come."""
@@ -128,9 +151,11 @@ class Terminal:
         idle: float | None,
         manners: Callable[[], str],
         history: Path | None = None,
+        deep: float = 0,
     ) -> None:
         from .prompt import open_prompt
 
+        self._deep = deep if may_sleep(session.model, idle) else 0
         self._manners = manners
         self._session, self._model = session, model
         self._sleeps = may_sleep(session.model, idle)
@@ -212,6 +237,7 @@ class Terminal:
                 self._note,
                 self._manners,
                 self._is_typing,
+                self._deep,
             )
             self._sleeper.start()
             try:
