@@ -60,9 +60,11 @@ class SleepConfig:
         limits.check("the number of sleep passes", self.passes, limits.PASSES)
         limits.check("the sleep window", self.window, limits.WINDOW)
         if self.eviction not in ("hard", "sliding"):
-            raise UserError(f'eviction must be "hard" or "sliding", not {self.eviction!r}')
+            raise UserError(
+                f'eviction must be "hard" or "sliding", not {schema.shown(self.eviction)}'
+            )
         if self.fold not in ("all", "user"):
-            raise UserError(f'fold must be "all" or "user", not {self.fold!r}')
+            raise UserError(f'fold must be "all" or "user", not {schema.shown(self.fold)}')
         if self.loop_range is not None:
             lo, hi = self.loop_range
             if not 0 <= lo < hi:

@@ -19,6 +19,7 @@ from ..ops.activations import silu
 from ..ops.gates import decay_gates
 from ..ops.mixers import mamba2
 from ..ops.ssd import ssd
+from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.schema import Count, Layers, Positive, Vocabulary
 from .base import Config, SleepConfig
@@ -74,7 +75,9 @@ class ModelArgs(Config):
         if (inner // self.head_dim) % self.n_groups:
             raise UserError(f"n_groups must divide the number of heads, {inner // self.head_dim}")
         if self.hidden_act not in ("silu", "swish"):
-            raise UserError(f"hidden_act must be silu or swish, not {self.hidden_act!r}")
+            raise UserError(
+                f"hidden_act must be silu or swish, not {schema.shown(self.hidden_act)}"
+            )
 
 
 class GatedNorm(nn.Module):

@@ -23,6 +23,7 @@ import dataclasses
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..utils import schema
 from ..utils.errors import UserError
 from . import sleep_hybrid
 from .base import SleepConfig, SleepModel
@@ -160,10 +161,12 @@ def check(layers, blocks: int) -> list[dict]:
     for layer in layers:
         before, kind = layer.get("before"), layer.get("kind")
         if type(before) is not int or not 0 <= before <= blocks:
-            raise UserError(f"a sleep layer comes before block 0 to {blocks}, not {before!r}")
+            raise UserError(
+                f"a sleep layer comes before block 0 to {blocks}, not {schema.shown(before)}"
+            )
         if kind not in KINDS:
             known = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
-            raise UserError(f"the kind of a sleep layer is {known}, not {kind!r}")
+            raise UserError(f"the kind of a sleep layer is {known}, not {schema.shown(kind)}")
     if [layer["before"] for layer in layers] != sorted(layer["before"] for layer in layers):
         raise UserError("sleep_layers must be in the order of the blocks that they come before")
     return layers

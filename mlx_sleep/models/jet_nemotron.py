@@ -95,7 +95,9 @@ class ModelArgs(Config):
     def __post_init__(self):
         wrong = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if wrong or not self.layer_types:
-            raise UserError(f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {wrong}")
+            raise UserError(
+                f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {schema.shown(wrong)}"
+            )
         for kind in {"jet", "swa"} & set(self.layer_types):
             if kind not in self.efficient_attention_config:
                 raise UserError(f"efficient_attention_config lacks {kind}, which layer_types names")

@@ -28,6 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..ops.activations import silu
+from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.schema import Count, CountOrZero, Layers, Positive, Vocabulary
 from .attention import Attention, check_heads
@@ -67,11 +68,11 @@ class ModelArgs(Config):
         self.layer_types = self.layer_types or ["full_attention"] * self.num_hidden_layers
         check_heads(self)
         if self.hidden_act != "silu":
-            raise UserError(f"hidden_act must be silu, not {self.hidden_act!r}")
+            raise UserError(f"hidden_act must be silu, not {schema.shown(self.hidden_act)}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise UserError("layer_types must name each of the num_hidden_layers layers")
         if wrong := sorted(set(self.layer_types) - {"full_attention", "sliding_attention"}):
-            raise UserError(f"unknown layer_types {', '.join(wrong)}")
+            raise UserError(f"unknown layer_types {schema.shown(wrong)}")
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise UserError("layers of sliding_attention need a sliding_window")
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..ops.activations import gated, silu
 from ..ops.mixers import gated_delta_net, mamba2
-from ..utils import limits
+from ..utils import limits, schema
 from ..utils.errors import UserError
 from ..utils.schema import Count, CountOrZero, Positive, Range, Vocabulary
 from .attention import Attention, check_heads
@@ -59,7 +59,9 @@ class ModelArgs(Config):
     def __post_init__(self):
         wrong = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if wrong or not self.layer_types:
-            raise UserError(f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {wrong}")
+            raise UserError(
+                f"layer_types must be some of {', '.join(LAYER_TYPES)}; got {schema.shown(wrong)}"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}")
         check_heads(self)

@@ -67,6 +67,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            bufsize=0,  # a line that is read already is one that `select` doesn't see
             start_new_session=True,  # Ctrl-C is the parent's
         )
         self.dead = False
