@@ -163,6 +163,36 @@ def test_a_past_that_was_never_heard_is_read_as_given(serve, tmp_path):
     assert said.index("Zorvi") < said.index("Nice name") < said.index("ok") < said.index("I see")
 
 
+def test_an_edited_past_takes_back_what_it_drops(serve, tmp_path):
+    server = serve()
+    said = ["My cat is Zorvi.", "I see", "It is black.", "I see", "well"]
+    for length in (1, 3, 5):
+        server.post(*said[:length], memory="anna")
+    httpx.post(server.url + "/v1/memories/anna/sleep")
+    server.post(*said[:2], "It is white.", memory="anna")
+    assert len(server.get("/v1/memories/anna/transcript").json()["turns"]) == 2
+    server.post("by the way", memory="anna")
+    server.post(*said[:2], "It is red.", memory="anna")  # the others are not this conversation's
+    server.stop()
+    text = pending("anna", tmp_path)
+    counts = [text.count(word) for word in ("Zorvi", "black", "well", "white", "way", "red")]
+    assert counts == [1, 0, 0, 1, 1, 1]
+
+
+def test_a_transcript_outlives_the_server(serve, tmp_path):
+    server = serve()
+    server.post("My cat is Zorvi.", memory="anna")
+    server.stop()
+    server = serve()
+    turns = [{"user": "My cat is Zorvi.", "reply": "I see"}]
+    assert server.get("/v1/memories/anna/transcript").json()["turns"] == turns
+    assert server.get("/v1/memories/anna").json()["open"] is False
+    assert server.get("/v1/memories/ben/transcript").json()["turns"] == []
+    server.post("My cat is Zorvi.", "I see", "well", memory="anna")
+    server.stop()
+    assert pending("anna", tmp_path).count("Zorvi") == 1
+
+
 def test_a_user_without_a_memory_leaves_nothing(serve, tmp_path):
     server = serve()
     assert text_of(server.post("My cat is Zorvi.")) == "I see"

@@ -207,3 +207,16 @@ def test_a_transcript_as_turns():
 
 def test_a_system_text_before_the_first_turn_is_looked_past():
     assert Conversation([("Be kind.\n\nhello", "hi")]).find([("hello", "hi")]) == (0, 1)
+
+
+def test_turns_that_an_edited_past_drops():
+    conversation = Conversation()
+    first = conversation.add("a", "1", None)
+    second = conversation.add("b", "2", first)
+    conversation.add("c", "3", second)
+    assert [conversation.replaced(at) for at in (None, first, second, 2)] == [0, 2, 1, 0]
+    conversation.take_back()
+    assert conversation.find(pairs("a1", "b2", "c3")) == (second, 2)
+    other = conversation.add("x", "4", None)
+    assert [conversation.replaced(at) for at in (first, second, other)] == [0, 0, 0]
+    assert heard("a1", "b2").replaced(0) == 0  # in a transcript it may be another's

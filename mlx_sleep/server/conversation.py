@@ -18,11 +18,13 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Turn:
-    """before is the place of the turn before it in the same conversation, None for the first."""
+    """before is the place of the turn before it in the same conversation, None for the first;
+    kept says that it comes from a transcript, where the turn before it may be another's."""
 
     user: str
     reply: str
     before: int | None
+    kept: bool = False
 
     def is_(self, pair: Pair) -> bool:
         """Whether a client's pair is this turn. The client of a reply that was cut has less, and a
@@ -51,14 +53,30 @@ class Conversation:
     def __init__(self, pairs: Iterable[Pair] = ()):
         self.turns: list[Turn] = []
         self._after: dict[int | None, list[int]] = {}  # place -> places of the turns that follow it
-        for user, reply in pairs:  # of an earlier process: which followed which is not known
-            self.add(user, reply, len(self.turns) - 1 if self.turns else None)
+        for user, reply in pairs:  # of an earlier process
+            self.add(user, reply, len(self.turns) - 1 if self.turns else None, kept=True)
 
-    def add(self, user: str, reply: str, before: int | None) -> int:
+    def add(self, user: str, reply: str, before: int | None, kept: bool = False) -> int:
         """Returns the turn's place."""
         self._after.setdefault(before, []).append(len(self.turns))
-        self.turns.append(Turn(user.strip(), reply.strip(), before))
+        self.turns.append(Turn(user.strip(), reply.strip(), before, kept))
         return len(self.turns) - 1
+
+    def replaced(self, before: int | None) -> int:
+        """How many of the newest turns a new one after `before` takes the place of: a client that
+        goes on from there has edited its past. 0 where turns of another conversation came since."""
+        if before is None:
+            return 0
+        later = self.turns[before + 1 :]
+        in_line = all(
+            turn.before == place and not turn.kept for place, turn in enumerate(later, before)
+        )
+        return len(later) if in_line else 0
+
+    def take_back(self) -> None:
+        """Forgets the newest turn."""
+        turn = self.turns.pop()
+        self._after[turn.before].remove(len(self.turns))
 
     def find(self, history: list[Pair]) -> tuple[int | None, int]:
         """Where the longest beginning of `history` was heard: (place of its last turn, length).

@@ -88,8 +88,11 @@ class ChatJob(Job):
             if self.memory is not None
             else sessions.guest(request.system, request.history)
         ) as slot:
-            heard = _heard(slot.session)
             before, known = slot.conversation.find(request.history)
+            for _ in range(slot.conversation.replaced(before)):
+                if not _take_back(slot):
+                    break
+            heard = _heard(slot.session)
             opening = known == 0  # a conversation that this session knows nothing of
             for user, reply in request.history[known:]:
                 user_said = _opened(request.system, user) if opening else user
@@ -163,6 +166,16 @@ def _heard(session: Session) -> int:
     """Tokens in a session's whole life."""
     stats = session.stats()
     return stats.tokens + stats.window_tokens
+
+
+def _take_back(slot: Slot) -> bool:
+    """Takes back the newest turn, and the sleep since; whether that could be done."""
+    while (what := slot.session.undo()) == "sleep":
+        pass
+    if what is None:
+        return False
+    slot.conversation.take_back()
+    return True
 
 
 def _opened(system: str, text: str) -> str:

@@ -137,6 +137,7 @@ class Sessions:
             max_tokens=like.max_tokens,
             keep_thoughts=like.keep_thoughts,
             system_prompt=None if memory and memory.settings else like.system_prompt,
+            transcript=like.transcript,
         )
         heard = said(memory.messages) if memory else ()
         slot = Slot(name, session, Conversation(heard), session.stats())
