@@ -80,10 +80,14 @@ _SYSTEM = "system_prompt"  # a memory's setting
 
 
 class _Turn(NamedTuple):
-    """A user's turn as the past has it, up to the reply's text, and as the model is asked."""
+    """A user's turn as the past has it, up to the reply's text, and as the model is asked.
+
+    tokens  how many went into the window, with a reply that is known
+    """
 
     past: list[int]
     asked: list[int]
+    tokens: int = 0
 
 
 @dataclass
@@ -270,7 +274,7 @@ class Session:
         turn = self._take(text, None, on_pass, should_stop)
         self._said = []
         self._open_reply = reply = object()
-        self._sync()
+        self._sync_turn(turn)
         return self._reply(reply, turn, on_pass, should_stop, on_read)
 
     def hear(
@@ -285,8 +289,7 @@ class Session:
         Both are in the journal and on the disk when this returns, and read through the model.
         Errors are those of `say`; SleepCancelled may leave the turn to be read by the next call.
         """
-        self._take(text, reply.strip(), on_pass, should_stop)
-        self._sync()
+        self._sync_turn(self._take(text, reply.strip(), on_pass, should_stop))
         self._feed(on_pass, should_stop)
 
     def _take(
@@ -301,7 +304,8 @@ class Session:
         self._end_reply()
         turn = self._turn(text)
         said = [] if reply is None else self.tokenizer.encode_text(reply)
-        ids = turn.past + said + ([] if reply is None else self.tokenizer.end_ids)
+        rest = [] if reply is None else said + self.tokenizer.end_ids
+        ids = turn.past + rest
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
@@ -316,7 +320,7 @@ class Session:
         if reply is not None:
             self._record(said)
             self._record(self.tokenizer.end_ids, "assistant", reply)
-        return turn
+        return turn._replace(tokens=len(turn.past + rest))
 
     def _turn(self, text: str) -> _Turn:
         """A user's turn at this place of the window."""
@@ -703,6 +707,16 @@ class Session:
     def _sync(self) -> None:
         if self.memory is not None:
             self.memory.sync()
+
+    def _sync_turn(self, turn: _Turn) -> None:
+        """Syncs; a turn that can't be written was not heard."""
+        try:
+            self._sync()
+        except UserError:
+            assert self.memory is not None
+            self.memory.take_back(turn.tokens)
+            self._pending, self._open_reply = list(self.memory.pending), None
+            raise
 
     def _end_reply(self) -> None:
         """Closes an open reply, however it came to its end, so that the format stays legal."""

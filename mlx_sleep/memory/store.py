@@ -136,6 +136,16 @@ class Memory:
             self.messages.append(Message(role, text, self._heard, now()))
         self.pending += tokens
 
+    def take_back(self, tokens: int) -> None:
+        """Drops the newest `tokens` of `pending` and what was said with them. They were appended
+        since the last sync: ValueError for more."""
+        start = self._heard - tokens
+        if start < self._stored[0]:
+            raise ValueError(f"{tokens} tokens are more than were appended since the last sync")
+        del self.pending[start - self.header.tokens :]
+        while self.messages and self.messages[-1].position >= start:
+            self.messages.pop()
+
     @property
     def _heard(self) -> int:
         return self.header.tokens + len(self.pending)
