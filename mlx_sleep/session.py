@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -38,9 +38,10 @@ from .models.calibrate import calibrate
 from .models.checkpoint import Checkpoint
 from .sampling import REPETITION_CONTEXT, Sampling
 from .sleep import NOTHING_TO_SLEEP_INTO, SleepFailed, SleepReport, consolidate, passes_over
+from .thoughts import Split, Stream, Thinking, Thought
 from .utils import limits
 from .utils.errors import UserError
-from .wake import READ, WorkingState
+from .wake import READ, Mark, WorkingState
 
 OnPass = Callable[[int, int, float], None]
 ShouldStop = Callable[[], bool]
@@ -75,6 +76,30 @@ class Stats:
     generation_tps: float | None = field(default=None, compare=False)
 
 
+_SYSTEM = "system_prompt"  # a memory's setting
+
+
+class _Turn(NamedTuple):
+    """A user's turn as the past has it, up to the reply's text, and as the model is asked.
+
+    tokens  how many went into the window, with a reply that is known
+    """
+
+    past: list[int]
+    asked: list[int]
+    tokens: int = 0
+
+
+@dataclass
+class _Apart:
+    """Tokens that the working state reads in the place of pending[at:until], and a mark there."""
+
+    at: int
+    ids: list[int]
+    until: int
+    mark: Mark
+
+
 class Session:
     """A chat with `model`, remembered in `memory` (or not at all, when that is None).
 
@@ -84,10 +109,12 @@ class Session:
             print(session.ask("What is my cat called?"))
 
     passes, window  N and L; None takes the model's own
-    max_tokens      longest reply, in tokens
+    max_tokens      longest reply, in tokens; thoughts before it may fill one window more
     temp, top_p, top_k, min_p, repetition_penalty
                     sampling, by mlx-lm's names (`Sampling`): temp 0, the default, is greedy
     seed            of the sampling; None leaves MLX's random state alone
+    system_prompt   see the property; None takes the memory's, "" takes it away
+    keep_thoughts   leave thoughts in the window, which a sleep folds in
     on_sleep        called with the SleepReport of every sleep, those of a full window included
     transcript      whether the memory keeps what is said as text, too
 
@@ -118,6 +145,8 @@ class Session:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        keep_thoughts: bool = False,
+        system_prompt: str | None = None,
         on_sleep: Callable[[SleepReport], None] | None = None,
         transcript: bool = True,
     ):
@@ -130,6 +159,7 @@ class Session:
             tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
         )
         self.max_tokens, self.on_sleep, self.transcript = max_tokens, on_sleep, transcript
+        self.keep_thoughts = keep_thoughts
         self.sampler: Callable[[mx.array], mx.array]
         self.sampling = sampling
         self.cut = False
@@ -143,10 +173,17 @@ class Session:
         self._tokens = self._sleeps = 0
         self._pending: list[int] = []  # tokens since the last sleep; the journal holds the same
         self._snapshot = model.init_state()
+        self._apart: _Apart | None = None  # what the model is asked with, and thinks
         self._working = WorkingState(model, len(self.tokenizer))
         self._open_reply: object | None = None
         self._said: list[int] = []  # the tokens of the open reply
         self._read_memory()
+        self._system: str | None = None
+        self.system_prompt_waits = False
+        if system_prompt is not None:
+            self.system_prompt = system_prompt
+        elif memory is not None:
+            self._system = self._checked_system(memory.settings.get(_SYSTEM))
 
     def _read_memory(self) -> None:
         """Takes all from the memory, and ends a reply in which a process was killed."""
@@ -158,6 +195,7 @@ class Session:
                 self._snapshot = unflatten_state(self.memory.arrays, len(self._snapshot))
                 mx.eval(self._snapshot)
             self._pending = list(self.memory.pending)
+        self._apart = None
         self._working.rewind(self._snapshot)
         end = self.tokenizer.end_ids
         if self._pending and self._pending[-len(end) :] != end:
@@ -176,14 +214,16 @@ class Session:
         *,
         adapter: str | Path | None = None,
         home: str | os.PathLike | None = None,
+        thinking: Thinking = "auto",
         **options: Any,
     ) -> Session:
         """Loads a model and opens a memory by name.
 
         model is a folder of ours or of mlx-lm's, or what `mlx_sleep.open_model` makes of any other
         and of an id on Hugging Face; None is the embedded model. adapter is the folder of an
-        adapter for it; home is the folder of the memories; options are those of `Session`; sampling
-        that they don't give (or give as None) is as the folder's generation_config.json has it.
+        adapter for it; home is the folder of the memories; thinking is that of `ChatTokenizer`;
+        options are those of `Session`; sampling that they don't give (or give as None) is as the
+        folder's generation_config.json has it.
         UserError when a folder or the memory cannot be used.
         """
         from .models.load import EMBEDDED, fingerprint, generation_of, load, open_folder
@@ -193,7 +233,7 @@ class Session:
         for name, value in asdict(sampling).items():
             if options.get(name) is None:
                 options[name] = value
-        loaded, tokenizer, _ = load(source, adapter=adapter)
+        loaded, tokenizer, _ = load(source, adapter=adapter, thinking=thinking)
         loaded = cast(SleepModel, loaded)
         if memory is None:
             return cls(loaded, tokenizer, **options)
@@ -218,6 +258,9 @@ class Session:
     ) -> Generator[str]:
         """Takes a user's turn and streams the reply, in pieces of text as they are generated.
 
+        What the model thinks before its reply comes as `Thought`, a str. It is read, and left out
+        of the window when the reply ends, as templates leave it out of the past.
+
         The turn is in the journal and on the disk when this returns; the reply, when it ends.
         A reply that is not read to its end (close the iterator to stop it) ends there, and stays
         in the window like any other. UserError for a text that is empty or
@@ -228,11 +271,11 @@ class Session:
         on_read(done, total) is called while the turn is read, with tokens; what it raises ends the
         reply.
         """
-        taken = self._take(text, None, on_pass, should_stop)
+        turn = self._take(text, None, on_pass, should_stop)
         self._said = []
         self._open_reply = reply = object()
-        self._sync_turn(taken)
-        return self._reply(reply, on_pass, should_stop, on_read)
+        self._sync_turn(turn)
+        return self._reply(reply, turn, on_pass, should_stop, on_read)
 
     def hear(
         self,
@@ -251,20 +294,18 @@ class Session:
 
     def _take(
         self, text: str, reply: str | None, on_pass: OnPass | None, should_stop: ShouldStop | None
-    ) -> int:
-        """Puts a user's turn, and what is known of its reply, into the window: so many tokens."""
+    ) -> _Turn:
+        """Puts a user's turn, and what is known of its reply, into the window and the journal."""
         text = text.strip()
         if not text:
             raise UserError("the text is empty; say something")
         limits.check("the length of the text", len(text), limits.TURN_CHARACTERS)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("the text is not valid UTF-8; check the encoding") from None
+        _check_unicode(text)
         self._end_reply()
-        turn = self.tokenizer.turn(text, first=not self._tokens and not self._pending)
+        turn = self._turn(text)
         said = [] if reply is None else self.tokenizer.encode_text(reply)
-        ids = turn + said + ([] if reply is None else self.tokenizer.end_ids)
+        rest = [] if reply is None else said + self.tokenizer.end_ids
+        ids = turn.past + rest
         # A question and its reply belong in one window: leave some room for the reply.
         if self._no_room(len(ids)):
             raise UserError(
@@ -274,64 +315,166 @@ class Session:
         room = len(ids) + (self.window // 8 if reply is None else 0)
         if self._pending and len(self._pending) + room > self.window and self.can_sleep:
             self._sleep(on_pass, should_stop)
-        self._record(turn, "user", text)
+            turn = self._turn(text)
+        self._record(turn.past, "user", text)
         if reply is not None:
             self._record(said)
             self._record(self.tokenizer.end_ids, "assistant", reply)
-        return len(ids)
+        return turn._replace(tokens=len(turn.past + rest))
+
+    def _turn(self, text: str) -> _Turn:
+        """A user's turn at this place of the window."""
+        first = not self._pending and (self._system is not None or not self._tokens)
+        asked = self.tokenizer.turn(text, first, self._system)
+        if self.keep_thoughts:
+            return _Turn(asked, asked)
+        return _Turn(self.tokenizer.past_turn(text, first, self._system), asked)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What each window begins with, in the place that the chat template has for it.
+
+        The memory keeps it. None is the template's own, or none, at the start of all and not again.
+        What is set holds from the next window on: at once if nothing is in this one, else after a
+        sleep, and `system_prompt_waits` is True until then. UserError where the template has no
+        place for it, or it takes more than half the window.
+        """
+        return self._system
+
+    @system_prompt.setter
+    def system_prompt(self, text: str | None) -> None:
+        text = self._checked_system(text)
+        if self.memory is not None and text != self.memory.settings.get(_SYSTEM):
+            self.system_prompt_waits = bool(self._pending)
+            self.memory.set(_SYSTEM, text)
+        self._system = text
+
+    def _checked_system(self, text: str | None) -> str | None:
+        if not text or not (text := text.strip()):
+            return None
+        _check_unicode(text)
+        length = len(self.tokenizer.opening(text))
+        if 2 * length > self.window:
+            raise UserError(
+                f"the system prompt takes {length} of the window's {self.window} tokens; shorten "
+                "it, or take a longer --window"
+            )
+        return text
 
     def ask(self, text: str) -> str:
-        """`say`, with the whole reply at once."""
-        return "".join(self.say(text))
+        """`say`, with the whole reply at once, and without thoughts."""
+        return "".join(piece for piece in self.say(text) if not isinstance(piece, Thought))
 
     tell = ask
 
     def _reply(
         self,
         this: object,
+        turn: _Turn,
         on_pass: OnPass | None,
         should_stop: ShouldStop | None,
         on_read: OnRead | None,
     ) -> Generator[str]:
         """Samples tokens until a stop id, one forward pass each, one token ahead."""
-        detokenizer = self.tokenizer.detokenizer
+        reader = self.tokenizer.thought_reader()
+        stream = Stream(lambda: self.tokenizer.detokenizer)
+        left, thoughts = self.max_tokens, self.window
         self.cut = False
         self._speed = None, None
         unread, start = len(self._pending) - self._working.read, time.perf_counter()
-        first = start
+        first, made = start, 0
         try:
+            self._set_apart(turn, on_pass, should_stop, on_read)
             self._feed(on_pass, should_stop, on_read)
             token = self._sample()
-            count = self.max_tokens
-            for left in reversed(range(count)):
-                following = self._run_ahead(token) if left else None
+            while not self.cut:
+                following = None if reader.in_text and left == 1 else self._run_ahead(token)
                 taken = cast(int, token.item())
-                now, before = time.perf_counter(), count - left - 1
-                if not before:
+                now = time.perf_counter()
+                if not made:
                     first = now
-                self._speed = unread / (first - start), before / (now - first) if before else None
+                self._speed = unread / (first - start), made / (now - first) if made else None
+                made += 1
                 if taken in self.tokenizer.stop_ids or self._no_room(1):
                     break
-                self._record([taken])
-                self._said.append(taken)
-                self.cut = not left
-                detokenizer.add_token(taken)
-                if piece := detokenizer.last_segment:
-                    yield piece
+                split = reader.add(taken)
+                self._keep(taken, split)
+                left -= len(split.text)
+                thoughts -= not split.text
+                self.cut = left <= 0 or thoughts <= 0
+                yield from stream.add(split)
                 if self._open_reply is not this:  # another turn or a sleep came in between
                     return
                 if following is not None:
                     self._working.take()
                     token = following
-                elif left:  # the window is full
+                elif not self.cut:  # the window is full
                     self._feed(on_pass, should_stop)
                     token = self._sample()
-            detokenizer.finalize()
-            if piece := detokenizer.last_segment:
-                yield piece
+            split = reader.finish()
+            if not self.keep_thoughts:
+                self._keep_text(split.text)
+            yield from stream.add(split)
+            yield from stream.end()
         finally:
             if self._open_reply is this:
                 self._end_reply()
+
+    # --- thoughts --------------------------------------------------------------------------
+
+    def _set_apart(
+        self,
+        turn: _Turn,
+        on_pass: OnPass | None,
+        should_stop: ShouldStop | None,
+        on_read: OnRead | None,
+    ) -> None:
+        """Reads up to where the model is asked for a reply in other words than the past has: from
+        there on it reads those, and what it thinks, and comes back there after the reply."""
+        if self.keep_thoughts or not self.tokenizer.has_thinking:
+            return
+        same = 0
+        while turn.past[same : same + 1] == turn.asked[same : same + 1] != []:
+            same += 1
+        after = len(turn.past) - same
+        self._feed(on_pass, should_stop, on_read, after)
+        if after and self._working.read == self.window:
+            self._consolidate(self.window, on_pass, should_stop)
+        at = len(self._pending) - after
+        mark = self._working.mark()
+        self._apart = _Apart(at, turn.asked[same:], len(self._pending), mark)
+
+    def _read(self) -> list[int]:
+        """The tokens of the window as the working state reads them, thoughts included."""
+        if (apart := self._apart) is None:
+            return self._pending
+        return [*self._pending[: apart.at], *apart.ids, *self._pending[apart.until :]]
+
+    def _keep(self, token: int, split: Split) -> None:
+        """Records what is known to be a reply's text after this token of it."""
+        if self.keep_thoughts:
+            self._record([token])
+            self._said += split.text
+            return
+        if self._apart is not None:
+            self._apart.ids.append(token)
+        self._keep_text(split.text)
+
+    def _keep_text(self, text: list[int]) -> None:
+        """Records a reply's text, which the working state has read."""
+        self._record(text)
+        self._said += text
+        if text and (apart := self._apart) is not None:
+            if apart.ids[-len(text) :] == text:
+                del apart.ids[-len(text) :]
+            else:  # a token with a line break that is none of the text
+                apart.until += len(text)
+
+    def _forget_thoughts(self) -> None:
+        """The working state goes back to where it was before, and reads the reply again."""
+        apart, self._apart = self._apart, None
+        if apart is not None and apart.ids != self._pending[apart.at : apart.until]:
+            self._working.back(apart.mark)
 
     @property
     def sampling(self) -> Sampling:
@@ -376,7 +519,7 @@ class Session:
         assert logits is not None  # a turn has been fed
         logits = logits[None]
         if self._processors:
-            so_far = mx.array(self._pending[-REPETITION_CONTEXT:])
+            so_far = mx.array(self._read()[-REPETITION_CONTEXT:])
             so_far = so_far if ahead is None else mx.concatenate([so_far, ahead])
             for process in self._processors:
                 logits = process(so_far, logits)
@@ -387,7 +530,7 @@ class Session:
         if len(self._pending) >= self.window:
             return None
         with self._rewinding():
-            end = len(self._pending)
+            end = len(self._read())
             write = self._fold(end, end + 1).get("write")
             return self._working.run_ahead(token, partial(self._sample, token), write)
 
@@ -469,7 +612,8 @@ class Session:
 
     def _adopt(self, state: State, folded: list[int], rest: list[int]) -> None:
         """Takes a sleep's result for the snapshot; `rest` is the new window."""
-        self._snapshot, self._pending = state, rest
+        self._snapshot, self._pending, self._apart = state, rest, None
+        self.system_prompt_waits = False
         self._tokens += len(folded)
         self._sleeps += 1
         self._working.rewind(self._snapshot)
@@ -518,20 +662,22 @@ class Session:
         on_pass: OnPass | None = None,
         should_stop: ShouldStop | None = None,
         on_read: OnRead | None = None,
+        but: int = 0,
     ) -> None:
-        """Runs the pending tokens that the working state has not seen.
+        """Runs the pending tokens that the working state has not seen, all but the last few.
 
-        It sleeps when the window is full and more is to come.
+        It sleeps when the window is full and more is to come. Thoughts have room beside it.
         """
-        while (start := self._working.read) < len(self._pending):
-            if start == self.window:
+        while (start := self._working.read) < (total := len(tokens := self._read()) - but):
+            full = self.window + len(tokens) - len(self._pending)
+            if start >= full:
                 self._consolidate(self.window, on_pass, should_stop)
                 continue
             if on_read:
-                on_read(start, len(self._pending))
-            end = min(start + READ, self.window, len(self._pending))
+                on_read(start, total)
+            end = min(start + READ, full, total)
             with self._rewinding():
-                self._working.feed(self._pending[start:end], self._fold(start, end).get("write"))
+                self._working.feed(tokens[start:end], self._fold(start, end).get("write"))
 
     def _fold(self, start: int, end: int) -> dict[str, mx.array]:
         """Which of these pending tokens write into S, as `write` [1, n]; nothing when all do.
@@ -540,7 +686,7 @@ class Session:
         """
         if self.model.sleep.fold == "all":
             return {}
-        said = self.tokenizer.in_replies([*self._pending, _UNKNOWN])
+        said = self.tokenizer.in_replies([*self._read(), _UNKNOWN])
         return {"write": ~mx.array([said[start:end]])}
 
     def _record(
@@ -562,13 +708,13 @@ class Session:
         if self.memory is not None:
             self.memory.sync()
 
-    def _sync_turn(self, tokens: int) -> None:
-        """Syncs; a turn of so many tokens that can't be written was not heard."""
+    def _sync_turn(self, turn: _Turn) -> None:
+        """Syncs; a turn that can't be written was not heard."""
         try:
             self._sync()
         except UserError:
             assert self.memory is not None
-            self.memory.take_back(tokens)
+            self.memory.take_back(turn.tokens)
             self._pending, self._open_reply = list(self.memory.pending), None
             raise
 
@@ -577,6 +723,7 @@ class Session:
         if self._open_reply is not None:
             with self._rewinding():
                 self._working.settle()
+            self._forget_thoughts()
             self._record(self.tokenizer.end_ids, "assistant", self._text(self._said))
             self._open_reply = None
             self._sync()
@@ -617,7 +764,7 @@ class Session:
         if self.memory is not None:
             self.memory.forget()
         self._tokens = self._sleeps = 0
-        self._pending, self._open_reply = [], None
+        self._pending, self._open_reply, self._apart = [], None, None
         self._snapshot = self.model.init_state()
         self._working.rewind(self._snapshot)
 
@@ -651,6 +798,13 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close(sleep=kind is None)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("the text is not valid UTF-8; check the encoding") from None
 
 
 def _check(memory: Memory, model: SleepModel) -> None:

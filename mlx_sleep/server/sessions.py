@@ -135,6 +135,8 @@ class Sessions:
             passes=like.passes,
             window=like.window,
             max_tokens=like.max_tokens,
+            keep_thoughts=like.keep_thoughts,
+            system_prompt=None if memory and memory.settings else like.system_prompt,
             transcript=like.transcript,
         )
         heard = said(memory.messages) if memory else ()
