@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_retrofit import chat_folder
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str) -> list[str]:
+def run(name: str, *arguments: str) -> list[str]:
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=120
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -37,3 +42,19 @@ def test_new_words():
 def test_no_example_without_a_test(path):
     tests = [file.read_text() for file in Path(__file__).parent.glob("test_*.py")]
     assert any(f'"{path.name}"' in text for text in tests)
+
+
+def test_serve_and_ask():
+    pytest.importorskip("starlette", reason="the server is an extra: pip install -e '.[serve]'")
+    pytest.importorskip("uvicorn")
+    lines = run("serve_and_ask.py")
+    assert lines[-1] == "Your dog is called Baruno." and "(slept: " in lines[-3]
+
+
+@pytest.mark.slow
+def test_retrofit_a_model(tmp_path):
+    model = chat_folder(tmp_path / "model", "llama")
+    options = [str(tmp_path / "out"), "--tokens", "600", "--layers", "1", "--batch", "300"]
+    lines = run("retrofit_a_model.py", str(model), *options)
+    assert lines[0].startswith("step 1,") and any("recall" in line for line in lines)
+    assert (tmp_path / "out" / "adapters.safetensors").is_file()
