@@ -1,11 +1,12 @@
 # Every target sets up what it needs: Python >= 3.10 is enough, on macOS and Debian alike.
-#   make chat [ARGS="--memory work"]    talk to the embedded model
+#   make chat [ARGS="--memory work"]    talk to SmolLM2 with sleep layers
 #   make test [ARGS="-m 'not slow'"]    the whole suite, or the quick tests
 #   make lint | types | wheel | clean
 #   make parity [ARGS="NAME --json"]    compare the architectures with PyTorch's; needs torch
 #   make kernel-report                  count what the kernels ask of a GPU, without one
 #   make fuzz [ARGS="--count 20000"]    damage files in many ways; none may crash or pass for sound
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
+#   make docs                           the pages of docs/ as a site in build/docs, links checked
 
 READY := .venv/.ready
 # The tools of tests and checks, which a chat does without.
@@ -43,13 +44,19 @@ kernel-report: $(TEST_READY)
 parity: $(TEST_READY)
 	@.venv/bin/python -m tests.parity $(ARGS)
 
+docs: $(READY)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@.venv/bin/python docs/scripts/tables.py && .venv/bin/python docs/scripts/cli.py
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict --site-dir build/docs
+	@echo "open build/docs/index.html"
+
 wheel: $(READY)
 	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint types parity fuzz kernel-report mutants wheel clean
+.PHONY: chat test lint types parity fuzz kernel-report mutants docs wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \
