@@ -195,7 +195,7 @@ def test_lines_history_completion_and_words_to_leave(model, tmp_path):
         terminal.type("/set max_tokens 2\r")
         terminal.wait_for(r"max_tokens is 2(.*\n)*>\s*window")
         assert terminal.leave("exit\r") == 0
-    history = tmp_path / "memories" / "default.history"
+    history = tmp_path / "memories" / "tiny.history"
     assert history.stat().st_mode & 0o777 == 0o600 and "+three\n" in history.read_text()
     with Terminal(*options) as terminal:
         terminal.wait_for(r"default'(.*\n)*>\s*window")
