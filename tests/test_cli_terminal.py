@@ -198,7 +198,7 @@ def test_lines_history_completion_and_words_to_leave(model, tmp_path):
     history = tmp_path / "memories" / "tiny.history"
     assert history.stat().st_mode & 0o777 == 0o600 and "+three\n" in history.read_text()
     with Terminal(*options) as terminal:
-        terminal.wait_for(r"default'(.*\n)*>\s*window")
+        terminal.wait_for(r"tiny'(.*\n)*>\s*window")
         terminal.type("\x1b[A\x1b[A")
         terminal.wait_for(r"> /set max_tokens 2")
         terminal.type("\x15/forget now\r")
@@ -206,7 +206,7 @@ def test_lines_history_completion_and_words_to_leave(model, tmp_path):
         assert terminal.leave("/bye\r") == 0
     assert "three" not in history.read_text()
     with Terminal(*options, "--no-history") as terminal:
-        terminal.wait_for(r"default'(.*\n)*>\s*window")
+        terminal.wait_for(r"tiny'(.*\n)*>\s*window")
         assert terminal.leave("/quit\r") == 0
     assert "quit" not in history.read_text()
 
