@@ -101,9 +101,11 @@ def whole(theirs, texts, thinking: str) -> list[int]:
 
 def same_state(session: Session) -> bool:
     """Whether the working state is that of the pending tokens, read at once."""
-    session._feed()
+    session._window.read()
     expected = session.model(mx.array([session.pending]))[0][0, -1]
-    return bool(mx.allclose(session._working.logits, expected[: len(session.tokenizer)], atol=1e-4))
+    return bool(
+        mx.allclose(session._window.working.logits, expected[: len(session.tokenizer)], atol=1e-4)
+    )
 
 
 @pytest.mark.parametrize("thinking", ["auto", "on", "off"])
@@ -154,9 +156,9 @@ def test_a_reply_without_a_thought_is_read_once():
     tokenizer, theirs = chat_tokenizer("opens")
     session = Session(model(), tokenizer)
     said(session, theirs, "hi", "Yes.")
-    assert session._working.read == len(session.pending) - len(tokenizer.end_ids)
+    assert session._window.working.read == len(session.pending) - len(tokenizer.end_ids)
     said(session, theirs, "and?", "<think>no</think>No.")
-    assert session._working.read < len(session.pending) - len(tokenizer.end_ids)
+    assert session._window.working.read < len(session.pending) - len(tokenizer.end_ids)
     assert same_state(session)
 
 
@@ -181,10 +183,10 @@ def test_a_window_that_fills_up_in_a_reply_sleeps_and_goes_on():
 
 
 def same_state_after_sleep(session: Session) -> bool:
-    session._feed()
+    session._window.read()
     tokens = mx.array([session.pending])
     expected = session.model(tokens, session.snapshot)[0][0, -1, : len(session.tokenizer)]
-    return bool(mx.allclose(session._working.logits, expected, atol=1e-4))
+    return bool(mx.allclose(session._window.working.logits, expected, atol=1e-4))
 
 
 def test_a_thought_that_is_cut_off_leaves_an_empty_reply():

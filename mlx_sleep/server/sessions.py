@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..memory import Memory
-from ..session import Session, Stats
+from ..session import Session
+from ..stats import Stats
 from ..utils.errors import UserError
 from .conversation import Conversation, Pair, said
 from .wire import ApiError
