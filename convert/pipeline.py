@@ -160,14 +160,19 @@ def convert(
     return report
 
 
-def understand(source: Source, sleep: dict | None) -> tuple[Architecture | None, dict, SleepModel]:
-    """(architecture, our config, the model that it describes). No array is evaluated."""
+def understand(
+    source: Source, sleep: dict | None, *, or_mlx_lm: bool = False
+) -> tuple[Architecture | None, dict, SleepModel]:
+    """(architecture, our config, the model that it describes). No array is evaluated.
+
+    or_mlx_lm is that of `for_source`.
+    """
     theirs = source.config
     if source.ours:
         architecture, config = None, dict(theirs)
         get_model_classes(config.get("model_type"))
     else:
-        architecture = for_source(theirs.get("model_type"), theirs)
+        architecture = for_source(theirs.get("model_type"), theirs, or_mlx_lm=or_mlx_lm)
         config = _our_config(architecture, source)
     default: dict[str, Any] = {}
     if "sleep" not in theirs and not (source.ours and config["model_type"] in MODEL_TYPES):

@@ -8,6 +8,7 @@ types becomes a control token. It knows no model and no state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +16,14 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
+from .template_parts import TEXTS, Apply, Template, switch, system_opening, take_apart
 from .templates import bounded
+from .thoughts import Marks, Thinking, ThoughtReader
 from .tokenizer_config import check_files
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-# Stand-ins for the texts of a conversation; no template contains or alters such words.
-_TEXTS = ("USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2", "REPLYxTEXTx2", "USERxTEXTx3")
 
 
 class Parts(NamedTuple):
@@ -36,32 +36,17 @@ class Parts(NamedTuple):
     end: list[int]
 
 
-class _Template(NamedTuple):
-    """What stands around the texts of a chat.
-
-    first   before the user's first text, from BOS on
-    prompt  after it, up to the reply; after_later after a later text
-    end     after a reply, through its end mark
-    before  from there to the next text of the user
-    mark    the first control token after a reply, if any
-    """
-
-    first: Pieces
-    prompt: Pieces
-    end: Pieces
-    before: Pieces
-    after_later: Pieces
-    mark: set[int]
-
-
 class ChatTokenizer:
     """Encodes user turns and decodes replies.
 
     `stop_ids` end a reply when the model samples one; `end_ids` close it in the context.
     Everything else (encode, decode, ...) is that of the wrapped tokenizer.
+
+    thinking  "on" or "off" by the template's own switch, or "auto", as the template has it.
+              UserError where it has no switch
     """
 
-    def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper):
+    def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking = "auto"):
         self._tokenizer = tokenizer = bounded(tokenizer)
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
@@ -69,13 +54,16 @@ class ChatTokenizer:
         if backend is None:
             raise UserError("this kind of tokenizer is not supported; it needs a tokenizer.json")
         self._tokens = Tokens(backend)
-        self._template = _take_template_apart(tokenizer, self._tokens)
+        self._marks = _marks_of(tokenizer, backend)
+        self._apply = apply = Apply(tokenizer, switch(tokenizer, thinking, self._marks is not None))
+        self._template = take_apart(apply, self._tokens)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bos = tokenizer.encode("")[:1]
         self._bos = bos if bos == [tokenizer.bos_token_id] else []
         self.end_ids: list[int] = eos
         self.stop_ids: frozenset[int] = frozenset(tokenizer.eos_token_ids)
         self._ids = Parts([], [], [], eos)
+        self._before_reply: list[int] = []
         if (chat := self._template) is None:
             return
         ids = self._tokens.ids
@@ -84,7 +72,11 @@ class ChatTokenizer:
         self._ids = Parts(
             ids(chat.first), ids(chat.before, "token"), ids(chat.prompt, "text"), self.end_ids
         )
-        if self.turn(_TEXTS[0], first=True) != _apply(tokenizer, _TEXTS[:1]):
+        # What a reply stands after, in the past too.
+        self._before_reply, past = self._ids.between, ids(chat.past, "text")
+        if self._drops_thoughts and self._before_reply[: len(past)] == past:
+            self._before_reply = past
+        if self.turn(TEXTS[0], first=True) != apply(TEXTS[:1]):
             raise UserError("this model's tokenizer does not encode a chat piece by piece")
 
     def __getattr__(self, name: str) -> Any:
@@ -100,26 +92,77 @@ class ChatTokenizer:
         """The largest id that a turn, a reply's end or a text can have."""
         return max(self._tokens.largest_id, *self._bos, *(i for part in self._ids for i in part))
 
-    def turn(self, text: str, first: bool) -> list[int]:
+    @functools.cached_property
+    def _system(self) -> tuple[Pieces, Pieces]:
+        return system_opening(self._apply, self._tokens)
+
+    def opening(self, system: str | None) -> list[int]:
+        """The ids before the user's first text. UserError where `system`, a system prompt, has no
+        place in the template."""
+        if (chat := self._template) is None and system is None:
+            return self._bos
+        return self._tokens.ids(self._first(chat, system))
+
+    def _first(self, chat: Template | None, system: str | None) -> Pieces:
+        if system is None:
+            assert chat is not None
+            return chat.first
+        before, after = self._system
+        return joined(before, [system], after)
+
+    def turn(self, text: str, first: bool, system: str | None = None) -> list[int]:
         """A user's turn and the prompt for a reply, to be appended to the conversation so far.
 
-        first: no token came before, so the template's opening (BOS, system prompt) is included.
+        first   no token came before, so the template's opening (BOS, system prompt) is included
+        system  the system prompt of that opening; None is the template's own, if it has one
+
         A base model without a chat template gets its text as it is.
         """
         if (chat := self._template) is None:
             return [*(self._bos if first else ()), *self.encode_text(text)]
         if first:
-            return self._tokens.ids(joined(chat.first, [text], chat.prompt))
+            return self._tokens.ids(joined(self._first(chat, system), [text], chat.prompt))
         # The end of a reply is cut off where a token ends, so what follows is encoded by itself.
         pieces = joined(chat.end, chat.before, [text], chat.after_later)
         return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
+
+    def past_turn(self, text: str, first: bool, system: str | None = None) -> list[int]:
+        """`turn` as the template has it once the reply is in the past: without a thought that the
+        prompt opens, or the mark that there is none; up to the reply's text."""
+        chat = self._template
+        if chat is None or not self._drops_thoughts:
+            return self.turn(text, first, system)
+        if first:
+            return self._tokens.ids(joined(self._first(chat, system), [text], chat.past))
+        pieces = joined(chat.end, chat.before, [text], chat.past)
+        return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
+
+    @property
+    def _drops_thoughts(self) -> bool:
+        """Whether the past says something else of thoughts than a prompt does."""
+        if (chat := self._template) is None or self._marks is None:
+            return False
+        known = {*self._marks.start, *self._marks.end}
+        sides = [[p for p in pieces if p in known] for pieces in (chat.prompt, chat.past)]
+        return sides[0] != sides[1]
+
+    def thought_reader(self) -> ThoughtReader:
+        """A new one, for the ids of a reply after a turn's prompt."""
+        opened = False
+        if self._template is not None and self._marks is not None:
+            prompt = self._tokens.ids(self._template.prompt, after="text")
+            opened = _last(prompt, self._marks.start) > _last(prompt, self._marks.end)
+        return ThoughtReader(self._marks, opened, self._decode, self.encode_text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     @property
     def parts(self) -> Parts:
         """The template's ids. UserError where it has no turns alike from the second one on, or a
         text's ids depend on what stands around it."""
         first, before, between, _ = self._ids
-        for text in (_TEXTS[0], "(3 words, 眠り)"):
+        for text in (TEXTS[0], "(3 words, 眠り)"):
             middle = self.encode_text(text) + between
             alike = [first + middle, before + middle] == [self.turn(text, f) for f in (True, False)]
             if not before or not between or not alike:
@@ -133,7 +176,8 @@ class ChatTokenizer:
         user types can't look like a turn of the template, so the ids alone tell. Without a
         template nothing is a reply.
         """
-        first, start, prompt, _ = self._ids
+        first, start, _, _ = self._ids
+        prompt = self._before_reply
         said, talks = [], bool(prompt)
         for i in range(len(ids)):
             if not i and first and ids[: len(first)] == first:
@@ -157,7 +201,12 @@ class ChatTokenizer:
         return self._tokens.ids([text])
 
 
-def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTokenizer:
+def load(
+    path: str | Path,
+    eos_token_ids: Iterable[int] | None = None,
+    *,
+    thinking: Thinking = "auto",
+) -> ChatTokenizer:
     """The tokenizer in a model folder. UserError when there is none or it cannot be read.
 
     Python files beside it are not run. A tokenizer that needs them cannot be read.
@@ -171,7 +220,8 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
     try:
         # Neither run nor asked about: without the word, transformers asks on standard input.
         trust = {"trust_remote_code": False}
-        return ChatTokenizer(tokenizer_utils.load(Path(path), trust, eos_token_ids=ids))
+        loaded = tokenizer_utils.load(Path(path), trust, eos_token_ids=ids)
+        return ChatTokenizer(loaded, thinking)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
@@ -181,75 +231,18 @@ def load(path: str | Path, eos_token_ids: Iterable[int] | None = None) -> ChatTo
         logging.set_verbosity(verbosity)
 
 
-def _apply(
-    tokenizer: tokenizer_utils.TokenizerWrapper,
-    texts: Iterable[str],
-    tokenize: bool = True,
-    prompt: bool = True,
-) -> Any:
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-    ]
-    return tokenizer.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=prompt)
-
-
-def _take_template_apart(
-    tokenizer: tokenizer_utils.TokenizerWrapper, tokens: Tokens
-) -> _Template | None:
-    """None for a base model without a chat template. UserError for a template that drops texts, or
-    that says the past in another way when more has come."""
-    if not tokenizer.has_chat_template:
+def _marks_of(tokenizer: tokenizer_utils.TokenizerWrapper, backend: Any) -> Marks | None:
+    """The marks of a thought, as mlx-lm finds them in the vocabulary."""
+    if not tokenizer.has_thinking:
         return None
-    user, reply, later = _TEXTS[:3]
-    opening = _apply(tokenizer, _TEXTS[:1], tokenize=False)
-    closed = _apply(tokenizer, _TEXTS[:2], tokenize=False, prompt=False)
-    longer = _apply(tokenizer, _TEXTS[:3], tokenize=False)
-    longest = _apply(tokenizer, _TEXTS, tokenize=False)
-    if user not in opening or reply not in closed or any(text not in longest for text in _TEXTS):
-        raise UserError("this model's chat template drops or rewrites texts; it cannot be used")
-
-    before, _, prompt = opening.partition(user)
-    past, _, going_on = longer.partition(reply)
-    between, _, after_later = going_on.partition(later)
-    said = past.removeprefix(before + user)  # before the reply, once it is in the past
-    same = before + user + said + reply + between + later
-    same += said + _TEXTS[3] + between + _TEXTS[4] + after_later
-    # A prompt may say more than the past does (a <think> that opens), or leave some to the model.
-    if same != longest or not (said.startswith(prompt) or prompt.startswith(said)):
-        raise UserError(
-            "this model's chat template rewrites what was said before; it cannot be used here, "
-            "where no token is read twice"
-        )
-
-    first, prompt = _around(tokens.cut(opening), user)
-    rest = _around(tokens.cut(longer), reply)[1]
-    between, after_later = _around(rest, later)
-    end, before = _split_end(
-        _around(tokens.cut(closed), reply)[1], between, tokenizer.eos_token_ids
+    ids = (
+        tuple(backend.encode(mark, add_special_tokens=False).ids)
+        for mark in (tokenizer.think_start, tokenizer.think_end)
     )
-    mark = {piece for piece in between[1:2] if isinstance(piece, int)}
-    return _Template(first, prompt, end, before, after_later, mark)
+    return Marks(*ids)
 
 
-def _around(pieces: Pieces, word: str) -> tuple[Pieces, Pieces]:
-    """What is before and after the text `word`."""
-    at = next(i for i, piece in enumerate(pieces) if isinstance(piece, str) and word in piece)
-    before, _, after = str(pieces[at]).partition(word)
-    return [*pieces[:at], before], [after, *pieces[at + 1 :]]
-
-
-def _split_end(closed: Pieces, between: Pieces, eos: Iterable[str | int]) -> tuple[Pieces, Pieces]:
-    """What stands between a reply and the next turn, as (the reply's end, the rest).
-
-    closed is what follows the last reply of a conversation. Some templates write no end mark there,
-    or another one; what stands between turns is what the model was trained on.
-    """
-    n = 0
-    while n < min(len(closed), len(between)) and closed[n] == between[n]:
-        n += 1
-    if n < 2 and len(between) > 1 and (between[1] in set(eos) or len(between) > 3):
-        n = 2  # the first control token ends the reply, the last one opens the turn
-    if n % 2 and n < len(between):  # a text that a control token follows, or none
-        return between[:n], ["", *between[n:]]
-    n -= n % 2
-    return [*between[:n], ""], between[n:] or [""]
+def _last(ids: list[int], mark: tuple[int, ...]) -> int:
+    """Where the mark stands last; -1 for nowhere."""
+    starts = range(len(ids) - len(mark) + 1)
+    return max((i for i in starts if tuple(ids[i : i + len(mark)]) == mark), default=-1)

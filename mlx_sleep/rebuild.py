@@ -75,7 +75,14 @@ def rebuild(
     whether the last window is folded in too. on_turn(done, turns) is called after each turn;
     should_stop() as in `Session.sleep`, and it raises SleepCancelled.
     """
-    session = Session(model, tokenizer, None, passes=passes, window=window)
+    session = Session(
+        model,
+        tokenizer,
+        None,
+        passes=passes,
+        window=window,
+        system_prompt=settings.get("system_prompt"),
+    )
     messages: list[Message] = []
     for done, (turn, reply) in enumerate(pairs, 1):
         start = _heard(session)

@@ -25,6 +25,14 @@ class _Ahead(NamedTuple):
     logits: mx.array
 
 
+class Mark(NamedTuple):
+    """Where a working state has been: its state, logits and read."""
+
+    state: State
+    logits: mx.array | None
+    read: int
+
+
 class WorkingState:
     """A state that reads on from a snapshot, and the logits after its last token.
 
@@ -44,6 +52,15 @@ class WorkingState:
         self.logits: mx.array | None = None
         self.read = 0
         self._ahead: _Ahead | None = None
+
+    def mark(self) -> Mark:
+        """To come back to. MLX copies the KV cache once while anybody holds it."""
+        return Mark(self.state, self.logits, self.read)
+
+    def back(self, mark: Mark) -> None:
+        """Goes back to a mark of this window."""
+        self._ahead = None
+        self.state, self.logits, self.read = mark
 
     def feed(self, tokens: Sequence[int], write: mx.array | None = None) -> None:
         """Reads tokens, and computes the logits of the last one only.

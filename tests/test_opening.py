@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sleep.convert.opening import open_model
 from mlx_sleep.convert.pipeline import convert
+from mlx_sleep.models.compat import mlx_lm_classes
 from mlx_sleep.models.load import fingerprint, load, load_model
 from mlx_sleep.models.weights import weights_digest
 from mlx_sleep.utils.errors import UserError
@@ -57,6 +58,27 @@ def test_a_pytorch_folder_is_what_its_conversion_is(tmp_path, config):
     assert same(logits(opened), logits(tmp_path / "ours"))
     # An adapter that was trained in the one fits the other.
     assert opened.digest() == weights_digest(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "qwen3_moe", "cohere"])
+def test_what_only_mlx_lm_knows_is_opened_as_it_does(tmp_path, model_type):
+    config = {
+        **{**LLAMA, "model_type": model_type, "max_position_embeddings": 64, "head_dim": 12},
+        **{"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        **{"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        **{"rope_theta": 500.0, "layer_norm_eps": 1e-5},
+    }
+    model_class, args = mlx_lm_classes(config)
+    model = model_class(args.from_dict(config))
+    weights = {n: mx.random.normal(x.shape) for n, x in tree_flatten(model.parameters())}
+    model.load_weights(list(weights.items()))
+    for name in [name for name in weights if ".switch_mlp." in name]:  # as PyTorch has them
+        stacked = weights.pop(name)
+        for i, x in enumerate(stacked):
+            weights[name.replace("switch_mlp", f"experts.{i}")] = x
+    opened = open_model(write(tmp_path / "torch", config, weights))
+    assert opened.config["sleep"]["window"] == 64
+    assert mx.allclose(logits(opened), model(mx.array([[3, 1, 4, 1, 5]])), rtol=1e-4, atol=1e-4)
 
 
 def test_its_rope_and_its_tokenizer_are_its_own(torch_folder):
@@ -209,6 +231,25 @@ def test_commands_take_an_id(tmp_path, monkeypatch, run, torch_folder):
         code == 0
         and json.loads((tmp_path / "ours/convert.json").read_text())["source"] == "org/tiny"
     )
+
+
+def test_models_get_an_id(tmp_path, run, torch_folder, hub):
+    hub.models["org/tiny"] = torch_folder
+    code, out, error = run("models", "get", "org/tiny")
+    assert code == 0 and "try: mlx-sleep chat --model org/tiny" in out, error
+    code, _, error = run("models", "get", "org/tiny", tmp_path / "ours", "--revision", COMMIT)
+    assert code == 0, error
+    assert same(logits(tmp_path / "ours"), logits(open_model("org/tiny", local_files_only=True)))
+    assert "'nano' to download; there are: smollm2, and ids" in run("models", "get", "nano")[2]
+    assert "is for ids" in run("models", "get", "smollm2", "--revision", "v1")[2]
+
+
+def test_models_show(tmp_path, run, torch_folder):
+    (row,) = json.loads(run("models", "show", torch_folder, "--json")[1])["rows"]
+    assert (row["architecture"], row["sleeps"]) == ("llama", "no")
+    (row,) = json.loads(run("models", "show", "embedded", "--json")[1])["rows"]
+    assert row["sleeps"] == "trained" and row["window"] == 128
+    assert "this model was trained to sleep" in run("models", "show", "embedded")[1]
 
 
 def test_a_revision_is_for_ids(tmp_path, refused, torch_folder):

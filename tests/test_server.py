@@ -13,10 +13,12 @@ pytest.importorskip("uvicorn")
 
 from mlx_sleep.memory import Memory, show_memory
 from mlx_sleep.server import engine as engine_module
-from mlx_sleep.server import guard, run
+from mlx_sleep.server import guard, jobs, run
 from mlx_sleep.server.app import memory_of_user
+from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
-from tests.servers import TOKENIZER, Server, text_of, until
+from tests.fakes import TEMPLATE, fake_tokenizer
+from tests.servers import MODEL, TOKENIZER, Server, text_of, until
 
 
 @pytest.fixture
@@ -227,6 +229,21 @@ def test_a_guest_s_system_text_comes_first(serve):
     assert heard.index("Be kind.") < heard.index("hello")
     server.post("hello")
     assert len(server.sessions.slots) == 2
+
+
+def test_a_system_text_is_the_system_prompt_where_the_template_has_one():
+    roles = (
+        "{{ {'system': '<|user|>!', 'user': '<|user|>', 'assistant': '<|assistant|>'}[m.role] }}"
+    )
+    rest = TEMPLATE[TEMPLATE.index("{{ m.content }}") :]
+    session = Session(MODEL, fake_tokenizer("{% for m in messages %}" + roles + rest))
+    assert jobs._take_system(session, "Be kind.") == "" and session.system_prompt == "Be kind."
+    assert jobs._take_system(session, "") == "" and session.system_prompt == "Be kind."
+    with pytest.raises(UserError, match="window"):
+        jobs._take_system(session, "Be kind. " * 50)
+    none = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    session = Session(MODEL, fake_tokenizer(none))
+    assert jobs._take_system(session, "Be kind.") == "Be kind." and not session.system_prompt
 
 
 def test_a_history_longer_than_the_window_sleeps_on_the_way(serve):

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+from ...models.compat import has_mlx_lm_model
 from ...utils.errors import UserError
 from .base import Architecture
 
@@ -25,14 +26,21 @@ def architectures() -> tuple[Architecture, ...]:
     return tuple(found)
 
 
-def for_source(model_type: Any, config: dict | None = None) -> Architecture:
+def for_source(
+    model_type: Any, config: dict | None = None, *, or_mlx_lm: bool = False
+) -> Architecture:
     """The architecture that reads PyTorch checkpoints of this model_type. UserError for none.
 
-    config  theirs, where several architectures have the same source; without it the first counts
+    config     theirs, where several architectures have the same source; without it the first counts
+    or_mlx_lm  take what mlx-lm alone knows, too, as mlx-lm reads it
     """
     for architecture in architectures():
         if model_type in architecture.sources and (config is None or architecture.reads(config)):
             return architecture
+    if or_mlx_lm and has_mlx_lm_model(model_type):
+        from .mlx_lm import as_mlx_lm
+
+        return as_mlx_lm(model_type)
     known = ", ".join(sorted({name for a in architectures() for name in a.sources}))
     raise UserError(f"cannot convert model_type {model_type!r}; mlx-sleep can convert: {known}")
 

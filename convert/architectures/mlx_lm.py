@@ -267,6 +267,16 @@ def _qwen_to_theirs(config: dict, weights: Weights) -> Weights:
     return out
 
 
+def as_mlx_lm(model_type: str) -> Architecture:
+    """Any other of mlx-lm's: nobody here has compared it with PyTorch's."""
+    return _of(model_type, flat_rope, sanitize=_plain_sanitize)
+
+
+def _plain_sanitize(config: dict, weights: Weights) -> Weights:
+    model = mlx_lm_model.Model(mlx_lm_model.ModelArgs.from_dict(config))
+    return model.inner.sanitize(weights) if hasattr(model.inner, "sanitize") else weights
+
+
 def _of(model_type: str, config, sources: tuple[str, ...] = (), **mapping) -> Architecture:
     mapping.setdefault("dropped", (_ROTARY,))
     return Architecture(model_type, sources or (model_type,), config, **mapping)

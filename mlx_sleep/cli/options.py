@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from ..thoughts import Thinking
 from ..utils.errors import UserError
 from .model_names import Chosen, choose
 
@@ -137,6 +138,21 @@ class SessionOptions:
         typer.Option(help="Of the last 20 tokens; 1 is none. (default: the model's)"),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What each window begins with, by the model's chat template; the memory keeps it, "
+            'and "" takes it away. A new one holds after the next sleep.'
+        ),
+    ] = None
+    thinking: Annotated[
+        str,
+        typer.Option(help="on, off, or auto: as the model's template has it, if it can think."),
+    ] = "auto"
+    keep_thoughts: Annotated[
+        bool,
+        typer.Option("--keep-thoughts", help="Remember what the model thinks before a reply, too."),
+    ] = False
     no_transcript: Annotated[
         bool,
         typer.Option(
@@ -154,6 +170,8 @@ class SessionOptions:
         """A session on a memory by its name; None remembers nothing."""
         from ..session import Session
 
+        if self.thinking not in get_args(Thinking):
+            raise UserError(f"--thinking takes on, off or auto, not {self.thinking!r}")
         others = asdict(self)
         for name in ("model", "adapter_path", "revision", "local_files_only"):
             del others[name]

@@ -75,6 +75,12 @@ def piece(text: str) -> None:
     print(clean(text), end="", flush=True)
 
 
+def thought(text: str, console: Console) -> None:
+    """A piece of what a model thinks as it comes: dim on a terminal, nothing elsewhere."""
+    if console.is_terminal:
+        console.print(clean(text), style="dim", end="", markup=False, soft_wrap=True)
+
+
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 

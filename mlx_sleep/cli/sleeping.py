@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # they import MLX
 IDLE = 10.0
 """Seconds without a key press before a chat sleeps, where nothing else is asked for."""
 
+SYSTEM_WAITS = "the new system prompt holds after the next sleep: this window has begun without it"
+
 DEEP = 300.0
 """Seconds without a key press, and with nothing left to fold in, before a deep sleep."""
 

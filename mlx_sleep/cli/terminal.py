@@ -13,9 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..thoughts import Thought
 from ..utils.errors import UserError
 from . import output, slash
-from .sleeping import IDLE, Interrupts, SleepProgress, describe, kind, may_sleep, watch
+from .sleeping import (
+    IDLE,
+    SYSTEM_WAITS,
+    Interrupts,
+    SleepProgress,
+    describe,
+    kind,
+    may_sleep,
+    watch,
+)
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -158,6 +168,7 @@ class Terminal:
         self._prompt.default_buffer.on_text_changed += self._on_key  # a dumb terminal has only that
         self._sleeper: IdleSleeper | None = None
         self._status = ""
+        self._thinking = False  # the last piece was a thought
         self._in_line = False  # a reply has begun a line and not ended it
 
     def run(self) -> None:
@@ -207,6 +218,8 @@ class Terminal:
             markup=False,
         )
         self._note(kind(self._session.model, self._idle))
+        if self._session.system_prompt_waits:
+            self._note(SYSTEM_WAITS)
         self._note("/help lists the commands")
 
     def _read(self) -> str:
@@ -296,14 +309,21 @@ class Terminal:
 
     def _write(self, text: str) -> None:
         self._progress.clear()
-        output.piece(text)
+        if isinstance(text, Thought) is not self._thinking:
+            self._thinking = not self._thinking
+            self._end_line()
+        if self._thinking:
+            output.thought(text, self._console)
+        else:
+            output.piece(text)
         if text:
             self._in_line = not text.endswith("\n")
 
     def _end_line(self) -> None:
         self._progress.clear()
         if self._in_line:
-            self._write("\n")
+            output.piece("\n")
+            self._in_line = False
 
     def _note(self, text: str, style: str = "dim") -> None:
         self._end_line()

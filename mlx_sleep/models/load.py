@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..thoughts import Thinking
 from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.files import one_line, read_json, reading
@@ -107,9 +108,15 @@ def _opened(source: Source) -> Checkpoint:
 
 
 def load(
-    source: Source, *, adapter: str | Path | None = None, lazy: bool = False
+    source: Source,
+    *,
+    adapter: str | Path | None = None,
+    lazy: bool = False,
+    thinking: Thinking = "auto",
 ) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
+
+    thinking is that of `ChatTokenizer`.
 
     On the CPU quantized layers become dense (`dequantize`). UserError, too, for a tokenizer that
     can't be used or has ids for which the embedding has no rows.
@@ -124,7 +131,7 @@ def load(
     eos = read_generation_config(path).eos_token_ids
     if eos is None:
         eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
-    tokenizer = chat_template.load(path, eos)
+    tokenizer = chat_template.load(path, eos, thinking=thinking)
     _check_ids(path, tokenizer, model.vocab_rows)
     return model, tokenizer, config
 

@@ -17,6 +17,8 @@ import mlx.core as mx
 
 from ..session import OnPass, Session, ShouldStop
 from ..sleep import SleepReport, count_steps
+from ..thoughts import Thought
+from ..utils.errors import UserError
 from .sessions import Sessions, Slot
 from .wire import ChatRequest, StopStrings, Usage
 
@@ -92,13 +94,14 @@ class ChatJob(Job):
                 if not _take_back(slot):
                     break
             heard = _heard(slot.session)
+            system = _take_system(slot.session, request.system)
             opening = known == 0  # a conversation that this session knows nothing of
             for user, reply in request.history[known:]:
-                user_said = _opened(request.system, user) if opening else user
+                user_said = _opened(system, user) if opening else user
                 slot.session.hear(user_said, reply, *watching(slot, self.cancelled.is_set))
                 before, opening = slot.conversation.add(user, reply, before), False
                 yield
-            said = _opened(request.system, request.text) if opening else request.text
+            said = _opened(system, request.text) if opening else request.text
             _set_up(slot.session, request, sessions.like)
             yield from self._reply(slot, said, heard, before)
 
@@ -115,6 +118,9 @@ class ChatJob(Job):
                 while not (stop.hit or self.cancelled.is_set()):
                     with random:
                         piece = next(pieces, None)
+                    if isinstance(piece, Thought):
+                        yield
+                        continue
                     certain = stop.rest() if piece is None else stop.feed(piece)
                     if certain:
                         text += certain
@@ -174,8 +180,24 @@ def _take_back(slot: Slot) -> bool:
     return True
 
 
+def _take_system(session: Session, system: str) -> str:
+    """Makes a client's system text the session's system prompt.
+
+    Returned is what the conversation's first turn must begin with instead: the same text, where the
+    chat template has no place for it, or "".
+    """
+    if not system or system == session.system_prompt:
+        return ""
+    try:
+        session.tokenizer.opening(system)
+    except UserError:
+        return system
+    session.system_prompt = system
+    return ""
+
+
 def _opened(system: str, text: str) -> str:
-    """A conversation's first turn. The session has no place for a system text of its own."""
+    """A conversation's first turn."""
     return f"{system}\n\n{text}" if system else text
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..memory import Memory
-from ..session import Session, Stats
+from ..session import Session
+from ..stats import Stats
 from ..utils.errors import UserError
 from .conversation import Conversation, Pair, said
 from .wire import ApiError
@@ -135,6 +136,8 @@ class Sessions:
             passes=like.passes,
             window=like.window,
             max_tokens=like.max_tokens,
+            keep_thoughts=like.keep_thoughts,
+            system_prompt=None if memory and memory.settings else like.system_prompt,
             transcript=like.transcript,
         )
         heard = said(memory.messages) if memory else ()
