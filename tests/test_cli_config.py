@@ -175,3 +175,16 @@ def test_history_is_private_and_bounded_and_never_in_the_way(tmp_path, capsys):
         assert "no history" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
     open_history(None).append_string("kept nowhere")
+
+
+def test_a_memory_is_rebuilt_with_the_model_of_the_file(file, tmp_path, run, monkeypatch):
+    monkeypatch.delenv("MLX_SLEEP_MODEL", raising=False)
+    model = fake_folder(tmp_path / "tiny", window=400)
+    config_file.put("model", str(model))
+    home = ("--home", tmp_path)
+    assert run("chat", *home, "--max-tokens", 4, stdin=b"hello\n")[0] == 0
+    out = run("memory", "rebuild", "tiny", *home)[1]
+    assert f"made anew with {model}: 1 turn" in out
+    file.write_text("wrong")
+    assert run("memory", "list", *home)[0] == 0
+    assert run("memory", "rebuild", "tiny", *home)[0] == 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, get_args
 
 from ..thoughts import Thinking
-from . import settings, transcript
+from . import output, settings, transcript
 from .output import count, size
 from .sleeping import SYSTEM_WAITS, describe, watch
 
@@ -148,8 +148,4 @@ def memory_name(session: Session) -> str:
 def holdings(session: Session) -> str:
     """ "134 tokens in 2 sleeps, 12 more wait for the next" """
     stats = session.stats()
-    waiting = stats.window_tokens
-    if not stats.sleeps:
-        return f"{count(waiting, 'token')} wait for the first sleep" if waiting else "empty"
-    slept = f"{count(stats.tokens, 'token')} in {count(stats.sleeps, 'sleep')}"
-    return f"{slept}, {waiting} more wait for the next" if waiting else slept
+    return output.holdings(stats.tokens, stats.sleeps, stats.window_tokens)
