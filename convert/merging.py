@@ -8,6 +8,7 @@ Sums are taken in float32. What can't be merged exactly so is refused by its nam
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from ..models.weights import nearest
 from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.files import read_json
-from ..utils.safetensors import load
+from ..utils.safetensors import MLX_DTYPES, load, read_header
+from ..utils.schema import Count
 from .mapping import without_wrappers
+from .sources import check_not_lfs
 
 CONFIG = "adapter_config.json"
 _PEFT, _MLX_LM = "adapter_model.safetensors", "adapters.safetensors"
@@ -41,6 +44,31 @@ _PLAIN: dict[str, tuple] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "arrow_config": (None,),
+    # Others change the base model's weights before training: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# Fields of PEFT that say how it was trained, and those of PeftFields.
+_OF_TRAINING = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "lora_dropout",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "runtime_config",
 }
 
 
@@ -49,7 +77,7 @@ class PeftFields:
     """Of PEFT's adapter_config.json."""
 
     peft_type: str
-    r: int = 8
+    r: Count = 8
     lora_alpha: float = 8
     use_rslora: bool | None = False
     rank_pattern: dict | None = None
@@ -100,7 +128,7 @@ class Adapter:
                 )
             change = scale * (B.astype(mx.float32) @ A.astype(mx.float32))
             tensors[name] = (w.astype(mx.float32) + change).astype(w.dtype)
-            done[name] = "adapter merged"
+            self._note(done, name, "adapter merged")
         for wanted, x in self.replaced.items():
             name = self._find(wanted, names)
             if tensors[name].shape != x.shape:
@@ -109,8 +137,13 @@ class Adapter:
                     f"{list(tensors[name].shape)}, there {list(x.shape)}"
                 )
             tensors[name] = x.astype(tensors[name].dtype)
-            done[name] = "replaced by the adapter's"
+            self._note(done, name, "replaced by the adapter's")
         return done
+
+    def _note(self, done: dict[str, str], name: str, how: str) -> None:
+        if name in done:
+            raise UserError(f"{self.path} changes {name} twice")
+        done[name] = how
 
     def _find(self, name: str, names: dict[str, str]) -> str:
         for prefix in ("", "model.", "language_model."):
@@ -131,6 +164,11 @@ def read_adapter(path: str | Path) -> Adapter:
     config = read_json(path / CONFIG)
     for name, read in ((_PEFT, _of_peft), (_MLX_LM, _of_mlx_lm)):
         if (path / name).is_file():
+            check_not_lfs(path / name)
+            header = read_header(path / name)  # checked before MLX reads it
+            for tensor, (dtype, _) in header.items():
+                if not mx.issubdtype(MLX_DTYPES[dtype], mx.floating):
+                    raise UserError(f"{path / name}: {tensor} is of type {dtype}")
             arrays, _ = load(path / name)
             with schema.naming(path / CONFIG):
                 scale_of = read(config)
@@ -149,9 +187,13 @@ def _of_peft(config: dict) -> Scale:
     fields = schema.read(PeftFields, config)
     if fields.peft_type != "LORA":
         raise UserError(f"peft_type {fields.peft_type!r} can't be merged, only LORA")
-    for name, plain in _PLAIN.items():
-        if name in config and config[name] not in plain:
-            raise UserError(f"{name} {config[name]!r} can't be merged; use PEFT's merge_and_unload")
+    known = _OF_TRAINING | {field.name for field in dataclasses.fields(PeftFields)}
+    for name, value in config.items():
+        # Of a field that isn't known, null, false and empty say nothing.
+        plain = value in _PLAIN[name] if name in _PLAIN else name in known or not value
+        if not plain:
+            said = f"{name} {schema.shown(value)}"
+            raise UserError(f"{said} can't be merged; use PEFT's merge_and_unload")
 
     def scale(layer: str, rank: int) -> float:
         alpha: float = _matching(fields.alpha_pattern or {}, layer, fields.lora_alpha)
@@ -168,8 +210,7 @@ def _matching(patterns: dict, layer: str, otherwise: Any) -> Any:
     for pattern, value in patterns.items():
         if re.search(r"[*+?{]", pattern):  # nothing from a file may run for ever
             raise UserError(f"the pattern {pattern!r} is not understood, only names are")
-        if type(value) not in (int, float):
-            raise UserError(f"the pattern {pattern!r} must have a number, not {value!r}")
+        schema.check(float, value, f"the pattern {pattern!r}")
         try:
             fits = re.match(rf"(.*\.)?({pattern})$", layer)
         except re.error as error:
@@ -183,10 +224,9 @@ def _of_mlx_lm(config: dict) -> Scale:
     fields = schema.read(MlxLmFields, config)
     if fields.fine_tune_type not in ("lora", None):
         raise UserError(f"fine_tune_type {fields.fine_tune_type!r} can't be merged, only lora")
-    scale = fields.lora_parameters.get("scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise UserError(f"lora_parameters.scale must be a number, not {scale!r}")
-    factor = float(scale)
+    factor = float(
+        schema.check(float, fields.lora_parameters.get("scale"), "lora_parameters.scale")
+    )
     return lambda layer, rank: factor
 
 
@@ -207,13 +247,17 @@ def _collect(adapter: Adapter, arrays: dict[str, mx.array], scale_of: Scale) -> 
             part = {"a": "B", "b": "A"}[part]
         elif part.islower() and x.ndim == 2:  # experts, of three axes, are as PEFT has them
             x = x.T
-        parts.setdefault(layer, {})[part.upper()] = x
+        if part.upper() in parts.setdefault(layer, {}):
+            raise UserError(f"{name} is there twice")
+        parts[layer][part.upper()] = x
     for layer, pair in parts.items():
         if pair.keys() != {"A", "B"}:
             raise UserError(f"{layer} has only one half of its change")
         A, B = pair["A"], pair["B"]
         if A.ndim < 2 or A.ndim != B.ndim:
             raise UserError(f"{layer} has a change of shapes {list(A.shape)} and {list(B.shape)}")
+        if not A.size or not B.size:
+            raise UserError(f"{layer} has a change of rank 0")
         adapter.changes[layer] = A, B, scale_of(layer, A.shape[-2])
     if not adapter.changes and not adapter.replaced:
         raise UserError("it changes nothing")

@@ -188,7 +188,7 @@ def understand(
 def _our_config(architecture: Architecture, source: Source) -> dict:
     theirs = {name: x for name, x in source.config.items() if name not in _NOT_KEPT}
     heads = any(name.endswith("lm_head.weight") for name in source.tensors)
-    if not heads and "tie_word_embeddings" not in {**theirs, **_text_config(theirs)}:
+    if not heads and {**theirs, **_text_config(theirs)}.get("tie_word_embeddings") is None:
         theirs["tie_word_embeddings"] = True
         source.notes.append("no lm_head: taken as tied to the embedding")
     try:

@@ -102,7 +102,7 @@ def _open_folder(path: Path, scratch: Path, keep_blocks: bool) -> Source:
 def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        _check_not_lfs(path)
+        check_not_lfs(path)
         read = gguf.read(path, scratch, keep_blocks=keep_blocks)
         return Source(
             read.config,
@@ -115,7 +115,7 @@ def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
             notes=read.notes,
         )
     if suffix in (".whl", ".zip"):
-        _check_not_lfs(path)
+        check_not_lfs(path)
         if zipfile.is_zipfile(path):
             return _open_file(_unpack(path, scratch), scratch, keep_blocks)
         raise UserError(f"{path} is truncated or damaged; download it again")
@@ -130,7 +130,7 @@ def _open_file(path: Path, scratch: Path, keep_blocks: bool) -> Source:
 
 def _open_files(folder: Path, files: list[Path], scratch: Path) -> Source:
     for file in files:
-        _check_not_lfs(file)
+        check_not_lfs(file)
     config, notes = read_config(folder), []
     for name in ("quantization", "quantization_config"):
         if config.get(name, 0) is None:  # null: not quantized
@@ -215,7 +215,7 @@ def _check_beside(folder: Path) -> None:
     for file in (folder / name for name in _READ_TOO):
         if file.is_file():
             _check_inside(file, folder)
-            _check_not_lfs(file)
+            check_not_lfs(file)
 
 
 def _check_inside(file: Path, folder: Path) -> None:
@@ -231,7 +231,8 @@ def _check_inside(file: Path, folder: Path) -> None:
         raise UserError(f"{file} is a link out of its folder, to {target}; put the file there")
 
 
-def _check_not_lfs(file: Path) -> None:
+def check_not_lfs(file: Path) -> None:
+    """UserError for what Git LFS leaves in place of a large file."""
     with reading(file), open(file, "rb") as opened:
         start = opened.read(len(_LFS))
     if start == _LFS:

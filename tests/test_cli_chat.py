@@ -40,35 +40,35 @@ def test_pipe_each_line_is_a_turn_and_the_end_is_a_sleep(run, model, tmp_path):
     assert (code, error) == (0, "")
     assert "\x1b" not in out and "of 400 tokens" in out
     assert "unknown command /nosuch; /help" in out
-    memory = show_memory("default", tmp_path)
+    memory = show_memory("tiny", tmp_path)
     assert memory.header.sleeps == 1 and memory.pending == 0
     # <|user|>, dummy space and 16 characters, <|assistant|>, at most 8 tokens, <|end|>
     assert 20 <= memory.header.tokens <= 28
 
     code, out, _ = run("chat", *options, stdin=b"/memory\n/exit\nnot read\n")
-    assert out == f"memory 'default': {memory.header.tokens} tokens in 1 sleep\n"
+    assert out == f"memory 'tiny': {memory.header.tokens} tokens in 1 sleep\n"
     out = run("chat", *options, stdin=b"/forget\n")[1]
     assert "nobody can be asked" in out and "/forget now" in out
-    assert show_memory("default", tmp_path).header.tokens == memory.header.tokens
+    assert show_memory("tiny", tmp_path).header.tokens == memory.header.tokens
     out = run("chat", *options, stdin=b"/forget me not, I said\n/forget zorvi\n/history\n")[1]
     assert "'me not, I said' was never said" in out and "1 turn of 1 would go" in out
     assert "nothing was forgotten: nobody can be asked here" in out and "> My cat is Zorvi." in out
-    assert show_memory("default", tmp_path).header.tokens == memory.header.tokens
-    shown = run("memory", "show", "default", "--text", "--home", tmp_path)[1]
+    assert show_memory("tiny", tmp_path).header.tokens == memory.header.tokens
+    shown = run("memory", "show", "tiny", "--text", "--home", tmp_path)[1]
     assert shown.startswith("> My cat is Zorvi.\n  ")
-    found = run("memory", "search", "default", "zorvi", "--home", tmp_path)[1]
+    found = run("memory", "search", "tiny", "zorvi", "--home", tmp_path)[1]
     assert found == "> My cat is Zorvi.\n"
     assert "tiny" in run("memory", "list", "--home", tmp_path)[1]
     options_ = options[:-2]
-    code, out, _ = run("memory", "rebuild", "default", *options_, "--passes", 2)
-    assert (code, "made anew with" in out, "1 turn, " in out) == (0, True, True)
-    assert run("chat", *options, stdin=b"/undo\n")[1].startswith("undone: ")
+    code, out, _ = run("memory", "rebuild", "tiny", *options_, "--passes", 2)
+    assert code == 0 and "made anew with" in out and re.search(r": 1 turn, \d+ tokens wait", out)
+    assert run("chat", *options, stdin=b"/undo\n")[1] == "undone: My cat is Zorvi.\n"
     run("chat", *options, "--no-transcript", stdin=b"A secret.\n")
-    assert "secret" not in run("memory", "show", "default", "--text", "--home", tmp_path)[1]
-    code, _, error = run("memory", "rebuild", "default", *options_)
+    assert "secret" not in run("memory", "show", "tiny", "--text", "--home", tmp_path)[1]
+    code, _, error = run("memory", "rebuild", "tiny", *options_)
     assert code == 1 and "heard more than its transcript tells" in error
     assert run("chat", *options, stdin=b"/forget now\n")[1] == "forgotten: the memory is empty\n"
-    assert show_memory("default", tmp_path).header.tokens == 0
+    assert show_memory("tiny", tmp_path).header.tokens == 0
 
 
 def test_sleep_with_attention_only_ends_nothing(run, model, tmp_path):
@@ -85,7 +85,7 @@ def test_pipe_non_utf8_is_refused_and_what_was_said_is_kept(refused, model, tmp_
     options = ("--model", model, "--home", tmp_path, "--max-tokens", 8)
     error = refused("chat", *options, stdin=b"hello\nna\xefve\n")
     assert "line 2" in error and "UTF-8" in error
-    assert show_memory("default", tmp_path).pending >= 10
+    assert show_memory("tiny", tmp_path).pending >= 10
     assert "UTF-8" in refused("generate", *options, "--prompt", "-", stdin=b"\xff")
     assert "UTF-8" in refused("generate", *options, "--prompt", "a\udcffb")
 
@@ -102,8 +102,8 @@ def test_pipe_that_nobody_reads_any_more(model, tmp_path):
     process.stdout.close()
     _, error = process.communicate(b"hello\nyou\n")
     assert process.returncode != 0 and error.count(b"\n") == 1
-    assert b"nobody reads the output" in error and b"'default' keeps what was said" in error
-    memory = show_memory("default", tmp_path)
+    assert b"nobody reads the output" in error and b"'tiny' keeps what was said" in error
+    memory = show_memory("tiny", tmp_path)
     assert memory.header.sleeps == 1 and memory.header.tokens >= 8 and memory.pending == 0
 
 
@@ -146,7 +146,7 @@ def test_output_on_a_full_disk_is_one_line_and_what_was_said_is_kept(model, tmp_
             )
         assert done.returncode == 1 and done.stderr.count(b"\n") == 1
         assert done.stderr.startswith(b"error: standard") and b"free some space" in done.stderr
-    assert show_memory("default", tmp_path).pending >= 8
+    assert show_memory("tiny", tmp_path).pending >= 8
 
 
 def test_generate(run, model, tmp_path):
@@ -169,14 +169,14 @@ def test_generate(run, model, tmp_path):
 
 def test_sleep(run, refused, model, tmp_path):
     options = ("--model", model, "--home", tmp_path)
-    assert "no memory 'default'" in refused("sleep", *options)
+    assert "no memory 'tiny'" in refused("sleep", *options)
     refused("chat", *options, "--max-tokens", 4, stdin=b"hello\n\xff\n")
-    waiting = show_memory("default", tmp_path).pending
+    waiting = show_memory("tiny", tmp_path).pending
     _, out, _ = run("sleep", *options, "--passes", 3)
     assert re.match(
         rf"slept: {waiting} tokens folded in 3 passes, KV cache cleared \(.* freed", out
     )
-    header = show_memory("default", tmp_path).header
+    header = show_memory("tiny", tmp_path).header
     assert (header.tokens, header.sleeps, header.passes) == (waiting, 1, 3)
     assert "nothing to sleep over" in run("sleep", *options)[1]
 
@@ -184,12 +184,12 @@ def test_sleep(run, refused, model, tmp_path):
 def test_a_sleep_that_ctrl_c_cancels_says_so(run, refused, model, tmp_path, monkeypatch):
     options = ("--model", model, "--home", tmp_path)
     refused("chat", *options, "--max-tokens", 4, stdin=b"hello\n\xff\n")
-    waiting = show_memory("default", tmp_path)
+    waiting = show_memory("tiny", tmp_path)
     with monkeypatch.context() as patch:
         interrupt = lambda self: signal.raise_signal(signal.SIGINT)  # noqa: E731
         patch.setattr(sleeping.SleepProgress, "step", interrupt)
         assert run("sleep", *options) == (130, "", "sleep cancelled; nothing is lost\n")
-    assert show_memory("default", tmp_path) == waiting
+    assert show_memory("tiny", tmp_path) == waiting
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def test_memory_commands(run, refused, model, tmp_path):
     home = ("--home", tmp_path)
     assert "no memories" in run("memory", "list", *home)[1]
     run("chat", "--model", model, *home, "--max-tokens", 4, stdin=b"hello\n")
-    assert run("memory", "fork", "default", "two", *home)[0] == 0
+    assert run("memory", "fork", "tiny", "two", *home)[0] == 0
     assert run("memory", "export", "two", tmp_path / "file", *home)[0] == 0
     assert run("memory", "import", tmp_path / "file", "three", *home)[0] == 0
     listed = json.loads(run("memory", "list", "--json", *home)[1])["memories"]
-    assert [memory["name"] for memory in listed] == ["default", "three", "two"]
+    assert [memory["name"] for memory in listed] == ["three", "tiny", "two"]
     assert len({(memory["tokens"], memory["sleeps"]) for memory in listed}) == 1
     shown = json.loads(run("memory", "show", "two", "--json", *home)[1])
-    assert shown in listed and shown["parent"] == "default" and shown["pending"] == 0
+    assert shown in listed and shown["parent"] == "tiny" and shown["pending"] == 0
     assert "fork of" in run("memory", "show", "two", *home)[1]
     table = run("memory", "list", *home)[1].splitlines()
     assert table[0].split()[:2] == ["NAME", "SLEEPS"] and table[3].split()[:2] == ["two", "1"]
@@ -237,7 +237,7 @@ def test_memory_commands(run, refused, model, tmp_path):
     assert run("memory", "rm", "two", *home, stdin=b"y\n")[0] == 0
     assert run("memory", "rm", "three", "--yes", *home)[0] == 0
     assert "no memory 'two'" in refused("memory", "show", "two", *home)
-    assert "exists already" in refused("memory", "fork", "default", "default", *home)
+    assert "exists already" in refused("memory", "fork", "tiny", "tiny", *home)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +270,12 @@ def test_bad_input(refused, run, model, other_model, tmp_path):
     assert "error" in refused("chat", "--model", model, "--home", tmp_path / "file")
 
     run("chat", *options, "--max-tokens", 4, stdin=b"hello\n")
-    before = show_memory("default", tmp_path)
-    error = refused("chat", "--model", other_model, "--home", tmp_path, stdin=b"hello\n")
-    assert "another model" in error and show_memory("default", tmp_path) == before
+    before = show_memory("tiny", tmp_path)
+    others = ("--model", other_model, "--home", tmp_path)
+    error = refused("chat", *others, "--memory", "tiny", stdin=b"hello\n")
+    assert "another model" in error and show_memory("tiny", tmp_path) == before
+    run("chat", *others, "--max-tokens", 4, stdin=b"hello\n")  # one of its own
+    assert show_memory("other", tmp_path).header.model == str(other_model)
 
 
 def test_version_and_help_are_quick_and_help_has_examples(run):

@@ -100,7 +100,7 @@ def test_export_refuses_what_it_cannot_undo(checkpoint, tmp_path, folder):
     with pytest.raises(UserError, match="is quantized; export the folder that"):
         export(tmp_path / "small", tmp_path / "back")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "falcon_h1"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "lfm2"}))
     with pytest.raises(UserError, match="no exact way back"):
         export(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()

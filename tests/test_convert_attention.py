@@ -57,6 +57,23 @@ def test_a_sliding_window_slides(model_type):
     assert mx.allclose(mx.concatenate(steps, 1), a, atol=1e-5)
 
 
+def test_layers_that_slide_need_a_window():
+    """mlx-lm's cache would fail at the first token."""
+    kinds = ["full_attention", "sliding_attention"]
+    config = {**BASE, "model_type": "llama", "layer_types": kinds}
+    for window in ({}, {"sliding_window": None}, {"sliding_window": 0}):
+        with pytest.raises(UserError, match="sliding_window must be a whole number"):
+            Model(ModelArgs.from_dict({**config, **window}))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_layers_that_are_all_alike_have_no_layer_types(model_type):
+    """transformers reads none of these two, mlx-lm does."""
+    kinds = ["full_attention", "sliding_attention"]
+    config = {**BASE, "model_type": model_type, "layer_types": kinds}
+    assert "layer_types" not in for_source(model_type).config(config)
+
+
 def test_longrope_takes_its_short_factors():
     model = make(LONGROPE)
     plain = make({**LONGROPE, "rope_scaling": None})

@@ -66,6 +66,15 @@ def test_what_is_said_stands(model_type):
     assert complete(said).items() >= said.items()
 
 
+@pytest.mark.parametrize("model_type", ALL)
+def test_null_is_left_out(model_type):
+    """Not where it can be meant."""
+    defaults = complete({"model_type": model_type})
+    found = complete(dict.fromkeys(defaults) | {"model_type": model_type})
+    meant = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim")
+    assert found == defaults | {n: None for n in meant if n in defaults}
+
+
 def test_left_out_fields_reach_the_model():
     """Those that were wrong in silence: mlx-lm has other bases of RoPE, and other multipliers."""
     config = {a.model_type: a.config for a in ALL.values()}
@@ -79,6 +88,7 @@ def test_left_out_fields_reach_the_model():
     assert qwen["rope_parameters"]["partial_rotary_factor"] == 0.25
     wrapped = {"model_type": "qwen3_5", "text_config": {}, "tie_word_embeddings": True}
     assert config["qwen3_5"](wrapped)["tie_word_embeddings"] is True
+    assert config["qwen3_next"]({"model_type": "qwen3_next"})["mlp_only_layers"] == []
     assert config["gemma2"]({"model_type": "gemma2"})["query_pre_attn_scalar"] == 256
     kinds = ["sliding_attention", "full_attention"]
     gemma = config["gemma3_text"]({"model_type": "gemma3_text", "layer_types": kinds})

@@ -149,7 +149,12 @@ def test_which_model_is_meant(tmp_path, folders, monkeypatch, capsys):
         choose("embedded", str(loud))
     # A memory belongs to one model: what the demonstration remembers stays its own.
     assert choose(None).memory == "smollm2"
-    assert choose("embedded").memory == choose(str(base)).memory == "default"
+    assert choose("embedded").memory == "default"
+    assert choose(str(base)).memory == base.name
+    assert choose(str(base), str(loud)).memory == f"{base.name}-{loud.name}"
+    assert choose("org/Tiny-0.1B", revision="v2").memory == "Tiny-0.1B-v2"
+    monkeypatch.chdir(tmp_path)
+    assert choose(".").memory == tmp_path.name and choose("/_ü").memory == "model"
 
 
 def test_a_named_model_is_fetched_once(tmp_path, monkeypatch):

@@ -338,11 +338,11 @@ def test_a_session_of_a_looped_model(tmp_path):
     with open_session() as session:
         session.ask("hello there.")
         session.sleep()
-        slept = session._snapshot
+        slept = session.snapshot
     with open_session() as session:
-        assert len(session._snapshot) == 2 * model.num_layers
+        assert len(session.snapshot) == 2 * model.num_layers
         x = mx.array([[7, 8, 9]])
-        assert mx.array_equal(model(x, session._snapshot)[0], model(x, slept)[0])
+        assert mx.array_equal(model(x, session.snapshot)[0], model(x, slept)[0])
         assert session.stats().kv_bytes > 0
         session.ask("and again.")
 
@@ -356,7 +356,7 @@ def test_a_chat_without_fast_weights_keeps_one_window_and_says_when_it_is_full(t
 
     with open_session() as session:
         assert not session.can_sleep
-        session._sampler = lambda logprobs: mx.array([9])  # a reply without an end
+        session.sampler = lambda logprobs: mx.array([9])  # a reply without an end
         session.ask("hello there.")
         full = session.pending
         assert len(full) == 64 and list(full[-1:]) == tokenizer.end_ids

@@ -136,12 +136,17 @@ def test_verify_takes_the_adapter_in(tmp_path, rng, source):
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        ({"use_dora": True}, {}, "use_dora True can't be merged"),
+        ({"use_dora": True}, {}, "use_dora true can't be merged"),
+        ({"init_lora_weights": "pissa"}, {}, 'init_lora_weights "pissa" can\'t be merged'),
+        ({"of_next_year": {"x": 1}}, {}, "of_next_year .* can't be merged"),
+        ({"r": 0}, {}, "r must be >= 1"),
+        ({"lora_alpha": 10**400}, {}, "lora_alpha must be a number"),
         ({"peft_type": "IA3"}, {}, "peft_type 'IA3' can't be merged"),
-        ({"bias": "all"}, {}, "bias 'all' can't be merged"),
+        ({"bias": "all"}, {}, 'bias "all" can.t be merged'),
         ({"r": 5}, {}, "has rank 3, the config says 5"),
         ({"lora_alpha": "big"}, {}, "lora_alpha"),
         ({}, {f"base_model.model.{Q}.lora_magnitude_vector": 1}, "can't be merged"),
+        ({}, {f"base_model.model.{Q}.lora_A.default.weight": 2}, "is there twice"),
         ({}, {"base_model.model.model.layers.9.x.lora_A.weight": 2}, "one half"),
         ({}, {"base_model.model.model.nrom.weight": 1}, r"which the model has not \(nearest"),
         ({}, {"base_model.model.model.norm.weight": 1}, "an adapter of another model"),
@@ -155,6 +160,32 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path, rng, source, config,
     with pytest.raises(UserError, match=message):
         pipeline.convert(source, tmp_path / "merged", merge_adapter=adapter)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_weight_is_changed_once(tmp_path, rng, source):
+    w = random_weights(LLAMA)[f"{Q}.weight"]
+    both = {**halves(rng, Q, w.shape), f"base_model.model.{Q}.weight": w}
+    with pytest.raises(UserError, match="changes .* twice"):
+        pipeline.convert(source, tmp_path / "x", merge_adapter=peft(tmp_path / "a", both))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0", "is truncated or not a safetensors file"),
+        (b"\xff" * 64, "is truncated or not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (None, "is of type I32"),
+    ],
+)
+def test_a_damaged_adapter_is_named(tmp_path, rng, source, content, message):
+    w = random_weights(LLAMA)[f"{Q}.weight"]
+    tensors = {n: x.astype(mx.int32) for n, x in halves(rng, Q, w.shape).items()}
+    adapter = peft(tmp_path / "adapter", tensors)
+    if content is not None:
+        (adapter / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        pipeline.convert(source, tmp_path / "merged", merge_adapter=adapter)
 
 
 def test_a_quantized_base_is_refused(tmp_path, rng, source):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sleep import session as session_module
+from mlx_sleep import window as window_module
 from mlx_sleep.memory import Contents, Header, Memory, import_memory
 from mlx_sleep.memory.format import encode_memory
 from mlx_sleep.models.base import flatten_state
@@ -293,7 +293,7 @@ def test_a_sleep_that_fails_changes_nothing(memory, tmp_path, monkeypatch, how):
         def fail(*_, **__):
             raise SleepFailed("not finite")
 
-        monkeypatch.setattr(session_module, "consolidate", fail)
+        monkeypatch.setattr(window_module, "consolidate", fail)
         error = UserError
     else:
 
@@ -316,14 +316,14 @@ def test_a_sleep_that_fails_changes_nothing(memory, tmp_path, monkeypatch, how):
 @contextlib.contextmanager
 def watched_windows():
     """The tokens of every sleep in the block."""
-    windows, original = [], session_module.consolidate
+    windows, original = [], window_module.consolidate
 
     def watched(model, state, tokens, *rest, **options):
         windows.append(tokens[0].tolist())
         return original(model, state, tokens, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "consolidate", watched)
+        patch.setattr(window_module, "consolidate", watched)
         yield windows
 
 

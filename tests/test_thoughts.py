@@ -9,7 +9,7 @@ from mlx_lm import tokenizer_utils
 from rich.console import Console
 
 from mlx_sleep.chat_template import ChatTokenizer
-from mlx_sleep.cli import output
+from mlx_sleep.cli import output, settings
 from mlx_sleep.cli.chat import _print_reply
 from mlx_sleep.cli.sleeping import Interrupts
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
@@ -101,9 +101,11 @@ def whole(theirs, texts, thinking: str) -> list[int]:
 
 def same_state(session: Session) -> bool:
     """Whether the working state is that of the pending tokens, read at once."""
-    session._feed()
+    session._window.read()
     expected = session.model(mx.array([session.pending]))[0][0, -1]
-    return bool(mx.allclose(session._working.logits, expected[: len(session.tokenizer)], atol=1e-4))
+    return bool(
+        mx.allclose(session._window.working.logits, expected[: len(session.tokenizer)], atol=1e-4)
+    )
 
 
 @pytest.mark.parametrize("thinking", ["auto", "on", "off"])
@@ -125,6 +127,19 @@ def test_the_window_is_the_whole_chat_without_thoughts(name, thinking):
             theirs, following, thinking
         )
         assert same_state(session)
+
+
+def test_thinking_can_be_switched_between_turns():
+    tokenizer, theirs = chat_tokenizer("opened")
+    session = Session(model(), tokenizer)
+    assert session.thinking == "auto"
+    assert said(session, theirs, "hi", "well\n</think>\n\nYes") == ("well\n", "Yes")
+    assert settings.change(session, "thinking off") == "thinking is off"
+    assert said(session, theirs, "and?", "No") == ("", "No") and same_state(session)
+    assert "thinking            off" in list(settings.values(session))
+    texts = ["hi", "Yes", "and?", "No", "ok?"]
+    following = [*session.pending, *session.tokenizer.turn("ok?", first=False)]
+    assert following == whole(theirs, texts, "off")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -154,9 +169,9 @@ def test_a_reply_without_a_thought_is_read_once():
     tokenizer, theirs = chat_tokenizer("opens")
     session = Session(model(), tokenizer)
     said(session, theirs, "hi", "Yes.")
-    assert session._working.read == len(session.pending) - len(tokenizer.end_ids)
+    assert session._window.working.read == len(session.pending) - len(tokenizer.end_ids)
     said(session, theirs, "and?", "<think>no</think>No.")
-    assert session._working.read < len(session.pending) - len(tokenizer.end_ids)
+    assert session._window.working.read < len(session.pending) - len(tokenizer.end_ids)
     assert same_state(session)
 
 
@@ -181,10 +196,10 @@ def test_a_window_that_fills_up_in_a_reply_sleeps_and_goes_on():
 
 
 def same_state_after_sleep(session: Session) -> bool:
-    session._feed()
+    session._window.read()
     tokens = mx.array([session.pending])
     expected = session.model(tokens, session.snapshot)[0][0, -1, : len(session.tokenizer)]
-    return bool(mx.allclose(session._working.logits, expected, atol=1e-4))
+    return bool(mx.allclose(session._window.working.logits, expected, atol=1e-4))
 
 
 def test_a_thought_that_is_cut_off_leaves_an_empty_reply():

@@ -46,7 +46,7 @@ def test_a_chat_in_a_pipe_reads_its_lines_itself(folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
     assert not (tmp_path / "ran").exists() and b"[y/N]" not in done.stdout
     # <|user|>, dummy space and "y", <|assistant|>, at most 4 tokens, <|end|>: it was a turn
-    assert 5 <= show_memory("default", tmp_path / "home").header.tokens <= 9
+    assert 5 <= show_memory("evil-model", tmp_path / "home").header.tokens <= 9
 
 
 def test_a_tokenizer_that_needs_the_code_is_refused(folder, tmp_path):

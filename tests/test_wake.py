@@ -83,7 +83,7 @@ def test_a_reply_stopped_early_leaves_the_state_of_its_tokens():
     next(pieces)
     pieces.close()
     seen = session.pending[: -len(TOKENIZER.end_ids)]
-    read = session._working.read
+    read = session._window.working.read
     assert len(seen) - 1 <= read <= len(seen) and same(session.state, after(seen[:read]))
 
 
@@ -114,7 +114,7 @@ def test_a_long_turn_is_read_in_parts_and_can_be_stopped_between_them():
     session.forget()
     with pytest.raises(KeyboardInterrupt):
         list(session.say("a" * 2 * READ, on_read=stop))
-    assert session._working.read == READ
+    assert session._window.working.read == READ
     assert list(session.pending) == TOKENIZER.turn("a" * 2 * READ, True) + TOKENIZER.end_ids
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ...models import mlx_lm_model
+from ...utils import schema
 from ...utils.errors import UserError
 
 NO_LIMIT = (0.0, math.inf)
@@ -26,8 +28,14 @@ def _defaults() -> dict[str, dict]:
 
 
 def complete(config: dict) -> dict:
-    """A copy with the maker's defaults for fields left out. model_type is ours by now."""
-    return {**_defaults()[config["model_type"]], **config}
+    """A copy with the maker's defaults for fields left out. model_type is ours by now.
+
+    null is taken for left out, but not where it can be meant: no window, no capping of logits.
+    """
+    defaults = _defaults()[config["model_type"]]
+    means = re.compile(r"sliding_window|.*_softcapping|head_dim")
+    given = {n: x for n, x in config.items() if x is not None or means.fullmatch(n)}
+    return {**defaults, **{n: x for n, x in config.items() if n not in defaults}, **given}
 
 
 def only(config: dict, **known: Any) -> dict:
@@ -73,44 +81,86 @@ def text_model(config: dict, model_type: str) -> dict:
 
 
 def flat_rope(config: dict, *, short_factors: bool = False) -> dict:
-    """rope_parameters, as transformers 5 writes them, in the fields that mlx-lm reads."""
-    rope = config.get("rope_parameters")
+    """RoPE's fields, as transformers 4 or 5 writes them, in those that mlx-lm reads.
+
+    As in transformers, rope_scaling comes before rope_parameters, and what stands in either
+    comes before the same field outside; rope_type comes before type.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
     if not isinstance(rope, dict):
-        check_scaling(config.get("rope_scaling") or {}, short_factors=short_factors)
         return config
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("RoPE that differs from layer to layer is not known to mlx-lm")
     names = ("rope_theta", "partial_rotary_factor")
     flat = {n: rope[n] for n in names if rope.get(n) is not None}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    check_scaling(rope, short_factors=short_factors)
-    return {**config, **flat, "rope_scaling": dict(rope) if scaled else None}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    check_scaling(rope, config.get("max_position_embeddings"), short_factors=short_factors)
+    rope = {**{n: x for n, x in rope.items() if n != "type"}, "rope_type": kind}
+    return {**config, **flat, "rope_scaling": rope if kind != "default" else None}
 
 
-def check_scaling(rope: dict, *, short_factors: bool = False) -> None:
+def check_scaling(rope: dict, longest: int | None = None, *, short_factors: bool = False) -> None:
     """UserError for scaled RoPE that mlx-lm computes otherwise than transformers.
 
-    short_factors  of longrope: they are honoured (see models/mlx_lm_rope.py)
+    longest        max_position_embeddings, where it is known
+    short_factors  of longrope: they are honoured (see models/mlx_lm_details.py)
     """
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    wrong = None
-    if kind == "yarn":
-        factor, attention = rope.get("factor") or 1.0, rope.get("attention_factor")
+    if kind == "default":
+        return
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        known = ", ".join(_SCALINGS)
+        raise UserError(f"RoPE of type {schema.shown(kind)} is not known; known are {known}")
+    wrong = _missing(kind, rope)
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    attention = rope.get("attention_factor")
+    if wrong is None and kind == "yarn":
         scales = [bool(rope.get(name)) for name in ("mscale", "mscale_all_dim")]
-        usual = 0.1 * math.log(max(factor, 1.0)) + 1.0
-        if not rope.get("original_max_position_embeddings"):
-            wrong = "without original_max_position_embeddings"
-        elif rope.get("truncate") is False:
+        usual = 0.1 * math.log(max(factor or 1.0, 1.0)) + 1.0
+        if rope.get("truncate") is False:
             wrong = "with truncate false"
         elif scales[0] != scales[1]:
             wrong = "with one of mscale and mscale_all_dim"
         elif attention is not None and (all(scales) or not math.isclose(attention, usual)):
             wrong = f"with attention_factor {attention}"
-    elif kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
-        if not short_factors:  # mlx-lm takes long_factor in a short text too
-            wrong = "with a short_factor of its own"
+    elif wrong is None and kind in ("longrope", "su"):
+        if attention is not None:
+            wrong = f"with attention_factor {attention}"
+        elif factor is not None and longest and not math.isclose(factor * original, longest):
+            wrong = f"with a factor, {factor}, that is not how much longer texts may be"
+        elif not short_factors and rope.get("short_factor") != rope.get("long_factor"):
+            wrong = "with a short_factor of its own"  # mlx-lm takes long_factor in a short text too
     if wrong:
         raise UserError(f"RoPE of type {kind} {wrong} is not known to mlx-lm")
+
+
+# Kinds of scaled RoPE -> fields that they need, and that mlx-lm would give defaults of its own.
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "su": ("short_factor", "long_factor"),
+}
+
+
+def _missing(kind: str, rope: dict) -> str | None:
+    """What a scaling lacks, or has of a wrong type."""
+    for name in _SCALINGS[kind]:
+        if rope.get(name) is None:
+            return f"without {name}"
+    for name, value in rope.items():
+        if name.endswith(("factor", "_embeddings")) and name not in ("short_factor", "long_factor"):
+            number = type(value) in (int, float) and math.isfinite(value) and value > 0
+            if value is not None and not number:
+                return f"with {name} {schema.shown(value)}"
+    return None
 
 
 def finite(limit: Iterable) -> list[float]:

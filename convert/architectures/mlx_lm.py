@@ -42,7 +42,8 @@ def _qwen_text(config: dict) -> dict:
 def _qwen3_next(config: dict) -> dict:
     if not config.get("num_experts", 1):
         raise UserError("qwen3_next without experts is not known to mlx-lm")
-    return flat_rope(every(only(complete(config), hidden_act="silu")))
+    config = flat_rope(every(only(complete(config), hidden_act="silu")))
+    return {**config, "mlp_only_layers": config.get("mlp_only_layers") or []}
 
 
 def _olmo_hybrid(config: dict) -> dict:

@@ -20,6 +20,11 @@ def _llama(config: dict) -> dict:
     return flat_rope(only(complete(config), hidden_act="silu"))
 
 
+def _all_attend(config: dict) -> dict:
+    """Of Llama and Mistral, whose layers are all alike: transformers reads no layer_types."""
+    return {name: x for name, x in _llama(config).items() if name != "layer_types"}
+
+
 def _qwen(config: dict) -> dict:
     config = _llama(config)
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
@@ -95,20 +100,20 @@ def _gemma3_to_ours(name: str, x) -> Tensor:
 
 
 def _phi3(config: dict) -> dict:
-    config = flat_rope(only(complete(config), hidden_act="silu"), short_factors=True)
+    config = only(complete(config), hidden_act="silu")
+    original = config["original_max_position_embeddings"]
+    for name in ("rope_scaling", "rope_parameters"):
+        if rope := config.get(name):  # transformers takes the length beside it, whatever it has
+            config[name] = {**rope, "original_max_position_embeddings": original}
+    config = flat_rope(config, short_factors=True)
     rope = config.get("rope_scaling")
     if not rope:
         return config
-    kind = rope.get("rope_type") or rope.get("type")
-    kind = "longrope" if kind in ("su", "longrope") else kind
-    if kind != "longrope":
+    kind = rope["rope_type"]
+    if kind not in ("su", "longrope"):
         raise UserError(f"phi3 with RoPE of type {kind} is not known to mlx-lm, only longrope")
-    if rope.get("attention_factor") is not None:
-        raise UserError("phi3 with an attention_factor of its own is not known to mlx-lm")
-    if (original := rope.get("original_max_position_embeddings")) is not None:
-        config["original_max_position_embeddings"] = original
     factors = {n: rope[n] for n in ("short_factor", "long_factor")}
-    return {**config, "rope_scaling": {"type": kind, **factors}}
+    return {**config, "rope_scaling": {"type": "longrope", **factors}}
 
 
 def _of(model_type: str, config, sources: tuple[str, ...] = (), **mapping) -> Architecture:
@@ -117,8 +122,8 @@ def _of(model_type: str, config, sources: tuple[str, ...] = (), **mapping) -> Ar
 
 
 ARCHITECTURES = (
-    _of("llama", _llama),
-    _of("mistral", _llama),
+    _of("llama", _all_attend),
+    _of("mistral", _all_attend),
     _of("qwen2", _qwen),
     _of("qwen3", _qwen),
     _of("smollm3", _smollm3),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,11 +43,24 @@ class Chosen(NamedTuple):
 
     @property
     def memory(self) -> str:
-        """The memory of a chat that names none. A memory belongs to one model, so a model that
-        `models get` knows has a memory of its own name."""
+        """The memory of a chat that names none: a memory belongs to one model, so each has its own.
+
+        The embedded model's is `default`. Another's has the last part of the model's name, which
+        is a folder's or an id's, with the adapter's and the revision.
+        """
         from ..convert.downloads import DOWNLOADS
 
-        return self.name if self.name in DOWNLOADS else "default"
+        if self.path is None:
+            return "default"
+        if self.name in DOWNLOADS:
+            return self.name
+        parts = [os.path.basename(os.path.abspath(os.path.expanduser(self.name)))]
+        if self.adapter is not None:
+            parts.append(os.path.basename(os.path.abspath(self.adapter)))
+        if self.revision is not None:
+            parts.append(self.revision)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+        return name.lstrip("._-")[:64] or "model"
 
 
 def folder_of(name: str) -> Path:

@@ -74,7 +74,7 @@ MemoryName = Annotated[
     str | None,
     typer.Option(
         "--memory",
-        help="The memory's name. (default: default, or smollm2 for smollm2)",
+        help="The memory's name. (default: the model's short name; default for embedded)",
         envvar="MLX_SLEEP_MEMORY",
         show_envvar=False,
     ),

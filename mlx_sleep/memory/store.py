@@ -366,6 +366,6 @@ def _check_model(name: str, header: Header, fingerprint: str | None) -> None:
         raise UserError(
             f"memory '{name}' was made by another model "
             f"({header.model or 'unnamed'}, fingerprint {header.fingerprint[:12]}; "
-            f"this one's is {fingerprint[:12]}); load that model, choose another "
-            f"memory name, or make it anew for this one: mlx-sleep memory rebuild {name}"
+            f"this one's is {fingerprint[:12]}); load that model, choose another memory "
+            f"name, or make it anew for this one: mlx-sleep memory rebuild {name} --model ..."
         )

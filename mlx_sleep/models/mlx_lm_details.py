@@ -21,10 +21,17 @@ from .fla_mamba2 import GatedNorm
 def windows(config: dict) -> list[int | None]:
     """For each layer the newest tokens that a token sees, itself included; None for all.
 
-    Empty where mlx-lm's own caches say it, or where nothing slides.
+    Empty where mlx-lm's own caches say it, or where nothing slides. UserError for a window of no
+    length in layers that slide.
     """
     kind, layers = config.get("model_type"), config.get("num_hidden_layers", 0)
     window = config.get("sliding_window")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        given = "sliding_window" in config or kind in ("llama", "mistral")  # else a default
+        if given and not (type(window) is int and window > 0):
+            raise UserError(
+                f"sliding_window must be a whole number above 0 where layers slide, not {window!r}"
+            )
     if kind in ("mistral", "phi3") and not config.get("layer_types"):
         return [window] * layers
     if kind == "gemma2":

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
@@ -150,8 +151,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return any(value == each and type(value) is type(each) for each in arguments)
     if kind is int:
         return type(value) is int
-    if kind is float:
-        return type(value) is int or type(value) is float and math.isfinite(value)
+    if kind is float:  # a whole number may be too large for one
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if kind is str:
         return isinstance(value, str) and _is_unicode(value)
     if kind is bool or kind is types.NoneType:
