@@ -102,6 +102,7 @@ def test_set():
     settings.change(session, "max_tokens 3")
     settings.change(session, "passes 3")
     settings.change(session, "seed 5")
+    settings.change(session, "thinking auto")
     assert session.sampling.temp == 1.5 and session.sampling.top_p == 0.9
     assert (session.max_tokens, session.passes) == (3, 3)
     for wrong in (
@@ -112,6 +113,9 @@ def test_set():
         "top_k 2.5",
         "max_tokens 0",
         "passes 0",
+        "thinking",
+        "thinking loudly",
+        "thinking on",  # the template has no switch
     ):
         with pytest.raises(UserError):
             settings.change(session, wrong)
@@ -128,6 +132,7 @@ def test_commands():
         "/set": "/set",
         "/set  temp 0.7": "/set temp 0.7",
         "/forget NOW": "/forget now",
+        " /System  Be kind.\n\nBe  brief. ": "/system Be kind.\n\nBe  brief.",
         "/slep": "/slep",
     }
     assert {text: slash.command(text) for text in known} == known
@@ -136,6 +141,7 @@ def test_commands():
     (said,) = slash.answer(session, "/slep", None)
     assert said == "unknown command /slep; did you mean /sleep? /help lists them"
     assert "/exit" in slash.completions("") and "temp" in slash.completions("/set ")
+    assert set(slash.completions("/set thinking ")) == {"auto", "on", "off"}
     assert set(slash.COMMANDS) >= {"/sleep", "/set", "/help"}
 
 
@@ -169,3 +175,16 @@ def test_history_is_private_and_bounded_and_never_in_the_way(tmp_path, capsys):
         assert "no history" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
     open_history(None).append_string("kept nowhere")
+
+
+def test_a_memory_is_rebuilt_with_the_model_of_the_file(file, tmp_path, run, monkeypatch):
+    monkeypatch.delenv("MLX_SLEEP_MODEL", raising=False)
+    model = fake_folder(tmp_path / "tiny", window=400)
+    config_file.put("model", str(model))
+    home = ("--home", tmp_path)
+    assert run("chat", *home, "--max-tokens", 4, stdin=b"hello\n")[0] == 0
+    out = run("memory", "rebuild", "tiny", *home)[1]
+    assert f"made anew with {model}: 1 turn" in out
+    file.write_text("wrong")
+    assert run("memory", "list", *home)[0] == 0
+    assert run("memory", "rebuild", "tiny", *home)[0] == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -565,6 +566,19 @@ def test_a_full_disk_says_so(tmp_path):
             m.commit({"s": mx.zeros(9999)}, 1, **SLEEP)
         assert m.header.sleeps == 1 and len(m.pending) == 6
     assert held(tmp_path)[2][-1] == 1
+
+
+def test_a_full_disk_on_which_no_log_can_be_opened_says_so(tmp_path, monkeypatch):
+    make(tmp_path)
+    location, usage = memory_location.Location.of("ada", tmp_path), shutil.disk_usage(tmp_path)
+    for free, words in ((0, "No space left .*; free some space"), (10**9, "disk I/O error; check")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with (
+            pytest.raises(UserError, match=words),
+            location.errors("read"),
+            memory_database.sqlite_errors(),
+        ):
+            raise sqlite3.OperationalError("disk I/O error")
 
 
 def test_the_folder_vanishes(tmp_path):

@@ -304,6 +304,13 @@ def test_it_sleeps_when_nobody_asks(serve):
     assert text_of(server.post("well", memory="anna")) == "I see"
 
 
+def test_a_sleep_makes_no_memory(serve):
+    server = serve()
+    answer = httpx.post(server.url + "/v1/memories/nobody/sleep")
+    assert answer.status_code == 404 and "no memory 'nobody'" in answer.json()["error"]["message"]
+    assert server.get("/v1/memories").json()["data"] == []
+
+
 def test_it_does_not_sleep_when_it_may_not(serve):
     server = serve(idle=0.02, may_sleep=lambda: "on battery")
     server.post("My cat is Zorvi.", memory="anna")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from . import options, output
+from . import config_file, options, output
 from .history import history_file, remove_history
 from .model_names import choose
 from .output import line
@@ -20,13 +21,20 @@ if TYPE_CHECKING:  # it imports MLX
     from ..memory import Listing, Message
     from ..models.base import SleepModel
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    help="List, copy and remove memories.\n\nExample: mlx-sleep memory list",
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The memory's name.")]
+
+
+@app.callback()
+def _memory(ctx: typer.Context):
+    """List, copy and remove memories.
+
+    Example: mlx-sleep memory list
+    """
+    if ctx.invoked_subcommand == "rebuild" and "--help" not in sys.argv:
+        # By default with the model that a chat would have.
+        ctx.default_map = {"rebuild": config_file.defaults("rebuild")}
 
 
 @app.command("list")
@@ -179,9 +187,10 @@ def rebuild(
             )
             memory.replace(contents)
     after = contents.header
+    held = output.holdings(after.tokens, after.sleeps, len(contents.pending))
     line(
         f"memory '{name}' was made anew with {chosen.name}: {output.count(len(pairs), 'turn')}, "
-        f"{output.count(after.tokens, 'token')} in {output.count(after.sleeps, 'sleep')}"
+        + held
     )
 
 

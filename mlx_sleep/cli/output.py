@@ -37,6 +37,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def holdings(tokens: int, sleeps: int, waiting: int) -> str:
+    """ "134 tokens in 2 sleeps, 12 more wait for the next" """
+    if not sleeps:
+        return f"{count(waiting, 'token')} wait for the first sleep" if waiting else "empty"
+    slept = f"{count(tokens, 'token')} in {count(sleeps, 'sleep')}"
+    return f"{slept}, {waiting} more wait for the next" if waiting else slept
+
+
 def shorten(text: str, width: int) -> str:
     """A status in so many columns: its last parts (after a comma) are left out until it fits."""
     while len(text) > width:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from . import settings, transcript
+from ..thoughts import Thinking
+from . import output, settings, transcript
 from .output import count, size
-from .sleeping import describe, watch
+from .sleeping import SYSTEM_WAITS, describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -21,6 +22,7 @@ HELP = """\
 /history what was said, the last of it; /history all
 /undo    take back the last turn, or the last sleep
 /set     settings; /set temp 0.7 changes one
+/system  the system prompt; /system TEXT sets another, /system "" takes it away
 /forget  empty the memory; /forget now doesn't ask; /forget TEXT makes it anew without that
 /help    this list, as /?
 /exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
@@ -30,7 +32,7 @@ ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}
 WORDS = {"exit": "/exit", "quit": "/exit"}
 """What somebody types at a terminal to leave; in a pipe it is a turn like any other."""
 
-_TAKES_TEXT = ("/set", "/forget")
+_TAKES_TEXT = ("/set", "/forget", "/system")
 
 
 def command(text: str) -> str | None:
@@ -40,6 +42,8 @@ def command(text: str) -> str | None:
     if (name, rest.lower()) in (("/forget", "now"), ("/history", "all")):
         return f"{name} {rest.lower()}"
     if rest:
+        if name == "/system":  # its lines stay as they are
+            rest = text.strip()[len(first) :].strip()
         return f"{name} {rest}" if name in _TAKES_TEXT else None
     return name if re.fullmatch(r"/[a-z?]*", name) else None
 
@@ -48,9 +52,13 @@ def completions(before: str) -> Iterable[str]:
     """Words that go on from a line's text up to its last word."""
     if not before:
         return sorted((*COMMANDS, *ALIASES))
-    return {"/set ": settings.KINDS, "/forget ": ("now",), "/history ": ("all",)}.get(
-        before.lower(), ()
-    )
+    words: dict[str, Iterable[str]] = {
+        "/set ": settings.KINDS,
+        "/set thinking ": get_args(Thinking),
+        "/forget ": ("now",),
+        "/history ": ("all",),
+    }
+    return words.get(before.lower(), ())
 
 
 def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -> Iterator[str]:
@@ -70,6 +78,10 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         yield from settings.values(session)
     elif word.startswith("/set "):
         yield settings.change(session, word.removeprefix("/set "))
+    elif word == "/system":
+        yield session.system_prompt or "no system prompt; /system TEXT sets one"
+    elif word.startswith("/system "):
+        yield _set_system(session, word.removeprefix("/system "))
     elif word == "/forget" and confirm is None:
         yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
     elif word in ("/forget", "/forget now"):
@@ -91,6 +103,14 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         near = difflib.get_close_matches(word, (*COMMANDS, *ALIASES), 1)
         meant = f"did you mean {near[0]}? " if near else ""
         yield f"unknown command {word}; {meant}/help lists them"
+
+
+def _set_system(session: Session, text: str) -> str:
+    quoted = text[0] in "\"'" and text[-1] == text[0]
+    session.system_prompt = text[1:-1] if quoted else text
+    if session.system_prompt_waits:
+        return SYSTEM_WAITS
+    return "the system prompt is set" if session.system_prompt else "there is no system prompt now"
 
 
 def _stats(session: Session) -> Iterator[str]:
@@ -128,8 +148,4 @@ def memory_name(session: Session) -> str:
 def holdings(session: Session) -> str:
     """ "134 tokens in 2 sleeps, 12 more wait for the next" """
     stats = session.stats()
-    waiting = stats.window_tokens
-    if not stats.sleeps:
-        return f"{count(waiting, 'token')} wait for the first sleep" if waiting else "empty"
-    slept = f"{count(stats.tokens, 'token')} in {count(stats.sleeps, 'sleep')}"
-    return f"{slept}, {waiting} more wait for the next" if waiting else slept
+    return output.holdings(stats.tokens, stats.sleeps, stats.window_tokens)

@@ -36,7 +36,7 @@ def undo(session: Session) -> str:
         return f"undone: the last sleep; {count(session.stats().window_tokens, 'token')} wait again"
     if what == "turn" and session.memory:
         (turn, *_) = before[len(session.memory.messages) :]
-        return f"undone: {said(turn)}"
+        return f"undone: {said(turn).removeprefix('> ')}"
     return "nothing to take back: only the last sleep can be undone, and the turns since"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,6 +32,9 @@ from .format import Contents, Damaged
 from .format_1 import OldFiles
 
 CHECK_FOLDER = "check that folder, or set MLX_SLEEP_HOME to one you can write"
+
+ROOM = 64 * 1024
+"""Bytes that SQLite may need for a database of any size to be opened: twice its shared memory."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -111,7 +116,7 @@ class Location:
         """Turns what a database and a disk can raise into a UserError that says what to do."""
         try:
             where = f"cannot {doing} memory '{self.name}' in {self.folder}"
-            with os_errors_as_user_errors(where, CHECK_FOLDER):
+            with os_errors_as_user_errors(where, CHECK_FOLDER), self._full_disk():
                 yield
         except InUse as error:
             raise UserError(
@@ -126,6 +131,17 @@ class Location:
                 f"memory '{self.name}' is damaged or not a memory ({damage}); `mlx-sleep memory rm "
                 f"{self.name}` removes it; an export of it can be imported"
             ) from None
+
+    @contextlib.contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        """SQLite says "disk I/O error" where a full disk has no room for the files beside the
+        database, which reading needs too."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EIO and shutil.disk_usage(self.folder).free < ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
 
     def load(self) -> Contents:
         """What it holds. No lock is needed, and nothing is written."""

@@ -70,6 +70,7 @@ class SleepJob(Job):
 
     def work(self, sessions: Sessions) -> Generator[None]:
         assert self.memory is not None
+        sessions.require(self.memory)  # a chat makes memories, a sleep doesn't
         with sessions.memory(self.memory) as slot:
             self.emit(Slept(sleep(slot, self.cancelled.is_set)))
         yield

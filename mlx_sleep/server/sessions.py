@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..memory import Memory
+from ..memory.location import Location
 from ..session import Session
 from ..stats import Stats
 from ..utils.errors import UserError
@@ -72,6 +73,11 @@ class Sessions:
     def named(self, name: str) -> Slot | None:
         """The memory's session, if it is in RAM."""
         return next((slot for slot in self.slots if slot.name == name), None)
+
+    def require(self, name: str) -> None:
+        """ApiError when there is no such memory."""
+        if self.named(name) is None and not Location.of(name, self.home).exists:
+            raise ApiError(404, f"there is no memory '{name}' here", code="memory_not_found")
 
     @contextlib.contextmanager
     def memory(self, name: str) -> Iterator[Slot]:
