@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..thoughts import Thinking
 from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json, reading
+from ..utils.files import expanded, one_line, read_json, reading
 from ..utils.safetensors import read_metadata
 from . import adapter as adapters
 from . import layers, lora
@@ -72,7 +72,7 @@ Source = str | Path | Checkpoint
 
 def open_folder(path: str | Path) -> Checkpoint:
     """A model folder, its weights not read. UserError where it isn't one of ours or mlx-lm's."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     config = read_config(path)
     files = weight_files(path)
     if read_metadata(files[0]).get("format") == "pt":
@@ -160,7 +160,7 @@ def generation_of(path: str | Path, adapter: str | Path | None = None) -> Genera
     """A model's generation_config.json, with an adapter's `generation` over it. UserError for a
     wrong type, by the field's name."""
     mine = {} if adapter is None else adapters.open_adapter(adapter).generation
-    return read_generation_config(Path(path).expanduser(), mine)
+    return read_generation_config(expanded(path), mine)
 
 
 def load_model(
@@ -232,7 +232,7 @@ def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
     model, config, weights = read_model(opened, adapter_path)
     model.load_weights(list(weights.items()), strict=False)
     lora.fold(model, weights)
-    with new_folder(Path(dest).expanduser().resolve()) as folder:
+    with new_folder(expanded(dest).resolve()) as folder:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         copy_tokenizer(opened.path, folder)
         seal(folder, config)
@@ -302,13 +302,13 @@ def save(
     The folder is written beside `path` under a temporary name, checked, and renamed; see
     `new_folder`. Raises UserError when it can't be written.
     """
-    with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
+    with new_folder(expanded(path).resolve(), overwrite=overwrite) as folder:
         weights = dict(tree_flatten(model.parameters()))
         if bad := not_finite(weights):
             raise UserError(f"not saved to {folder}: NaN or infinite weights in {abbreviate(bad)}")
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         if tokenizer_source is not None:
-            copy_tokenizer(Path(tokenizer_source).expanduser(), folder)
+            copy_tokenizer(expanded(tokenizer_source), folder)
         seal(folder, config)
 
 
