@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_sleep.cli import slash
 from mlx_sleep.memory import Memory
 from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
@@ -166,6 +167,24 @@ def test_one_that_does_not_fit_changes_nothing(tmp_path):
             assert talk.system_prompt == "one"
     with session(tmp_path) as talk:
         assert talk.system_prompt == "one"
+
+
+def test_the_command_in_a_chat(tmp_path):
+    def answer(talk, line):
+        (said,) = slash.answer(talk, slash.command(line), None)
+        return said
+
+    with session(tmp_path) as talk:
+        assert answer(talk, "/system").startswith("system prompt: none")
+        assert answer(talk, '/SYSTEM  "be\n kind"') == "the system prompt is set"
+        assert talk.system_prompt == "be\n kind" and "be\n kind" in answer(talk, "/system")
+        talk.ask("hi")
+        assert "after the next sleep" in answer(talk, '/system call it "it"')
+        assert talk.system_prompt == 'call it "it"'
+        talk.sleep()
+        assert answer(talk, '/system ""') == "no system prompt" and talk.system_prompt is None
+        with pytest.raises(UserError, match="of the window's"):
+            answer(talk, "/system " + "long " * 20)
 
 
 def test_the_option(tmp_path, run, refused):

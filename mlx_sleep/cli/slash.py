@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import output, settings, transcript
 from .output import count, size
-from .sleeping import describe, watch
+from .sleeping import SYSTEM_WAITS, describe, watch
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
@@ -21,6 +21,7 @@ HELP = """\
 /history what was said, the last of it; /history all
 /undo    take back the last turn, or the last sleep
 /set     settings; /set temp 0.7 changes one
+/system  the system prompt; /system TEXT sets it, /system "" takes it away
 /forget  empty the memory; /forget now doesn't ask; /forget TEXT makes it anew without that
 /help    this list, as /?
 /exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
@@ -30,12 +31,14 @@ ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}
 WORDS = {"exit": "/exit", "quit": "/exit"}
 """What somebody types at a terminal to leave; in a pipe it is a turn like any other."""
 
-_TAKES_TEXT = ("/set", "/forget")
+_TAKES_TEXT = ("/set", "/system", "/forget")
 
 
 def command(text: str) -> str | None:
     """The command that a line is, or None: "/etc/hosts is a file" is none."""
     first, _, rest = " ".join(text.split()).partition(" ")
+    if first.lower() == "/system" and rest:  # its lines stay
+        return f"/system {text.strip()[len(first) :].strip()}"
     name = ALIASES.get(first.lower(), first.lower())
     if (name, rest.lower()) in (("/forget", "now"), ("/history", "all")):
         return f"{name} {rest.lower()}"
@@ -70,6 +73,10 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         yield from settings.values(session)
     elif word.startswith("/set "):
         yield settings.change(session, word.removeprefix("/set "))
+    elif word == "/system":
+        yield f"system prompt: {session.system_prompt or 'none but the chat template has'}"
+    elif word.startswith("/system "):
+        yield _set_system(session, _unquoted(word.removeprefix("/system ")))
     elif word == "/forget" and confirm is None:
         yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
     elif word in ("/forget", "/forget now"):
@@ -81,7 +88,7 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         else:
             yield "nothing was forgotten"
     elif word.startswith("/forget "):
-        text = word.removeprefix("/forget ").strip("\"'")
+        text = _unquoted(word.removeprefix("/forget "))
         yield from transcript.forget(session, text, confirm)
     elif word in ("/history", "/history all"):
         yield from transcript.history(session, None if word.endswith("all") else 10)
@@ -91,6 +98,18 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         near = difflib.get_close_matches(word, (*COMMANDS, *ALIASES), 1)
         meant = f"did you mean {near[0]}? " if near else ""
         yield f"unknown command {word}; {meant}/help lists them"
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes around all of it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _set_system(session: Session, text: str) -> str:
+    session.system_prompt = text
+    if session.system_prompt_waits:
+        return SYSTEM_WAITS
+    return "the system prompt is set" if session.system_prompt else "no system prompt"
 
 
 def _stats(session: Session) -> Iterator[str]:
