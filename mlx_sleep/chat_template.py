@@ -47,6 +47,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking = "auto"):
+        self._given, self.thinking = tokenizer, thinking
         self._tokenizer = tokenizer = bounded(tokenizer)
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
         self._size = max(tokenizer.get_vocab().values()) + 1
@@ -83,6 +84,10 @@ class ChatTokenizer:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
+
+    def with_thinking(self, thinking: Thinking) -> ChatTokenizer:
+        """The same, with another `thinking`."""
+        return ChatTokenizer(self._given, thinking)
 
     def __len__(self) -> int:
         return self._size

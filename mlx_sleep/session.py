@@ -52,7 +52,7 @@ class Session:
     on_sleep        called with the SleepReport of every sleep, those of a full window included
     transcript      whether the memory keeps what is said as text, too
 
-    `sampling` may be set to another between turns, and `sampler` to any of mlx-lm's:
+    `sampling` and `thinking` may be set to others between turns, and `sampler` to any of mlx-lm's:
     log-probabilities [1, V] -> token ids [1]. It is called one token ahead of the reply.
     `cut` says whether the last reply ended because it had max_tokens tokens.
 
@@ -233,6 +233,18 @@ class Session:
     def system_prompt_waits(self) -> bool:
         """Whether the system prompt is newer than the window."""
         return self._turns.system_prompt_waits
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether the model thinks before a reply, from the next one on when it is set. UserError
+        where the chat template has no switch."""
+        return self.tokenizer.thinking
+
+    @thinking.setter
+    def thinking(self, thinking: Thinking) -> None:
+        changed = self.tokenizer.with_thinking(thinking)
+        self._reply.end()
+        self.tokenizer = self._window.tokenizer = changed
 
     @property
     def sampling(self) -> Sampling:

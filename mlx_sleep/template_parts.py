@@ -78,7 +78,7 @@ def switch(tokenizer: TokenizerWrapper, thinking: Thinking, thinks: bool) -> dic
     if texts[0] == texts[1] and (thinks or thinking == "on"):
         raise UserError(
             f"this model's chat template has no switch to turn thinking {thinking}; "
-            "leave out --thinking"
+            "leave it at auto"
         )
     return on if thinking == "on" else off
 

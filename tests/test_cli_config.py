@@ -102,6 +102,7 @@ def test_set():
     settings.change(session, "max_tokens 3")
     settings.change(session, "passes 3")
     settings.change(session, "seed 5")
+    settings.change(session, "thinking auto")
     assert session.sampling.temp == 1.5 and session.sampling.top_p == 0.9
     assert (session.max_tokens, session.passes) == (3, 3)
     for wrong in (
@@ -112,6 +113,9 @@ def test_set():
         "top_k 2.5",
         "max_tokens 0",
         "passes 0",
+        "thinking",
+        "thinking loudly",
+        "thinking on",  # the template has no switch
     ):
         with pytest.raises(UserError):
             settings.change(session, wrong)
@@ -128,6 +132,7 @@ def test_commands():
         "/set": "/set",
         "/set  temp 0.7": "/set temp 0.7",
         "/forget NOW": "/forget now",
+        " /System  Be kind.\n\nBe  brief. ": "/system Be kind.\n\nBe  brief.",
         "/slep": "/slep",
     }
     assert {text: slash.command(text) for text in known} == known
@@ -135,7 +140,10 @@ def test_commands():
     session = Session(fake_model(), fake_tokenizer())
     (said,) = slash.answer(session, "/slep", None)
     assert said == "unknown command /slep; did you mean /sleep? /help lists them"
+    texts = ('"a b"', "''", 'say "no"', '"', "")
+    assert [slash._unquoted(text) for text in texts] == ["a b", "", 'say "no"', '"', ""]
     assert "/exit" in slash.completions("") and "temp" in slash.completions("/set ")
+    assert set(slash.completions("/set thinking ")) == {"auto", "on", "off"}
     assert set(slash.COMMANDS) >= {"/sleep", "/set", "/help"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_sleep.cli import slash
+from mlx_sleep.cli.sleeping import SYSTEM_WAITS
 from mlx_sleep.memory import Memory
 from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
@@ -169,22 +170,19 @@ def test_one_that_does_not_fit_changes_nothing(tmp_path):
         assert talk.system_prompt == "one"
 
 
-def test_the_command_in_a_chat(tmp_path):
-    def answer(talk, line):
-        (said,) = slash.answer(talk, slash.command(line), None)
-        return said
-
+def test_it_can_be_set_in_a_chat(tmp_path):
     with session(tmp_path) as talk:
-        assert answer(talk, "/system").startswith("system prompt: none")
-        assert answer(talk, '/SYSTEM  "be\n kind"') == "the system prompt is set"
-        assert talk.system_prompt == "be\n kind" and "be\n kind" in answer(talk, "/system")
+
+        def answer(line: str) -> str:
+            return "\n".join(slash.answer(talk, slash.command(line), None))
+
+        assert answer("/system").startswith("no system prompt")
+        assert answer("/system be kind") == "the system prompt is set"
+        assert answer("/system") == talk.system_prompt == "be kind"
         talk.ask("hi")
-        assert "after the next sleep" in answer(talk, '/system call it "it"')
-        assert talk.system_prompt == 'call it "it"'
+        assert answer("/system 'be brief'") == SYSTEM_WAITS and starts_with(talk, "be kind")
         talk.sleep()
-        assert answer(talk, '/system ""') == "no system prompt" and talk.system_prompt is None
-        with pytest.raises(UserError, match="of the window's"):
-            answer(talk, "/system " + "long " * 20)
+        assert answer('/system ""') == "there is no system prompt now" and not talk.system_prompt
 
 
 def test_the_option(tmp_path, run, refused):

@@ -9,7 +9,7 @@ from mlx_lm import tokenizer_utils
 from rich.console import Console
 
 from mlx_sleep.chat_template import ChatTokenizer
-from mlx_sleep.cli import output
+from mlx_sleep.cli import output, settings
 from mlx_sleep.cli.chat import _print_reply
 from mlx_sleep.cli.sleeping import Interrupts
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
@@ -127,6 +127,19 @@ def test_the_window_is_the_whole_chat_without_thoughts(name, thinking):
             theirs, following, thinking
         )
         assert same_state(session)
+
+
+def test_thinking_can_be_switched_between_turns():
+    tokenizer, theirs = chat_tokenizer("opened")
+    session = Session(model(), tokenizer)
+    assert session.thinking == "auto"
+    assert said(session, theirs, "hi", "well\n</think>\n\nYes") == ("well\n", "Yes")
+    assert settings.change(session, "thinking off") == "thinking is off"
+    assert said(session, theirs, "and?", "No") == ("", "No") and same_state(session)
+    assert "thinking            off" in list(settings.values(session))
+    texts = ["hi", "Yes", "and?", "No", "ok?"]
+    following = [*session.pending, *session.tokenizer.turn("ok?", first=False)]
+    assert following == whole(theirs, texts, "off")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

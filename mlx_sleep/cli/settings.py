@@ -1,15 +1,23 @@
-"""What `/set` changes in a chat: sampling, the longest reply, passes."""
+"""What `/set` changes in a chat: sampling, the longest reply, passes, thinking."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from ..thoughts import Thinking
 from ..utils.errors import UserError
 
 if TYPE_CHECKING:  # it imports MLX
     from ..session import Session
+
+
+def _thinking(value: str) -> str:
+    if value not in get_args(Thinking):
+        raise ValueError
+    return value
+
 
 KINDS: dict[str, Callable[[str], Any]] = {
     "temp": float,
@@ -20,6 +28,12 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "seed": int,
     "max_tokens": int,
     "passes": int,
+    "thinking": _thinking,
+}
+_TAKES = {
+    float: ("a number", "1"),
+    int: ("a whole number", "1"),
+    _thinking: ("auto, on or off", "on"),
 }
 _ALSO = {"temperature": "temp", "num_predict": "max_tokens"}  # as transformers and ollama say
 
@@ -29,6 +43,7 @@ def values(session: Session) -> Iterator[str]:
     sampling = session.sampling
     shown = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     shown |= {"max_tokens": session.max_tokens, "passes": session.passes}
+    shown["thinking"] = session.thinking
     for name, value in shown.items():
         yield f"{name:<19} {value}"
 
@@ -41,16 +56,20 @@ def change(session: Session, text: str) -> str:
     if name not in KINDS:
         raise UserError(f"there is no setting {name!r}; /set knows {', '.join(KINDS)}")
     try:
-        number = KINDS[name](value)
+        found = KINDS[name](value)
     except ValueError:
-        kind = "a whole number" if KINDS[name] is int else "a number"
-        raise UserError(f"{name} takes {kind}, as in /set {name} 1, not {value!r}") from None
+        kind, example = _TAKES[KINDS[name]]
+        raise UserError(
+            f"{name} takes {kind}, as in /set {name} {example}, not {value!r}"
+        ) from None
     if name == "seed":
-        session.seed(number)
+        session.seed(found)
     elif name == "max_tokens":
-        session.max_tokens = number
+        session.max_tokens = found
     elif name == "passes":
-        session.passes = number
+        session.passes = found
+    elif name == "thinking":
+        session.thinking = found
     else:
-        session.sampling = replace(session.sampling, **{name: number})
-    return f"{name} is {number:g}" if isinstance(number, float) else f"{name} is {number}"
+        session.sampling = replace(session.sampling, **{name: found})
+    return f"{name} is {found:g}" if isinstance(found, float) else f"{name} is {found}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from ..thoughts import Thinking
 from . import output, settings, transcript
 from .output import count, size
 from .sleeping import SYSTEM_WAITS, describe, watch
@@ -21,7 +22,7 @@ HELP = """\
 /history what was said, the last of it; /history all
 /undo    take back the last turn, or the last sleep
 /set     settings; /set temp 0.7 changes one
-/system  the system prompt; /system TEXT sets it, /system "" takes it away
+/system  the system prompt; /system TEXT sets another, /system "" takes it away
 /forget  empty the memory; /forget now doesn't ask; /forget TEXT makes it anew without that
 /help    this list, as /?
 /exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
@@ -31,18 +32,18 @@ ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}
 WORDS = {"exit": "/exit", "quit": "/exit"}
 """What somebody types at a terminal to leave; in a pipe it is a turn like any other."""
 
-_TAKES_TEXT = ("/set", "/system", "/forget")
+_TAKES_TEXT = ("/set", "/forget", "/system")
 
 
 def command(text: str) -> str | None:
     """The command that a line is, or None: "/etc/hosts is a file" is none."""
     first, _, rest = " ".join(text.split()).partition(" ")
-    if first.lower() == "/system" and rest:  # its lines stay
-        return f"/system {text.strip()[len(first) :].strip()}"
     name = ALIASES.get(first.lower(), first.lower())
     if (name, rest.lower()) in (("/forget", "now"), ("/history", "all")):
         return f"{name} {rest.lower()}"
     if rest:
+        if name == "/system":  # its lines stay as they are
+            rest = text.strip()[len(first) :].strip()
         return f"{name} {rest}" if name in _TAKES_TEXT else None
     return name if re.fullmatch(r"/[a-z?]*", name) else None
 
@@ -51,9 +52,13 @@ def completions(before: str) -> Iterable[str]:
     """Words that go on from a line's text up to its last word."""
     if not before:
         return sorted((*COMMANDS, *ALIASES))
-    return {"/set ": settings.KINDS, "/forget ": ("now",), "/history ": ("all",)}.get(
-        before.lower(), ()
-    )
+    words: dict[str, Iterable[str]] = {
+        "/set ": settings.KINDS,
+        "/set thinking ": get_args(Thinking),
+        "/forget ": ("now",),
+        "/history ": ("all",),
+    }
+    return words.get(before.lower(), ())
 
 
 def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -> Iterator[str]:
@@ -74,9 +79,9 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
     elif word.startswith("/set "):
         yield settings.change(session, word.removeprefix("/set "))
     elif word == "/system":
-        yield f"system prompt: {session.system_prompt or 'none but the chat template has'}"
+        yield session.system_prompt or "no system prompt; /system TEXT sets one"
     elif word.startswith("/system "):
-        yield _set_system(session, _unquoted(word.removeprefix("/system ")))
+        yield _set_system(session, word.removeprefix("/system "))
     elif word == "/forget" and confirm is None:
         yield "nothing was forgotten: nobody can be asked here; /forget now doesn't ask"
     elif word in ("/forget", "/forget now"):
@@ -102,14 +107,14 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
 
 def _unquoted(text: str) -> str:
     """Without the quotes around all of it."""
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+    return text[1:-1] if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0] else text
 
 
 def _set_system(session: Session, text: str) -> str:
-    session.system_prompt = text
+    session.system_prompt = _unquoted(text)
     if session.system_prompt_waits:
         return SYSTEM_WAITS
-    return "the system prompt is set" if session.system_prompt else "no system prompt"
+    return "the system prompt is set" if session.system_prompt else "there is no system prompt now"
 
 
 def _stats(session: Session) -> Iterator[str]:
