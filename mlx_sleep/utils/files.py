@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,20 @@ def read_bytes(file: Path, most: int) -> bytes:
                 raise UserError(f"{file} is no ordinary file")
             limits.check(f"the size of {file}", about.st_size, most)
             return opened.read()
+
+
+def check_zip(file: Path) -> None:
+    """ValueError for a zip archive with a record that isn't what was written, by its CRC-32.
+
+    PyTorch's files are such archives, and PyTorch doesn't look.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ValueError(one_line(error)) from error
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is another")
 
 
 def read_json(file: Path) -> dict:
