@@ -27,7 +27,7 @@ def os_errors_as_user_errors(doing: str, elsewhere: str) -> Iterator[None]:
         raise UserError(f"{doing}: {error.strerror or error}; {remedy}") from error
 
 
-def expanded(path: Path | str) -> Path:
+def expanded(path: str | os.PathLike) -> Path:
     """A path with ~ and ~user written out. UserError where there is no such user, and for what no
     file can be called."""
     try:
