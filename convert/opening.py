@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from ..models.checkpoint import Checkpoint
-from ..models.load import open_folder
+from ..models.source import open_folder
 from ..models.weights import weight_files
 from ..utils.errors import UserError
 from ..utils.files import expanded

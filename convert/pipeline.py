@@ -16,16 +16,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..models.base import SleepConfig, SleepModel
+from ..models.build import MODEL_TYPES, build, get_model_classes
 from ..models.checkpoint import TRAINING
 from ..models.folder import copy_tokenizer, new_folder, write_json
-from ..models.load import (
-    MODEL_TYPES,
-    build,
-    check_tokenizer,
-    default_sleep,
-    get_model_classes,
-    seal,
-)
+from ..models.load import check_tokenizer, seal
+from ..models.source import default_sleep
 from ..utils import schema
 from ..utils.errors import UserError
 from ..utils.files import expanded, one_line, read_json

@@ -35,7 +35,8 @@ class Chosen(NamedTuple):
     def open(self) -> Checkpoint:
         """The model, opened and not read; one of Hugging Face is downloaded first, if need be."""
         if self.path is None:
-            from ..models.load import EMBEDDED, open_folder
+            from ..models.load import EMBEDDED
+            from ..models.source import open_folder
 
             return open_folder(EMBEDDED)
         from ..convert.opening import open_model
