@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.folder import write_json
-from ..utils.errors import UserError
+from ..utils.errors import UserError, is_failure
 from ..utils.files import one_line
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
@@ -139,7 +139,9 @@ def _write_bpe(values: dict, out: Path, file: Path) -> None:
     ignore = name in _LLAMA_3  # whole words of the vocabulary need no merges
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore))
-    except Exception as error:  # the library raises plain Exceptions
+    except BaseException as error:  # the library raises plain Exceptions, or panics
+        if not is_failure(error):
+            raise
         raise UserError(f"{file} has a damaged tokenizer: {one_line(error)}") from error
     split = _SPLITS[name]
     words: list[pre_tokenizers.PreTokenizer]

@@ -16,19 +16,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..models.base import SleepConfig, SleepModel
+from ..models.build import MODEL_TYPES, build, get_model_classes
 from ..models.checkpoint import TRAINING
 from ..models.folder import copy_tokenizer, new_folder, write_json
-from ..models.load import (
-    MODEL_TYPES,
-    build,
-    check_tokenizer,
-    default_sleep,
-    get_model_classes,
-    seal,
-)
+from ..models.load import check_tokenizer, seal
+from ..models.source import default_sleep
 from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json
+from ..utils.files import expanded, one_line, read_json
 from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture
@@ -123,7 +118,7 @@ def convert(
     Raises UserError (TensorError where tensors don't fit); `dest` then does not exist.
     """
     types = types or NumberTypes()
-    with new_folder(Path(dest).expanduser().resolve()) as folder:
+    with new_folder(expanded(dest).resolve()) as folder:
         scratch = folder / "reading"  # removed with the folder, whatever happens
         scratch.mkdir()
         adapter = None if merge_adapter is None else read_adapter(merge_adapter)

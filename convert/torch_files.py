@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from ..utils.files import one_line
+from ..utils.files import check_zip, one_line
 from ..utils.safetensors import Entry, dtype_name, write_file
 
 # Where trainers put the state dict in a checkpoint that holds more.
@@ -67,9 +67,7 @@ def _read(file: Path) -> Any:
         ) from None
     try:
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if (record := archive.testzip()) is not None:  # mapped files skip the checksums
-                    raise ValueError(f"the checksum of {record} is another")
+            check_zip(file)
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError) as error:

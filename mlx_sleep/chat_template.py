@@ -21,7 +21,7 @@ from .templates import bounded
 from .thoughts import Marks, Thinking, ThoughtReader
 from .tokenizer_config import check_files
 from .tokens import Detokenizer, Pieces, Tokens, joined
-from .utils.errors import UserError
+from .utils.errors import UserError, is_failure
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -95,7 +95,7 @@ class ChatTokenizer:
     @property
     def largest_id(self) -> int:
         """The largest id that a turn, a reply's end or a text can have."""
-        return max(self._tokens.largest_id, *self._bos, *(i for part in self._ids for i in part))
+        return max([self._tokens.largest_id, *self._bos, *(i for part in self._ids for i in part)])
 
     @functools.cached_property
     def _system(self) -> tuple[Pieces, Pieces]:
@@ -229,7 +229,9 @@ def load(
         return ChatTokenizer(loaded, thinking)
     except UserError:
         raise
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    except BaseException as error:  # the tokenizers library raises plain Exceptions, or panics
+        if not is_failure(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
     finally:

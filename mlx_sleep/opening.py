@@ -10,7 +10,8 @@ from .chat_template import ChatTokenizer
 from .memory import Memory
 from .models.base import SleepModel
 from .models.checkpoint import Checkpoint
-from .models.load import EMBEDDED, fingerprint, generation_of, load, open_folder
+from .models.load import EMBEDDED, generation_of, load
+from .models.source import fingerprint, open_folder
 from .sampling import Sampling
 from .thoughts import Thinking
 

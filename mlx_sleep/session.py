@@ -219,9 +219,10 @@ class Session:
         """What each window begins with, in the place that the chat template has for it.
 
         The memory keeps it. None is the template's own, or none, at the start of all and not again.
-        What is set holds from the next window on: at once if nothing is in this one, else after a
-        sleep, and `system_prompt_waits` is True until then. UserError where the template has no
-        place for it, or it takes more than half the window.
+        A window that begins within a reply has it before its next turn. What is set holds from the
+        next window on: at once if nothing is in this one, else after a sleep, and
+        `system_prompt_waits` is True until then. UserError where the template has no place for it,
+        or it takes more than half the window.
         """
         return self._turns.system_prompt
 

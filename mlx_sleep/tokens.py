@@ -12,9 +12,9 @@ import re
 from typing import Any, Literal
 
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from .utils.errors import UserError
+from .utils.errors import UserError, is_failure
 
 After = Literal["nothing", "token", "text"]
 """What stands before a text: sentencepiece's mark of a first word depends on it."""
@@ -49,7 +49,7 @@ class Tokens:
     def cut(self, text: str) -> Pieces:
         """A template's text, cut at its control tokens."""
         self._backend.encode_special_tokens = False
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = _encoding(self._backend, text)
         pieces: Pieces = []
         at = 0
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -71,7 +71,7 @@ class Tokens:
         return ids
 
     def _encode(self, text: str, after: After) -> list[int]:
-        encoding = self._without_prefixes(after).encode(text, add_special_tokens=False)
+        encoding = _encoding(self._without_prefixes(after), text)
         found = zip(encoding.ids, encoding.tokens, strict=True)
         ids = [self._kept.get(token, i) for i, token in found]
         if (self.controls - self._unknown).intersection(ids):  # a vocabulary that has it as a word
@@ -90,6 +90,18 @@ class Tokens:
                     return self._plain[after]
             self._plain[after] = Tokenizer.from_str(json.dumps({**self._description, **steps}))
         return self._plain[after]
+
+
+def _encoding(tokenizer: Tokenizer, text: str) -> Encoding:
+    """UserError where the tokenizer's regular expressions come to no end: their library gives up
+    after ten million steps of one match. What is slow at each of many places is not bounded."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except BaseException as error:  # a panic
+        if not is_failure(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"this model's tokenizer can't read that text: {reason}") from error
 
 
 class Detokenizer(StreamingDetokenizer):

@@ -1,6 +1,7 @@
 """What a user says: checked, in tokens as the model's template has it, and put into the window.
 
-Each window begins with the system prompt, if there is one.
+Each window begins with the system prompt, if there is one; a window that began within a reply has
+it before its next turn.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Turns:
             window.sleep(watch)
             turn = self._written(text, reply)
         window.append(turn.past, "user", text)
+        window.unopened = False
         if reply is not None:
             end = len(turn.reply) - len(window.tokenizer.end_ids)
             window.append(turn.reply[:end])
@@ -78,7 +80,9 @@ class Turns:
     def _written(self, text: str, reply: str | None) -> Turn:
         """A turn as it is at this place of the window."""
         tokenizer, window = self._window.tokenizer, self._window
-        first = not window.tokens and (self._system is not None or not window.folded)
+        first = not window.tokens and not window.folded
+        if self._system is not None:
+            first = not window.tokens or window.unopened
         past = asked = tokenizer.turn(text, first, self._system)
         if not self._keep_thoughts:
             past = tokenizer.past_turn(text, first, self._system)
@@ -101,7 +105,8 @@ class Turns:
     @property
     def system_prompt_waits(self) -> bool:
         """Whether the window began before the system prompt was set."""
-        return bool(self._window.tokens) and self._set_at == self._window.sleeps
+        begun = bool(self._window.tokens) and not self._window.unopened
+        return begun and self._set_at == self._window.sleeps
 
     def _checked(self, text: str | None) -> str | None:
         if not text or not (text := text.strip()):

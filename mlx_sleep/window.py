@@ -65,6 +65,7 @@ class Window:
     on_sleep    called with the report of every sleep
     can_sleep   whether the model has fast weights to sleep into
     tokens      ids since the last sleep; one more than `size` while a reply overflows
+    unopened    whether it began within a turn or a reply, and so without a system prompt
     aside       what the working state reads instead of some of them (`step_aside`), or None
     folded, sleeps
                 tokens that sleeps have folded in, and their number, over the memory's whole life
@@ -105,6 +106,7 @@ class Window:
         """Starts from nothing. The memory is left as it is."""
         self.folded = self.sleeps = 0
         self.tokens: list[int] = []
+        self.unopened = False
         self.snapshot = self.model.init_state()
         self._restart()
 
@@ -115,7 +117,7 @@ class Window:
             return
         _check(self.memory, self.model)
         self.folded, self.sleeps = self.memory.header.tokens, self.memory.header.sleeps
-        self.tokens = list(self.memory.pending)
+        self.tokens, self.unopened = list(self.memory.pending), False
         self.snapshot = self.model.init_state()
         if self.memory.arrays:
             self.snapshot = unflatten_state(self.memory.arrays, len(self.snapshot))
@@ -285,6 +287,7 @@ class Window:
 
     def _adopt(self, state: State, count: int) -> None:
         self.snapshot, self.tokens = state, self.tokens[count:]
+        self.unopened = bool(self.tokens)
         self.folded += count
         self.sleeps += 1
         self._restart()

@@ -140,6 +140,8 @@ def test_commands():
     session = Session(fake_model(), fake_tokenizer())
     (said,) = slash.answer(session, "/slep", None)
     assert said == "unknown command /slep; did you mean /sleep? /help lists them"
+    texts = ('"a b"', "''", 'say "no"', '"', "")
+    assert [slash._unquoted(text) for text in texts] == ["a b", "", 'say "no"', '"', ""]
     assert "/exit" in slash.completions("") and "temp" in slash.completions("/set ")
     assert set(slash.completions("/set thinking ")) == {"auto", "on", "off"}
     assert set(slash.COMMANDS) >= {"/sleep", "/set", "/help"}

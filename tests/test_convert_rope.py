@@ -72,6 +72,16 @@ def test_what_stands_in_rope_scaling_comes_first():
     assert found["rope_scaling"] == LLAMA_3  # mlx-lm would take the type
 
 
+def test_qwen_3_5_has_it_where_mlx_lm_looks():
+    read = for_source("qwen3_5_text").config
+    config = {"model_type": "qwen3_5_text", "rope_scaling": {**YARN, "type": "linear"}}
+    rope = read(config)["rope_parameters"]
+    assert rope == {**YARN, "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
+    sections = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 5.0}
+    config = {"model_type": "qwen3_5_text", "rope_parameters": sections}
+    assert read(config)["rope_parameters"] == {**sections, "partial_rotary_factor": 0.25}
+
+
 def test_phi_3_takes_the_length_beside_its_scaling():
     config = {
         "model_type": "phi3",

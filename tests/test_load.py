@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from mlx_sleep.models.load import fingerprint, get_model_classes, load, load_model, save
+from mlx_sleep.models.build import get_model_classes
+from mlx_sleep.models.load import fingerprint, load, load_model, save
 from mlx_sleep.utils.errors import UserError
 from tests.checkpoints import CONFIG as UNTIED
 
@@ -190,7 +191,8 @@ def test_a_short_write_leaves_nothing(tmp_path):
         "import resource, sys, json\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "from mlx_sleep.utils.errors import UserError\n"
-        "from mlx_sleep.models.load import get_model_classes, save\n"
+        "from mlx_sleep.models.build import get_model_classes\n"
+        "from mlx_sleep.models.load import save\n"
         "config = json.loads(sys.argv[2])\n"
         "Model, ModelArgs = get_model_classes(config['model_type'])\n"
         "try: save(sys.argv[1], Model(ModelArgs.from_dict(config)), config)\n"

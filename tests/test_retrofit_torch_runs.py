@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,7 +107,15 @@ def test_a_folder_is_one_run(tmp_path):
         trainer(tmp_path / "a").run()
     with pytest.raises(UserError, match="other settings"):
         trainer(tmp_path / "a", muon_lr=1.0).run(resume=True)
-    (tmp_path / "a" / "checkpoint.pt").write_bytes(b"PK")
+    checkpoint = tmp_path / "a" / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    with zipfile.ZipFile(checkpoint) as archive:
+        record = max(archive.infolist(), key=lambda each: each.file_size)
+    at = whole.index(b"\0" * 4, record.header_offset + record.file_size // 2)  # among its numbers
+    checkpoint.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    with pytest.raises(UserError, match="the checksum of .* is another"):
+        trainer(tmp_path / "a").run(resume=True)
+    checkpoint.write_bytes(b"PK")
     with pytest.raises(UserError, match="cannot be read"):
         trainer(tmp_path / "a").run(resume=True)
 

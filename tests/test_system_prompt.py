@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 
 from mlx_sleep.cli import slash
@@ -124,6 +125,25 @@ def test_each_window_begins_with_it():
         talk.ask("something longer")
         assert starts_with(talk, "be kind")
     assert talk.stats().sleeps > 1
+
+
+def test_a_window_that_began_in_a_reply_has_it_before_the_next_turn():
+    talk = session(system_prompt="be kind", window=100)
+    talk.max_tokens = 95
+    end = talk.tokenizer.end_ids
+    talk.sampler = lambda logprobs: mx.array([9])  # a reply without an end
+    talk.ask("hi")
+    rest = list(talk.pending)
+    assert talk.stats().sleeps == 1 and 0 < len(rest) < 40 and rest[-len(end) :] == end
+    talk.system_prompt = "be brief"
+    assert not talk.system_prompt_waits
+    talk.sampler = lambda logprobs: mx.array([end[0]])
+    talk.ask("and")
+    turn = talk.tokenizer.turn("and", first=True, system="be brief")
+    assert list(talk.pending) == [*rest, *turn, *end]
+    talk.ask("me")
+    later = talk.tokenizer.turn("me", first=False)
+    assert list(talk.pending) == [*rest, *turn, *end, *later, *end]
 
 
 def test_without_one_the_template_s_opening_comes_once():

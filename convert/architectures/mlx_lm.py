@@ -35,7 +35,11 @@ def _qwen3_5_moe(config: dict) -> dict:
 def _qwen_text(config: dict) -> dict:
     config = flat_rope(every(only(complete(config), hidden_act="silu")))
     names = ("rope_theta", "partial_rotary_factor")  # which mlx-lm reads in rope_parameters alone
-    rope = {"rope_type": "default", **(config.get("rope_parameters") or {})}
+    rope = config.get("rope_scaling") or {
+        **(config.get("rope_parameters") or {}),
+        "rope_type": "default",
+    }
+    rope.pop("type", None)  # which mlx-lm would take before rope_type
     return {**config, "rope_parameters": {**rope, **{name: config[name] for name in names}}}
 
 

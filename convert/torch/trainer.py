@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import signal
 import time
 from collections import deque
@@ -30,7 +29,7 @@ from ...training.schedule import Budget, stage_at, trapezoid
 from ...utils import schema
 from ...utils.atomic import fsync_path, replace_file
 from ...utils.errors import UserError
-from ...utils.files import read_json
+from ...utils.files import check_zip, one_line, read_json
 from ...utils.schema import Range
 from .adapter import save_adapter
 from .loss import LifeBatch, life_loss
@@ -276,13 +275,15 @@ class Trainer:
         if not path.exists():
             return  # stopped before the first one
         try:
+            check_zip(path)
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.muon.load_state_dict(state["muon"])
             self.adamw.load_state_dict(state["adamw"])
-        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # torch raises all kinds for damaged files
+            reason = one_line(error)[:200]
             raise UserError(
-                f"{path} cannot be read ({error}); remove the folder and start again"
+                f"{path} cannot be read ({reason}); remove the folder and start again"
             ) from error
         counts = {name: x for name, x in state.items() if name not in ("model", "muon", "adamw")}
         with schema.naming(path):

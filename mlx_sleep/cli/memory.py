@@ -160,7 +160,8 @@ def rebuild(
     from dataclasses import replace
 
     from ..memory import Memory, show_memory
-    from ..models.load import fingerprint, load
+    from ..models.load import load
+    from ..models.source import fingerprint
     from ..rebuild import rebuild as run
     from ..rebuild import turns
 

@@ -107,6 +107,6 @@ def _read_key(file: Path) -> str:
 
 
 def _fingerprint(options: SessionOptions) -> str:
-    from ..models.load import fingerprint
+    from ..models.source import fingerprint
 
     return fingerprint(options.chosen.open(), options.chosen.adapter)

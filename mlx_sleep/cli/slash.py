@@ -93,7 +93,7 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         else:
             yield "nothing was forgotten"
     elif word.startswith("/forget "):
-        text = word.removeprefix("/forget ").strip("\"'")
+        text = _unquoted(word.removeprefix("/forget "))
         yield from transcript.forget(session, text, confirm)
     elif word in ("/history", "/history all"):
         yield from transcript.history(session, None if word.endswith("all") else 10)
@@ -105,9 +105,13 @@ def answer(session: Session, word: str, confirm: Callable[[str], bool] | None) -
         yield f"unknown command {word}; {meant}/help lists them"
 
 
+def _unquoted(text: str) -> str:
+    """Without the quotes around all of it."""
+    return text[1:-1] if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0] else text
+
+
 def _set_system(session: Session, text: str) -> str:
-    quoted = text[0] in "\"'" and text[-1] == text[0]
-    session.system_prompt = text[1:-1] if quoted else text
+    session.system_prompt = _unquoted(text)
     if session.system_prompt_waits:
         return SYSTEM_WAITS
     return "the system prompt is set" if session.system_prompt else "there is no system prompt now"

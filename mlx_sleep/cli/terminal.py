@@ -201,7 +201,7 @@ class Terminal:
                 if command:
                     for out in slash.answer(self._session, command, self._confirm):
                         self._note(out)
-                        if out.startswith("forgotten"):
+                        if command.startswith("/forget") and out.startswith("forgotten"):
                             self._forget_history()
                 else:
                     interrupts = self._reply(text)

@@ -1,18 +1,13 @@
 """Model folders: config.json, model.safetensors, tokenizer files, as the ecosystem has them.
 
 A folder is checked before it is used: every tensor that the config asks for is there, in its
-shape, finite, and nothing else is. No code from a folder is ever run. This module knows the
-names of architectures and no more of them; foreign checkpoints are the business of `convert`.
+shape, finite, and nothing else is. No code from a folder is ever run. Foreign checkpoints are the
+business of `convert`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
-import json
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +16,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..thoughts import Thinking
-from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json, reading
-from ..utils.safetensors import read_metadata
+from ..utils.files import expanded, read_json
 from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
+from .build import build
 from .checkpoint import Checkpoint, is_trained
-from .compat import has_mlx_lm_model
-from .config import Generation, check_quantization, read_config, read_generation_config
+from .config import Generation, read_generation_config
 from .folder import copy_tokenizer, new_folder, write_json
+from .source import Source, as_checkpoint, fingerprint
 from .weights import (
     abbreviate,
     check_tensors,
-    is_of_text_model,
     not_finite,
     read_headers,
     weight_files,
@@ -43,68 +36,6 @@ from .weights import (
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """The folder of the model that comes with the package."""
-
-MODEL_TYPES = ("sleep_hybrid", "fla_gated_deltanet", "fla_mamba2", "jet_nemotron", "ouro")
-"""Our own architectures: `model_type` is the name of a module beside this one."""
-
-_BLOCK = 64 * 1024
-_WINDOW = 2048  # of models that were not trained to sleep
-
-
-def get_model_classes(model_type: Any) -> tuple[Callable[[Any], SleepModel], Any]:
-    """The (Model, ModelArgs) of an architecture: ours, or mlx-lm's wrapped. UserError for none."""
-    if model_type in MODEL_TYPES:
-        module = importlib.import_module(f"{__package__}.{model_type}")
-        return module.Model, module.ModelArgs
-    if has_mlx_lm_model(model_type):
-        from . import mlx_lm_model
-
-        return mlx_lm_model.Model, mlx_lm_model.ModelArgs
-    shown, known = schema.shown(model_type), ", ".join(MODEL_TYPES)
-    raise UserError(
-        f"unknown model_type {shown}; mlx-sleep can load {known}, and what mlx-lm can load"
-    )
-
-
-Source = str | Path | Checkpoint
-"""A model folder of ours or of mlx-lm's, or what `convert.opening` made of another one."""
-
-
-def open_folder(path: str | Path) -> Checkpoint:
-    """A model folder, its weights not read. UserError where it isn't one of ours or mlx-lm's."""
-    path = Path(path).expanduser()
-    config = read_config(path)
-    files = weight_files(path)
-    if read_metadata(files[0]).get("format") == "pt":
-        raise UserError(
-            f"{path} has PyTorch's names; open it with mlx_sleep.open_model, or "
-            "convert it: mlx-sleep convert"
-        )
-    if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
-        config["sleep"] = default_sleep(config)
-    tensors, mapped = read_headers(files), None
-    if not all(map(is_of_text_model, tensors)):
-        tensors = {name: x for name, x in tensors.items() if is_of_text_model(name)}
-        arrays = Checkpoint(str(path), path, config, tensors, files).arrays()
-        mapped = {name: arrays[name] for name in tensors}
-    gemma = (
-        str(config.get("model_type")).startswith("gemma3") and "tie_word_embeddings" not in config
-    )
-    if gemma and any(name.endswith("lm_head.weight") for name in tensors):
-        config["tie_word_embeddings"] = False  # mlx-lm, too, lets the weights say it
-    return Checkpoint(str(path), path, config, tensors, files, mapped)
-
-
-def default_sleep(config: dict) -> dict:
-    """`sleep` of a config.json that says nothing of it: one pass, and a window of 2048 tokens or
-    all that the model was trained for."""
-    longest = config.get("max_position_embeddings")
-    fits = type(longest) is int and 2 <= longest < _WINDOW
-    return {"passes": 1, "window": longest if fits else _WINDOW, "eviction": "hard"}
-
-
-def _opened(source: Source) -> Checkpoint:
-    return source if isinstance(source, Checkpoint) else open_folder(source)
 
 
 def load(
@@ -123,7 +54,7 @@ def load(
     """
     from .. import chat_template  # here, because it imports all of transformers
 
-    opened = _opened(source)
+    opened = as_checkpoint(source)
     path = opened.path
     model, config = load_model(opened, adapter_path=adapter, lazy=lazy)
     if not lazy:
@@ -160,7 +91,7 @@ def generation_of(path: str | Path, adapter: str | Path | None = None) -> Genera
     """A model's generation_config.json, with an adapter's `generation` over it. UserError for a
     wrong type, by the field's name."""
     mine = {} if adapter is None else adapters.open_adapter(adapter).generation
-    return read_generation_config(Path(path).expanduser(), mine)
+    return read_generation_config(expanded(path), mine)
 
 
 def load_model(
@@ -187,7 +118,7 @@ def read_model(
 
     The adapter's weights are in the dtype of the model's h, but for the decay of S in float32.
     """
-    opened = _opened(source)
+    opened = as_checkpoint(source)
     path, config, tensors = opened.path, opened.config, opened.tensors
     adapter, added = None, {}
     if adapter_path is not None:
@@ -228,11 +159,11 @@ def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
 
     Low-rank changes are added to the projections, which are then no longer quantized.
     """
-    opened = _opened(source)
+    opened = as_checkpoint(source)
     model, config, weights = read_model(opened, adapter_path)
     model.load_weights(list(weights.items()), strict=False)
     lora.fold(model, weights)
-    with new_folder(Path(dest).expanduser().resolve()) as folder:
+    with new_folder(expanded(dest).resolve()) as folder:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         copy_tokenizer(opened.path, folder)
         seal(folder, config)
@@ -302,13 +233,13 @@ def save(
     The folder is written beside `path` under a temporary name, checked, and renamed; see
     `new_folder`. Raises UserError when it can't be written.
     """
-    with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
+    with new_folder(expanded(path).resolve(), overwrite=overwrite) as folder:
         weights = dict(tree_flatten(model.parameters()))
         if bad := not_finite(weights):
             raise UserError(f"not saved to {folder}: NaN or infinite weights in {abbreviate(bad)}")
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         if tokenizer_source is not None:
-            copy_tokenizer(Path(tokenizer_source).expanduser(), folder)
+            copy_tokenizer(expanded(tokenizer_source), folder)
         seal(folder, config)
 
 
@@ -327,95 +258,3 @@ def seal(folder: Path, config: dict) -> None:
     model = build(config, tensors, where=folder / "config.json")
     check_tensors(folder, dict(tree_flatten(model.parameters())), tensors)
     write_json(folder / "config.json", {**config, "fingerprint": fingerprint(folder)})
-
-
-def fingerprint(source: Source, adapter_path: str | Path | None = None) -> str:
-    """The identity of a model, with its adapter if it has one: a SHA-256 in hexadecimal.
-
-    It covers the architecture's fields of config.json, and of each weights file the size, the
-    header (names, shapes, types) and the data: all of it up to 4 MiB, beyond that 64 blocks of
-    64 KiB, evenly spaced, so that a model of many gigabytes takes a moment. It tells models
-    apart; it is no proof against someone who changes a weight between two blocks.
-    """
-    opened = _opened(source)
-    digest = _digest(_identity(opened.config), opened.files)
-    if adapter_path is None:
-        return digest.hexdigest()
-    adapter = adapters.open_adapter(adapter_path)
-    fields = {name: adapter.config.get(name) for name in ("sleep_layers", "sleep", "quantization")}
-    added = _digest(fields, [adapter.path / adapters.WEIGHTS])
-    return hashlib.sha256(digest.digest() + added.digest()).hexdigest()
-
-
-def _digest(config: dict, files: list[Path]):
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in files:
-        with reading(name), open(name, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = 0  # of the data; a .bin has no header
-            if name.suffix == ".safetensors":
-                start = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            digest.update(b"%d" % size)
-            digest.update(file.read(min(start, size)))
-            last = size - _BLOCK
-            whole = size - start <= 64 * _BLOCK
-            for at in range(start, size, _BLOCK) if whole else _spaced(start, last, 64):
-                file.seek(at)
-                digest.update(file.read(_BLOCK))
-    return digest
-
-
-def _identity(config: dict) -> dict:
-    """The fields of a config that make the model what it is."""
-    _, args_class = get_model_classes(config.get("model_type"))
-    if hasattr(args_class, "fields"):  # mlx-lm's architectures have arguments of their own
-        fields = args_class.fields(config)
-    else:
-        fields = set(inspect.signature(args_class).parameters)
-    fields |= {"model_type", "quantization", "sleep_layers"}
-    return {name: value for name, value in config.items() if name in fields}
-
-
-def _spaced(first: int, last: int, count: int) -> Iterator[int]:
-    return (first + i * (last - first) // (count - 1) for i in range(count))
-
-
-def build(
-    config: dict, tensors: Collection[str] = (), *, where: str | Path = "config.json"
-) -> SleepModel:
-    """The model that the config describes; its arrays are not evaluated.
-
-    tensors  the names of the weights: a layer is quantized where they have its scales
-    where    the file that an error is about
-    """
-    if "model_file" in config:
-        name = schema.shown(config["model_file"])
-        raise UserError(f"{where} asks to run {name}: mlx-sleep runs no such code")
-    try:
-        model_class, args_class = get_model_classes(config.get("model_type"))
-        model = model_class(args_class.from_dict(config))
-        if config.get("sleep_layers"):
-            from . import inserted
-
-            model = inserted.Inserted(model, config["sleep_layers"])
-        if model.sleep.fold == "user" and not model.can_fold_user:
-            raise UserError('fold "user" needs sleep layers, all of kind delta_attention')
-        if (quantization := config.get("quantization")) is not None:
-            common = check_quantization(quantization)
-            nn.quantize(
-                model,
-                group_size=common.group_size,
-                bits=common.bits,
-                mode=common.mode,
-                class_predicate=lambda name, module: (
-                    hasattr(module, "to_quantized")
-                    and f"{name}.scales" in tensors
-                    and quantization.get(name, True)
-                ),
-            )
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except Exception as error:  # whatever a wrong type or size sets off
-        raise UserError(f"{where} has a value that does not fit: {one_line(error)}") from error
-    return model

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,17 @@ def os_errors_as_user_errors(doing: str, elsewhere: str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space there and try again" if full else elsewhere
         raise UserError(f"{doing}: {error.strerror or error}; {remedy}") from error
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """A path with ~ and ~user written out. UserError where there is no such user, and for what no
+    file can be called."""
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{str(path)!r:.200} is no path here: {one_line(error)}") from error
+    return found
 
 
 @contextlib.contextmanager
@@ -45,6 +58,20 @@ def read_bytes(file: Path, most: int) -> bytes:
                 raise UserError(f"{file} is no ordinary file")
             limits.check(f"the size of {file}", about.st_size, most)
             return opened.read()
+
+
+def check_zip(file: Path) -> None:
+    """ValueError for a zip archive with a record that isn't what was written, by its CRC-32.
+
+    PyTorch's files are such archives, and PyTorch doesn't look.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ValueError(one_line(error)) from error
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is another")
 
 
 def read_json(file: Path) -> dict:

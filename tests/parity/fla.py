@@ -15,7 +15,7 @@ import numpy as np
 from mlx_sleep.convert.architectures.base import Architecture
 from mlx_sleep.convert.architectures.fla_gated_deltanet import ARCHITECTURE as GATED_DELTANET
 from mlx_sleep.convert.architectures.fla_mamba2 import ARCHITECTURE as MAMBA2
-from mlx_sleep.models.load import get_model_classes
+from mlx_sleep.models.build import get_model_classes
 
 from .cases import Pair
 

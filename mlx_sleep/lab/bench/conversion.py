@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...convert.writer import write_shards
-from ...models.load import build
+from ...models.build import build
 from ...utils.errors import UserError
 from ...utils.safetensors import Entry
 
