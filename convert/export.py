@@ -10,6 +10,7 @@ from ..models.config import read_config
 from ..models.folder import copy_tokenizer, new_folder, write_json
 from ..models.weights import read_headers, weight_files
 from ..utils.errors import UserError
+from ..utils.files import expanded
 from ..utils.safetensors import load
 from .architectures import for_ours
 from .architectures.base import Weights
@@ -36,7 +37,7 @@ def export(
 
     UserError for a quantized folder, and for architectures without an exact inverse.
     """
-    source, dest = Path(source).expanduser(), Path(dest).expanduser().resolve()
+    source, dest = expanded(source), expanded(dest).resolve()
     config = read_config(source)
     model_type = config.get("model_type")
     architecture = for_ours(model_type)

@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..models.weights import nearest
 from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import expanded, read_json
 from ..utils.safetensors import MLX_DTYPES, load, read_header
 from ..utils.schema import Count
 from .mapping import without_wrappers
@@ -158,7 +158,7 @@ class Adapter:
 
 def read_adapter(path: str | Path) -> Adapter:
     """A folder with adapter_config.json and weights. UserError for one that can't be merged."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} has no {CONFIG}: it is not a folder of a LoRA adapter")
     config = read_json(path / CONFIG)

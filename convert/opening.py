@@ -17,6 +17,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.source import open_folder
 from ..models.weights import weight_files
 from ..utils.errors import UserError
+from ..utils.files import expanded
 from ..utils.safetensors import DTYPES, read_metadata
 from . import hub
 from .mapping import map_tensors
@@ -34,7 +35,7 @@ def open_model(
 
     UserError, in one line, for whatever can't be opened.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     name = str(path)
     if not path.is_dir() and hub.is_id(model):
         name = str(model)

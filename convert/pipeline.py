@@ -23,7 +23,7 @@ from ..models.load import check_tokenizer, seal
 from ..models.source import default_sleep
 from ..utils import schema
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json
+from ..utils.files import expanded, one_line, read_json
 from . import insert as insertion
 from .architectures import for_source
 from .architectures.base import Architecture
@@ -118,7 +118,7 @@ def convert(
     Raises UserError (TensorError where tensors don't fit); `dest` then does not exist.
     """
     types = types or NumberTypes()
-    with new_folder(Path(dest).expanduser().resolve()) as folder:
+    with new_folder(expanded(dest).resolve()) as folder:
         scratch = folder / "reading"  # removed with the folder, whatever happens
         scratch.mkdir()
         adapter = None if merge_adapter is None else read_adapter(merge_adapter)

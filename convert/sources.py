@@ -20,7 +20,7 @@ from ..models.config import read_config
 from ..models.folder import TOKENIZER_FILES
 from ..models.weights import INDEX, is_of_text_model, read_headers, weight_files
 from ..utils.errors import UserError
-from ..utils.files import one_line, reading
+from ..utils.files import expanded, one_line, reading
 from ..utils.safetensors import load
 from . import foreign_types, gguf, gguf_file, hub, torch_files
 
@@ -69,7 +69,7 @@ def open_source(
 
     UserError, in one line, for anything wrong with it.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _open_folder(path, scratch, keep_blocks)
     if path.is_file():

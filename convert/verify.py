@@ -20,7 +20,7 @@ import numpy as np
 from ..models.load import load_model
 from ..models.weights import weight_files
 from ..utils.errors import UserError
-from ..utils.files import one_line
+from ..utils.files import expanded, one_line
 from ..utils.safetensors import array_bytes, load
 from .gguf_reference import Reference
 from .mapping import without_wrappers
@@ -64,7 +64,7 @@ def verify(source: str | Path, dest: str | Path, **where: Any) -> Verified:
     from the source's than the bound, or when a greedy token is another by more than a quarter of
     it. It then names the tensor that differs most.
     """
-    dest = Path(dest).expanduser()
+    dest = expanded(dest)
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(source, Path(scratch), **where)
         report = read_report(dest)

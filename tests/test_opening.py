@@ -257,3 +257,19 @@ def test_a_revision_is_for_ids(tmp_path, refused, torch_folder):
     assert wrong in refused("chat", "--revision", "v1")
     assert wrong in refused("chat", "--model", "embedded", "--revision", "v1")
     assert wrong in refused("convert", torch_folder, tmp_path / "ours", "--revision", "v1")
+
+
+def test_paths_that_are_none(tmp_path):
+    for path in ("~nosuchuser/model", "a" * 5000):
+        with pytest.raises(UserError, match="is no path here"):
+            open_model(path)
+        with pytest.raises(UserError, match="is no path here"):
+            convert(tmp_path, path)
+
+
+def test_an_index_with_a_name_that_is_none(tmp_path):
+    index = {"weight_map": {"x.weight": "a" * 5000}}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="cannot read .*index.json: File name too long"):
+        open_model(tmp_path)

@@ -124,3 +124,20 @@ def test_errors_are_shown(open_page):
     page.keyboard.type("hello")
     page.keyboard.press("Enter")
     page.get_by_text("the server failed at this").wait_for()
+
+
+def test_a_wrong_name_and_a_server_that_is_gone(open_page):
+    page, server = open_page()
+    name_memory(page, "anna")
+    page.locator("#name").fill("../x y")
+    page.keyboard.press("Enter")
+    page.get_by_text("letters, digits, dots").wait_for()
+    assert page.locator("#name").input_value() == "anna"
+    page.route("**/v1/**", lambda route: route.abort())
+    page.keyboard.type("hello")
+    page.keyboard.press("Enter")
+    page.get_by_role("log").get_by_text("the server does not answer").wait_for()
+    page.unroute("**/v1/**")
+    page.keyboard.type("hello")
+    page.keyboard.press("Enter")
+    page.get_by_role("log").get_by_text("I see").wait_for()

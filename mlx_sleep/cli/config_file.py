@@ -21,7 +21,7 @@ import platformdirs
 
 from ..utils import atomic, schema
 from ..utils.errors import UserError
-from ..utils.files import os_errors_as_user_errors
+from ..utils.files import expanded, os_errors_as_user_errors
 from ..utils.schema import Count, CountOrZero, Positive, Range
 
 if sys.version_info >= (3, 11):
@@ -61,7 +61,7 @@ KEYS = tuple(field.name for field in fields(Config))
 def path() -> Path:
     """$MLX_SLEEP_CONFIG, else config.toml in the platform's folder for configs."""
     if chosen := os.environ.get("MLX_SLEEP_CONFIG"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return platformdirs.user_config_path("mlx-sleep", appauthor=False) / "config.toml"
 
 

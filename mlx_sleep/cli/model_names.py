@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..utils.errors import UserError
+from ..utils.files import expanded
 from .output import note
 
 if TYPE_CHECKING:  # it imports MLX
@@ -85,7 +86,7 @@ def choose(
     """
     from ..convert.downloads import DOWNLOADS
 
-    adapter = None if adapter_path is None else Path(adapter_path).expanduser()
+    adapter = None if adapter_path is None else expanded(adapter_path)
     if revision is not None and (model is None or model in ("embedded", *DOWNLOADS)):
         raise UserError("--revision is for ids on Hugging Face; give one with --model")
     if model is None:
@@ -101,7 +102,7 @@ def choose(
             )
             return Chosen(None, None, "embedded")
         return Chosen(fetched, own, DEFAULT)
-    path = Path(model).expanduser()
+    path = expanded(model)
     if model == "embedded" and not path.is_dir():
         if adapter is not None:
             raise UserError(

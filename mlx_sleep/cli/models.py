@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from ..utils.files import expanded
 from .model_names import choose, folder_of
 from .options import AdapterPath, Json, LocalFilesOnly, Revision
 from .output import emit, line, progress_bar, stderr
@@ -119,7 +120,7 @@ def get(
     elif revision is not None:
         raise UserError(f"--revision is for ids on Hugging Face; {name} is none")
     fetched = dest is None
-    dest = folder_of(name) if dest is None else dest.expanduser()
+    dest = folder_of(name) if dest is None else expanded(dest)
     if os.path.lexists(dest):
         if fetched:
             line(f"{name} is here already: {dest}")

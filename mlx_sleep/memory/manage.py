@@ -7,11 +7,10 @@ import os
 import re
 import sqlite3
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..utils.atomic import fsync_path, replace_file
 from ..utils.errors import UserError
-from ..utils.files import os_errors_as_user_errors
+from ..utils.files import expanded, os_errors_as_user_errors
 from .database import Writer, remove_database
 from .format import Damaged, Header, Message, decode_memory, encode_memory
 from .location import CHECK_FOLDER, NAME, Location, memories_folder, now
@@ -111,7 +110,7 @@ def export_memory(name: str, path: str | os.PathLike, home: Home = None) -> None
     """Writes a memory, pending tokens and transcript included, to one safetensors file. Raises
     UserError when that exists or cannot be written."""
     contents = Location.of(name, home).load()
-    path = Path(path).expanduser()
+    path = expanded(path)
     raw = encode_memory(replace(contents, header=replace(contents.header, previous="")))
     with os_errors_as_user_errors(
         f"cannot export to {path}", "choose a file in a folder that you can write"
@@ -126,7 +125,7 @@ def import_memory(path: str | os.PathLike, name: str, home: Home = None) -> None
     """Makes the memory `name` from an exported file. Raises UserError when the name exists or the
     file is missing, damaged or not a memory."""
     location = Location.of(name, home)
-    path = Path(path).expanduser()
+    path = expanded(path)
     with os_errors_as_user_errors(f"cannot import {path}", "check the path"):
         raw = path.read_bytes()
     location.create(decode_memory(raw, str(path), "export it again"))

@@ -114,6 +114,8 @@ def read_arrays(db: sqlite3.Connection, number: int) -> Arrays:
     arrays = {}
     for row in db.execute("SELECT * FROM arrays WHERE number = ?", (number,)):
         _, name, dtype, shape, data = _check(row, "arrays")
+        if not isinstance(name, str):
+            raise Damaged("an array without a name")
         arrays[name] = array_from(dtype, json.loads(shape), data)
     sleep = read_sleep(db, number)
     if sleep is None or len(arrays) != sleep.arrays:

@@ -27,7 +27,7 @@ import mlx.core as mx
 
 from ..utils import limits, schema
 from ..utils.errors import UserError
-from ..utils.files import one_line, read_json
+from ..utils.files import expanded, one_line, read_json
 from ..utils.safetensors import read_header
 from ..utils.schema import CountOrZero, Range
 from . import lora
@@ -139,7 +139,7 @@ def names_in_model(names: Iterable[str]) -> dict[str, str]:
 
 def open_adapter(path: str | Path) -> Adapter:
     """The adapter in a folder, its weights not read. UserError for anything wrong with it."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir():
         raise UserError(f"no adapter at {path}; give the path of a folder with {CONFIG}")
     for name in (CONFIG, WEIGHTS):
@@ -174,14 +174,14 @@ def save_adapter(
     bits     quantize the projections of sleep layers, in groups of 64 (those whose width is a
              multiple of it); None keeps all as they are
     """
-    with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
+    with new_folder(expanded(path).resolve(), overwrite=overwrite) as folder:
         write_adapter(folder, weights, config, bits=bits)
         open_adapter(folder)
 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder says that it holds an adapter of ours."""
-    config = Path(path).expanduser() / CONFIG
+    config = expanded(path) / CONFIG
     return config.is_file() and read_json(config).get("format") == FORMAT
 
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..thoughts import Thinking
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import expanded, read_json
 from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
@@ -91,7 +91,7 @@ def generation_of(path: str | Path, adapter: str | Path | None = None) -> Genera
     """A model's generation_config.json, with an adapter's `generation` over it. UserError for a
     wrong type, by the field's name."""
     mine = {} if adapter is None else adapters.open_adapter(adapter).generation
-    return read_generation_config(Path(path).expanduser(), mine)
+    return read_generation_config(expanded(path), mine)
 
 
 def load_model(
@@ -163,7 +163,7 @@ def fuse(source: Source, adapter_path: str | Path, dest: str | Path) -> None:
     model, config, weights = read_model(opened, adapter_path)
     model.load_weights(list(weights.items()), strict=False)
     lora.fold(model, weights)
-    with new_folder(Path(dest).expanduser().resolve()) as folder:
+    with new_folder(expanded(dest).resolve()) as folder:
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         copy_tokenizer(opened.path, folder)
         seal(folder, config)
@@ -233,13 +233,13 @@ def save(
     The folder is written beside `path` under a temporary name, checked, and renamed; see
     `new_folder`. Raises UserError when it can't be written.
     """
-    with new_folder(Path(path).expanduser().resolve(), overwrite=overwrite) as folder:
+    with new_folder(expanded(path).resolve(), overwrite=overwrite) as folder:
         weights = dict(tree_flatten(model.parameters()))
         if bad := not_finite(weights):
             raise UserError(f"not saved to {folder}: NaN or infinite weights in {abbreviate(bad)}")
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         if tokenizer_source is not None:
-            copy_tokenizer(Path(tokenizer_source).expanduser(), folder)
+            copy_tokenizer(expanded(tokenizer_source), folder)
         seal(folder, config)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.files import reading
+from ..utils.files import expanded, reading
 from ..utils.safetensors import read_metadata
 from . import adapter as adapters
 from .build import MODEL_TYPES, get_model_classes
@@ -27,7 +27,7 @@ Source = str | Path | Checkpoint
 
 def open_folder(path: str | Path) -> Checkpoint:
     """A model folder, its weights not read. UserError where it isn't one of ours or mlx-lm's."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     config = read_config(path)
     files = weight_files(path)
     if read_metadata(files[0]).get("format") == "pt":

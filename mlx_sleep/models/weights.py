@@ -53,7 +53,9 @@ def weight_files(path: Path, index: str = INDEX) -> list[Path]:
     for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise UserError(f"{path / index} names {name!r}, which is outside the folder")
-        if not (path / name).is_file():
+        with reading(path / index):
+            there = (path / name).is_file()
+        if not there:
             raise UserError(f"{path} lacks the weights file {name} that its index names")
         files.append(path / name)
     return files

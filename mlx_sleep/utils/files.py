@@ -27,6 +27,17 @@ def os_errors_as_user_errors(doing: str, elsewhere: str) -> Iterator[None]:
         raise UserError(f"{doing}: {error.strerror or error}; {remedy}") from error
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """A path with ~ and ~user written out. UserError where there is no such user, and for what no
+    file can be called."""
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{str(path)!r:.200} is no path here: {one_line(error)}") from error
+    return found
+
+
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Turns an OSError into a UserError about the file."""
