@@ -34,7 +34,10 @@ def retrofit(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of training, in place of hours.")
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, help="Sleep layers, evenly spaced.")] = 6,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sleep layers, evenly spaced. (default: 6)", show_default=False),
+    ] = None,
     before: Annotated[
         Numbers | None,
         typer.Option(
