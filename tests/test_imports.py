@@ -51,6 +51,7 @@ ALLOWED = {
 }
 EXEMPT = {
     ("mlx_sleep.lab.bench.conversion", "convert"): "times a conversion",
+    ("mlx_sleep.models.source", "open_model"): "asks the package for what convert can open",
     ("mlx_sleep.lab.study.torch_step", "convert.torch"): "compares with the PyTorch definition",
 }
 

@@ -109,9 +109,9 @@ def test_bin_files_are_read_too(torch_folder):
     assert same(logits(opened), expected) and len(fingerprint(opened)) == 64
 
 
-def test_the_library_s_load_says_how_to_open_one(torch_folder):
-    with pytest.raises(UserError, match="PyTorch's names; open it with .*open_model"):
-        load_model(torch_folder)
+def test_the_library_s_load_opens_one_too(torch_folder):
+    assert same(logits(torch_folder), logits(open_model(torch_folder)))
+    assert load_model(torch_folder)[1] == load_model(open_model(torch_folder))[1]
 
 
 def test_mlx_s_folders_are_opened_by_both(tmp_path):

@@ -22,19 +22,19 @@ _BLOCK = 64 * 1024
 _WINDOW = 2048  # of models that were not trained to sleep
 
 Source = str | Path | Checkpoint
-"""A model folder of ours or of mlx-lm's, or what `convert.opening` made of another one."""
+"""A model folder, or what `convert.opening` made of one."""
 
 
 def open_folder(path: str | Path) -> Checkpoint:
-    """A model folder, its weights not read. UserError where it isn't one of ours or mlx-lm's."""
+    """A model folder, its weights not read: ours, mlx-lm's, or PyTorch's of a known architecture.
+    UserError for any other."""
     path = expanded(path)
     config = read_config(path)
     files = weight_files(path)
     if read_metadata(files[0]).get("format") == "pt":
-        raise UserError(
-            f"{path} has PyTorch's names; open it with mlx_sleep.open_model, or "
-            "convert it: mlx-sleep convert"
-        )
+        from .. import open_model  # the package's face, which knows PyTorch's architectures
+
+        return open_model(path)
     if config.get("model_type") not in MODEL_TYPES and config.get("sleep") is None:
         config["sleep"] = default_sleep(config)
     tensors, mapped = read_headers(files), None
