@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..utils.errors import UserError
 from ..utils.files import expanded, reading
 from ..utils.safetensors import read_metadata
 from . import adapter as adapters
