@@ -27,7 +27,8 @@ def results():
 def test_no_signal_no_traceback_and_no_accepted_nonsense(results, kind):
     assert results[kind].faults == []
     counts = results[kind].counts
-    assert counts.total() == COUNT and counts["refused"] > COUNT // 4
+    # Much of a database is room that nothing is read from.
+    assert counts.total() == COUNT and counts["refused"] > COUNT // (6 if kind == "store" else 4)
 
 
 def test_faults_are_found():

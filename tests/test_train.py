@@ -211,7 +211,7 @@ def test_a_damaged_run_is_refused_in_words(recipe, tmp_path, name):
     with pytest.raises(UserError, match="cannot be read"):
         make_trainer(settings, run, EMBEDDED).run()
     (run / "recipe.json").write_text("")
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="recipe.json is not valid JSON"):
         make_trainer(settings, run, EMBEDDED).run()
 
 

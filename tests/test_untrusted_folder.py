@@ -91,7 +91,9 @@ def test_a_line_of_a_megabyte_is_refused_at_once(folder, tmp_path):
 
 @pytest.mark.parametrize("after", [0.03, 0.1, 0.3])
 def test_ctrl_c_while_it_starts(after, tmp_path):
-    code = "import sys; sys.argv = ['mlx-sleep', 'doctor']; from mlx_sleep_start import main; "
+    # A test run in the background hands an ignored SIGINT on.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "sys.argv = ['mlx-sleep', 'doctor']; from mlx_sleep_start import main; "
     code += "print('up', flush=True); main()"
     started = subprocess.Popen(
         [sys.executable, "-c", code],
