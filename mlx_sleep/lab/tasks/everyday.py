@@ -11,31 +11,20 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from importlib.resources import files
 from random import Random
 
 from .noise import Style, typed
+from .speech import sections
 
+FILE = "everyday.txt"
 _SLOT = re.compile(r"\{(\w+)\}")
 # Kinds of messages, by how often people send them. "talk" has few frames, so few different ones.
 KINDS = {"fact": 40, "how": 22, "write": 17, "work": 13, "talk": 8}
 
 
-def sections() -> dict[str, list[str]]:
-    """everyday.txt as section -> lines."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in (files(__package__) / "everyday.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            lines = found[line.strip("[]")] = []
-        elif line and not line.startswith("#"):
-            lines.append(line)
-    return found
-
-
 def prompts(seed: int = 0, careless: float = 0.35) -> Iterator[str]:
     """Different messages without end, or until hardly any are left; careless: share of writers."""
-    lines, rng = sections(), Random(f"everyday/{seed}")
+    lines, rng = sections(FILE), Random(f"everyday/{seed}")
     seen: set[str] = set()
     failures = 0
     while failures < 1000:

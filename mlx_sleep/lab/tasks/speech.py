@@ -9,11 +9,11 @@ import re
 from importlib.resources import files
 
 
-def _sections() -> dict[str, list[str]]:
-    """glue.txt as name -> entries."""
+def sections(file: str) -> dict[str, list[str]]:
+    """A text file of this package as name -> entries: "[name]", then an entry a line."""
     found: dict[str, list[str]] = {}
     entries: list[str] = []
-    for line in (files(__package__) / "glue.txt").read_text(encoding="utf-8").splitlines():
+    for line in (files(__package__) / file).read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             entries = found[line.strip("[]")] = []
         elif line and not line.startswith("#"):
@@ -21,7 +21,7 @@ def _sections() -> dict[str, list[str]]:
     return found
 
 
-_GLUE = _sections()
+_GLUE = sections("glue.txt")
 
 
 def _before(name: str) -> tuple[str, ...]:
