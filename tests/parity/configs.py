@@ -71,7 +71,7 @@ _FALCON = {
     "ssm_out_multiplier": 0.5,
     "ssm_multipliers": [0.9, 0.7, 0.8, 1.1, 0.6],
 }
-_MAMBA2 = {
+MAMBA2_CONFIG = {
     "model_type": "mamba2",
     "vocab_size": 61,
     "hidden_size": 24,
@@ -238,8 +238,8 @@ CONFIGS: dict[str, list[tuple[dict, dict]]] = {
         ({**_GRANITE, "num_local_experts": 0, "tie_word_embeddings": True}, _SLIDING),
     ],
     "mamba2": [
-        (_MAMBA2, {}),
-        ({**_MAMBA2, "n_groups": 1, "use_bias": True, "tie_word_embeddings": True}, {}),
+        (MAMBA2_CONFIG, {}),
+        ({**MAMBA2_CONFIG, "n_groups": 1, "use_bias": True, "tie_word_embeddings": True}, {}),
     ],
     "falcon_h1": [
         (_FALCON, {}),

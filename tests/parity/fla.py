@@ -18,6 +18,7 @@ from mlx_sleep.convert.architectures.fla_mamba2 import ARCHITECTURE as MAMBA2
 from mlx_sleep.models.build import get_model_classes
 
 from .cases import Pair
+from .configs import MAMBA2_CONFIG
 
 ARCHITECTURES = (GATED_DELTANET.model_type, MAMBA2.model_type)
 SEED = 7
@@ -110,19 +111,7 @@ CONFIGS: dict[str, tuple[dict, dict]] = {
         {},
     ),
     "mamba, transformers": (
-        {
-            "model_type": "mamba2",
-            "vocab_size": 61,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_heads": 6,
-            "head_dim": 8,
-            "state_size": 10,
-            "n_groups": 2,
-            "chunk_size": 8,
-            "layer_norm_epsilon": 1e-5,
-            "time_step_limit": (0.0, float("inf")),
-        },
+        {**MAMBA2_CONFIG, "time_step_limit": (0.0, float("inf"))},
         {},
     ),
 }
