@@ -13,6 +13,7 @@ import numpy as np
 
 from ...utils.errors import UserError
 from ...utils.files import os_errors_as_user_errors
+from ...utils.pip import pip_install
 
 STYLE = {
     "figure.constrained_layout.use": True,
@@ -43,7 +44,7 @@ def check() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError(
-            "figures need matplotlib: pip install 'mlx-sleep[plot]', or leave out --figures"
+            f"figures need matplotlib: {pip_install('mlx-sleep[plot]')}, or leave out --figures"
         ) from None
 
 
