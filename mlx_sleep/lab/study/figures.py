@@ -17,6 +17,8 @@ from ...utils.pip import pip_install
 
 STYLE = {
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.06,
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -152,7 +154,7 @@ def _difficulty(found: dict, value: int) -> str:
 
 def _places(rows: Sequence[dict], key: str, aside: float = 0.0) -> list[Place]:
     """The seeds at each value of `key`, side by side where there are several."""
-    places = []
+    places: list[Place] = []
     for value in _values(rows, key):
         of_value = sorted((r for r in rows if r[key] == value), key=lambda row: row["seed"])
         middle = (len(of_value) - 1) / 2
@@ -206,7 +208,6 @@ def _panels(found: dict, values: Sequence[int], title: str, name: Callable = _di
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(max(4.6, min(8.8, 2.9 * len(values))), 3.4))
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for value, axes in zip(values, panels, strict=True):
         axes.set_title(name(found, value))
