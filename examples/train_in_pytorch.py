@@ -180,7 +180,7 @@ def retrofit(options):
         options.out,
         lambda jobs: marked(batches(train, jobs, options.batch, options.workers)),
         Budget(tokens=options.tokens, seconds=options.hours and options.hours * 3600),
-        Settings(SHARES, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
+        Settings(tuple(options.shares), muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
         evaluate=lambda model: evaluate(model, unseen),
         evaluate_every=options.evaluate_every,
         about=about,
@@ -204,6 +204,9 @@ def main():
     large.add_argument("--resume", action="store_true", help="go on with the run in --out")
     large.add_argument("--start", type=Path, help="an adapter to begin with (new optimizers)")
     large.add_argument("--batch", type=int, default=4096, help="tokens a step, with padding")
+    large.add_argument(
+        "--shares", type=float, nargs=len(SHARES), default=SHARES, help="of the stages"
+    )
     large.add_argument("--before", type=int, nargs="+", default=[6, 10, 14, 18, 22, 26])
     large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
     large.add_argument("--fold", choices=("all", "user"), default="all", help="what S is made of")
