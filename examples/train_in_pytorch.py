@@ -136,6 +136,7 @@ def retrofit(options):
         passes=options.passes,
         fold=options.fold,
         lora_rank=options.lora_rank,
+        loop_range=options.loop_range and tuple(options.loop_range),
     )
     torch.manual_seed(options.seed)
     model = Retrofit(
@@ -209,6 +210,13 @@ def main():
     )
     large.add_argument("--before", type=int, nargs="+", default=[6, 10, 14, 18, 22, 26])
     large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
+    large.add_argument(
+        "--loop-range",
+        type=int,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="blocks [LO, HI) of the passes (default: from the first sleep layer on)",
+    )
     large.add_argument("--fold", choices=("all", "user"), default="all", help="what S is made of")
     large.add_argument("--lora-rank", type=int, default=0)
     large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")

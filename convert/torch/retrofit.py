@@ -32,8 +32,9 @@ HALF_LIVES = 700.0, 40_000.0  # tokens: of the first and the last head at the st
 class AdapterConfig:
     """What is added to a base. before: the blocks that have a sleep layer before them, ascending.
 
-    passes (N), window (most tokens): how the model sleeps. fold: which tokens write into S, "all"
-    or "user" (those that the assistant didn't say). lora_rank: 0 for none.
+    passes (N), window (most tokens): how the model sleeps. loop_range: the blocks [lo, hi) that the
+    passes run, sleep layers among them; None is from the first sleep layer on. fold: which tokens
+    write into S, "all" or "user" (those that the assistant didn't say). lora_rank: 0 for none.
     """
 
     before: tuple[int, ...] = (6, 10, 14, 18, 22, 26)
@@ -45,6 +46,7 @@ class AdapterConfig:
     window: int = 512
     fold: str = "all"
     lora_rank: int = 0
+    loop_range: tuple[int, int] | None = None
 
 
 class DeltaAttention(nn.Module):
@@ -250,6 +252,13 @@ class Retrofit(nn.Module):
                 f"there cannot be sleep layers before blocks {[*a.before]}: give numbers from 0 to "
                 f"{c.num_hidden_layers - 1}, ascending"
             )
+        self.loop_range = a.loop_range or (a.before[0], c.num_hidden_layers)
+        lo, hi = self.loop_range
+        if not (0 <= lo <= a.before[0] and a.before[-1] < hi <= c.num_hidden_layers):
+            raise UserError(
+                f"passes over blocks {lo} to {hi - 1} leave out sleep layers; give a range from "
+                f"{a.before[0]} or less, to {a.before[-1] + 1} or more of {c.num_hidden_layers}"
+            )
         weights = {name: x.to(device, dtype) for name, x in weights.items()}
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
@@ -292,24 +301,26 @@ class Retrofit(nn.Module):
         that change S (all when None); the others only read it. state: a list of S, or None.
 
         What is said of a window is the wake pass over it, from the S that the windows before left.
-        With N > 1 passes the blocks from the first sleep layer on run N times over each window,
-        h and S carried along, and S of the last pass is what stays (Algorithm 1). The first of
-        these passes is the wake pass, so it's computed once.
+        With N > 1 passes the blocks of `loop_range` run N times over each window, h and S carried
+        along, and S of the last pass is what stays (Algorithm 1). The first of these passes is
+        the wake pass, so it's computed once.
         """
         passes = passes or self.adapter.passes
         state = self.fresh(tokens.shape[0]) if state is None else state
         writes = mask if writes is None else mask & writes
+        h, blocks = self._embed(tokens), len(self.blocks)
         if passes == 1:
-            return self._run(self._embed(tokens), state, writes, 0)
-        first, outputs = self.adapter.before[0], []
+            return self._run(h, state, writes, 0, blocks)
+        (lo, hi), outputs = self.loop_range, []
+        starts = self._frozen(h, 0, lo)
         for w in range(tokens.shape[1]):
             now = slice(w, w + 1)
-            h = self._frozen(self._embed(tokens[:, now]), 0, first)
+            h = starts[:, now]
             for i in range(passes):
-                h, state = self._run(h, state, writes[:, now], first)
+                h, state = self._run(h, state, writes[:, now], lo, hi)
                 if i == 0:
                     outputs.append(h)
-        return torch.cat(outputs, 1), state
+        return self._frozen(torch.cat(outputs, 1), hi, blocks), state
 
     def base_hidden(self, tokens):
         """h [n, T, D] of the base itself over windows [n, T], without sleep layers and LoRA."""
@@ -323,14 +334,14 @@ class Retrofit(nn.Module):
     def _embed(self, tokens):
         return F.embedding(tokens, self.embedding)
 
-    def _run(self, h, state, writes, first: int):
-        """Blocks from `first` on, with the sleep layers before them; h [B, W, T, D]."""
+    def _run(self, h, state, writes, first: int, last: int):
+        """Blocks first to last - 1 with all the sleep layers before them; h [B, W, T, D]."""
         shape, state = h.shape, list(state)
         for j, i in enumerate(self.adapter.before):
             h = self._frozen(h.view(-1, *shape[2:]), first, i).view(shape)
             h, state[j] = self.sleep_layers[j](h, state[j], writes, self.rule)
             first = i
-        return self._frozen(h.view(-1, *shape[2:]), first, len(self.blocks)).view(shape), state
+        return self._frozen(h.view(-1, *shape[2:]), first, last).view(shape), state
 
     def _frozen(self, h, first: int, last: int, lora: bool = True):
         """Blocks first to last - 1 over each window of h [..., T, D]."""
