@@ -144,6 +144,7 @@ def retrofit(options):
         read_weights(options.model),
         adapter,
         gain=options.gain,
+        copy=options.init == "host",
         seed=options.seed,
         device=device,
         dtype=torch.bfloat16,
@@ -173,6 +174,7 @@ def retrofit(options):
         "batch": options.batch,
         "seed": options.seed,
         "gain": options.gain,
+        "init": options.init,
         "start": options.start and str(options.start),
         "adapter": asdict(adapter),
     }
@@ -218,6 +220,9 @@ def main():
         help="blocks [LO, HI) of the passes (default: from the first sleep layer on)",
     )
     large.add_argument("--fold", choices=("all", "user"), default="all", help="what S is made of")
+    large.add_argument(
+        "--init", choices=("host", "random"), default="host", help="what the layers start as"
+    )
     large.add_argument("--lora-rank", type=int, default=0)
     large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")
     large.add_argument("--muon-lr", type=float, default=5e-3)

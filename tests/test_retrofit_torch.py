@@ -167,6 +167,12 @@ def test_the_start_is_the_hosts_attention():
     assert torch.equal(mixer.v_proj.weight[12:18], theirs["v"][6:])
     half_lives = np.log(2) / F.softplus(mixer.dt_bias.detach()).numpy()
     np.testing.assert_allclose(half_lives[[0, -1]], [700, 40_000], rtol=1e-3)
+    random = Retrofit(BASE, weights, ADAPTER, copy=False).sleep_layers[1].mixer
+    q = random.q_proj.weight.detach()
+    assert q.std().item() == pytest.approx((3 * 24) ** -0.5, rel=0.2)
+    correlation = torch.corrcoef(torch.stack([q, theirs["q"]]).flatten(1))
+    assert abs(correlation[0, 1]) < 0.2
+    assert torch.equal(random.dt_bias, mixer.dt_bias)
 
 
 @torch.no_grad()

@@ -131,8 +131,9 @@ class SleepLayer(nn.Module):
         return h + self.gain.to(h.dtype) * out, S
 
     @torch.no_grad()
-    def start(self, block: Block, heads: int, gain: float, make: torch.Generator):
+    def start(self, block: Block, heads: int, gain: float, make: torch.Generator, copy=True):
         """Copies the attention of `block` (`heads` KV heads); the rest small, or no change at all.
+        Without `copy` the projections are random, as those of a new `nn.Linear`.
 
         S is forgotten by half in 700 to 40,000 tokens, head by head: a memory for a conversation
         of many windows. make: a generator on the CPU.
@@ -143,10 +144,13 @@ class SleepLayer(nn.Module):
         k, v = (
             x.view(heads, d, -1).repeat_interleave(H // heads, 0).reshape(H * d, -1) for x in (k, v)
         )
-        self.norm.weight.copy_(block.norm)
-        for projection, x in ((mixer.q_proj, q), (mixer.k_proj, k), (mixer.v_proj, v)):
+        projections = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
+        for projection, x in zip(projections, (q, k, v, block.o), strict=True):
+            if not copy:
+                bound = x.shape[1] ** -0.5
+                x = (2 * torch.rand(x.shape, generator=make) - 1) * bound
             projection.weight.copy_(x)
-        mixer.o_proj.weight.copy_(block.o)
+        self.norm.weight.copy_(block.norm if copy else torch.ones_like(block.norm))
         mixer.g_proj.weight.zero_()
         for projection in (mixer.a_proj, mixer.b_proj):
             projection.weight.copy_(0.02 * torch.randn(projection.weight.shape, generator=make))
@@ -229,7 +233,8 @@ class Retrofit(nn.Module):
     """The model. Its parameters are those that are trained: `state_dict()` is the adapter.
 
     weights: the base's, by Hugging Face's names (`base.read_weights`). dtype: of the base and the
-    activations; what is trained is float32, or dtype if that is wider. rule: how S is computed.
+    activations; what is trained is float32, or dtype if that is wider. copy: whether a sleep layer
+    starts as the attention of its block. rule: how S is computed.
     """
 
     def __init__(
@@ -239,6 +244,7 @@ class Retrofit(nn.Module):
         adapter: AdapterConfig | None = None,
         *,
         gain: float = 0.05,
+        copy: bool = True,
         seed: int = 0,
         device="cpu",
         dtype=torch.float32,
@@ -268,7 +274,7 @@ class Retrofit(nn.Module):
         self.mixers = [layer.mixer for layer in layers]
         make = torch.Generator().manual_seed(seed)
         for layer, i in zip(layers, a.before, strict=True):
-            layer.start(self.blocks[i], c.num_key_value_heads, gain, make)
+            layer.start(self.blocks[i], c.num_key_value_heads, gain, make, copy)
         self.layers = nn.ModuleDict()
         if a.lora_rank:
             for i in range(a.before[0], c.num_hidden_layers):
