@@ -13,6 +13,7 @@ from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import check_zip, one_line
+from ..utils.pip import pip_install
 from ..utils.safetensors import Entry, dtype_name, write_file
 
 # Where trainers put the state dict in a checkpoint that holds more.
@@ -62,7 +63,7 @@ def _read(file: Path) -> Any:
         import torch
     except ImportError:
         raise UserError(
-            f"{file.name} is a file of PyTorch: pip install 'mlx-sleep[torch]', "
+            f"{file.name} is a file of PyTorch: {pip_install('mlx-sleep[torch]')}, "
             "or save the model as safetensors"
         ) from None
     try:

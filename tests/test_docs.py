@@ -73,6 +73,27 @@ def test_the_diagrams_are_the_scripts(monkeypatch):
         assert drawn == diagram.draw(theme)
 
 
+def test_the_figures_are_the_results():
+    matplotlib = pytest.importorskip("matplotlib")
+    drawn = (ROOT / "docs" / "images" / "recall-light.svg").read_text()
+    if f"Matplotlib v{matplotlib.__version__}," not in drawn:
+        pytest.skip("drawn by another matplotlib, which writes them in another way")
+    done = script("figures", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stale_drawing_is_found(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    import figures
+
+    other = figures.results("recall_smollm2")
+    other["rows"][-1]["accuracy"] = 0.123
+    drawn = figures.svg("recall", "light")
+    monkeypatch.setattr(figures, "results", lambda name: other)
+    assert figures.svg("recall", "light") != drawn
+
+
 def test_links_lead_somewhere():
     """Of the README and the pages; those out of the project are not followed."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]

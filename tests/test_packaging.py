@@ -1,4 +1,4 @@
-"""The wheel and the editable install: what is in them, and that it imports from any folder."""
+"""Wheel, sdist and editable install: what is in them, and that it imports from any folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -18,6 +19,7 @@ PACKAGES = {
     "kernels": "mlx_sleep/kernels",
     "convert": "mlx_sleep/convert",
 }
+LARGEST_WHEEL = 40e6  # bytes
 
 
 def run_python(code: str, cwd: Path, **environment: str) -> str:
@@ -29,24 +31,34 @@ def run_python(code: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, with one more file of each kind of data."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (source / "kernels" / "probe.metal").write_text("// a kernel\n")
-    (source / "mlx_sleep" / "embedded").mkdir(exist_ok=True)
-    (source / "mlx_sleep" / "embedded" / "probe.safetensors").write_bytes(b"weights")
-    built = tmp_path_factory.mktemp("wheel")
+def build_wheel(source: Path, built: Path) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(built), str(source)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return next(built.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the sources, with one more file of each kind of data."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "mlx_sleep_start.py"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "kernels" / "probe.metal").write_text("// a kernel\n")
+    (source / "mlx_sleep" / "embedded").mkdir(exist_ok=True)
+    (source / "mlx_sleep" / "embedded" / "probe.safetensors").write_bytes(b"weights")
+    (source / "tests").mkdir()
+    (source / "tests" / "helper.py").write_text("# as sources of tests are\n")
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +69,35 @@ def installed(wheel, tmp_path_factory) -> Path:
     return target
 
 
-def test_wheel_holds_every_source_and_data_file(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_wheel_holds_every_source_and_data_file_and_no_other(wheel):
+    expected = {"mlx_sleep_start.py"}
+    expected |= {"mlx_sleep/kernels/probe.metal", "mlx_sleep/embedded/probe.safetensors"}
     for folder, place in PACKAGES.items():
         for file in (ROOT / folder).rglob("*"):
             if file.is_file() and file.parent.name != "__pycache__":
-                assert f"{place}/{file.relative_to(ROOT / folder).as_posix()}" in names
-    assert {"mlx_sleep/kernels/probe.metal", "mlx_sleep/embedded/probe.safetensors"} <= names
+                expected.add(f"{place}/{file.relative_to(ROOT / folder).as_posix()}")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == expected
 
 
-def test_wheel_puts_one_name_at_the_top(wheel):
-    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"mlx_sleep"}
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size <= LARGEST_WHEEL
+
+
+def test_sdist_has_the_tests_and_makes_the_same_wheel(source, wheel, tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run_python(code, source)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (unpacked / "tests" / "helper.py").is_file()
+    rebuilt = build_wheel(unpacked, tmp_path)
+    files = [zipfile.ZipFile(path).infolist() for path in (wheel, rebuilt)]
+    contents = [
+        {file.filename: file.CRC for file in infos if not file.filename.endswith("RECORD")}
+        for infos in files
+    ]
+    assert contents[0] == contents[1]
 
 
 def test_wheel_metadata(wheel):

@@ -18,6 +18,7 @@ import typer
 from ..utils import platform
 from ..utils.errors import UserError
 from ..utils.files import one_line
+from ..utils.pip import pip_install
 from . import doctor_blas, output
 from .model_names import choose
 from .options import Json, Model
@@ -208,14 +209,13 @@ def _data_folder() -> dict:
 
 def _advice(report: dict) -> str:
     """The one command that would help most, or ''."""
-    python = sys.executable
     if report["backend"] is None and sys.platform == "linux":
-        return f"{python} -m pip install --force-reinstall 'mlx[cpu]'"
+        return pip_install("mlx[cpu]") + " --force-reinstall"
     if report["backend"] != "CPU":
         return ""
     gpu = platform.nvidia_gpu() and not any("cuda" in name for name in report["versions"])
     if gpu and not doctor_blas.wrong(report["blas"]):
-        return f"{python} -m pip install 'mlx[cuda13]'"
+        return pip_install("mlx[cuda13]")
     return doctor_blas.advice(report["blas"])
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
 from .. import BLAS
 from ..utils import blas, blas_choice, platform
+from ..utils.pip import pip_install
 
 # GFLOP/s of one CPU in a chunk's products below which a BLAS is far from what it could be. Large
 # products would tell less: they want all CPUs, and wait where the machine has other work.
@@ -43,12 +43,11 @@ def calibrate() -> str:
 
 def advice(report: dict) -> str:
     """The command that would make a CPU faster, or ''."""
-    python = sys.executable
     if wrong(report):
         return f"export {blas.BLAS_VARIABLE}=off"
     if os.environ.get(blas.BLAS_VARIABLE) and report["status"] in ("off", "failed"):
         return f"unset {blas.BLAS_VARIABLE}"
-    mkl = f"{python} -m pip install 'mlx-sleep[mkl]'" if blas_choice.can_use_mkl() else ""
+    mkl = pip_install("mlx-sleep[mkl]") if blas_choice.can_use_mkl() else ""
     candidates = blas_choice.installed()
     has_mkl = any("mkl" in candidate.library for candidate in candidates)
     if report["status"] == "missing" and not has_mkl:

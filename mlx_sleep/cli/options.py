@@ -188,12 +188,10 @@ def with_session_options(command: Callable[..., None]) -> Callable[..., None]:
         options = SessionOptions(**{name: values.pop(name) for name in names})
         command(options=options, **values)
 
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[parameter.name])
-        for parameter in inspect.signature(command).parameters.values()
-        if parameter.name != "options"
-    ]
+    # Not get_type_hints: in Python 3.10 it wraps what defaults to None in an Optional, where typer
+    # does not find an Annotated's Option.
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
     hints = get_type_hints(SessionOptions, include_extras=True)
     shared = [
         inspect.Parameter(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import UserError
+from ..utils.pip import pip_install
 from ..utils.platform import device
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ class Plot:
             from matplotlib.figure import Figure
         except ImportError:
             raise UserError(
-                "a plot needs matplotlib: pip install 'mlx-sleep[plot]', or leave out --plot"
+                f"a plot needs matplotlib: {pip_install('mlx-sleep[plot]')}, or leave out --plot"
             ) from None
         self._file = Path(file)
         self._figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -11,6 +11,7 @@ import typer
 
 from ..utils.errors import UserError
 from ..utils.files import reading
+from ..utils.pip import pip_install
 from . import output
 from .options import SessionOptions, SleepOnBattery, with_session_options
 from .sleeping import IDLE, kind, may_sleep
@@ -68,8 +69,9 @@ def serve(
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "anyio"):
             raise
-        message = f"there is no {error.name} here; pip install 'mlx-sleep[serve]'"
-        raise UserError(message) from None
+        raise UserError(
+            f"there is no {error.name} here; {pip_install('mlx-sleep[serve]')}"
+        ) from None
     if api_key_file is not None:
         api_key = _read_key(api_key_file)
     run.check_key(host, api_key)

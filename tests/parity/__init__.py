@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from mlx_sleep.utils.errors import UserError
+from mlx_sleep.utils.pip import pip_install
 
 from .cases import CASES, Compared, Pair, compare
 
@@ -49,7 +50,7 @@ def run(architectures: list[str] | None = None) -> Iterator[Case]:
     """All cases, or those of some architectures. UserError without torch, or for an unknown one."""
     for extra in ("torch", "transformers"):
         if find_spec(extra) is None:
-            raise UserError(f"parity needs {extra}; pip install 'mlx-sleep[torch]'")
+            raise UserError(f"parity needs {extra}; {pip_install('mlx-sleep[torch]')}")
     if _series(version("transformers")) < _series(TRANSFORMERS):
         raise UserError(f"parity needs transformers {TRANSFORMERS} or newer; update it")
     known = [(name, module) for module in _modules() for name in module.ARCHITECTURES]

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from ...training.trainer import Trainer
 from ...utils.errors import UserError
+from ...utils.pip import pip_install
 from ..statistics import ratio
 from ..timing import clock, interleave
 from .models import build
@@ -106,7 +107,7 @@ def _torch():
         import torch
     except ImportError:
         raise UserError(
-            "bench train compares with PyTorch: pip install 'mlx-sleep[torch]'"
+            f"bench train compares with PyTorch: {pip_install('mlx-sleep[torch]')}"
         ) from None
     from ...utils.platform import available_cpus
     from .torch_step import Step, tensors
