@@ -17,6 +17,7 @@ assert mlx_sleep  # imported for its effect
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "where-things-are.md"
+SCRIPTS = ROOT / "docs" / "scripts"
 
 
 def test_every_place_is_there():
@@ -37,7 +38,7 @@ def test_every_place_is_there():
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "docs" / "scripts" / f"{name}.py"), *arguments]
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -61,6 +62,7 @@ def settings() -> dict[str, dict[str, bool]]:
         "README.md": {
             "SmolLM2-135M (93 MB)": "93 MB" in DOWNLOADS["smollm2"].about,
             "11 MB in size": round(adapter / 1e6) == 11,
+            "waits are cut to 1.5 seconds": "pause=1.5)" in (SCRIPTS / "record.py").read_text(),
         },
         "docs/retrofit.md": {"a folder of 11 MB": round(adapter / 1e6) == 11},
         "docs/training.md": {
@@ -96,7 +98,7 @@ def test_settings_are_the_codes():
 
 def test_every_number_is_checked(monkeypatch):
     """What looks measured stands in a sentence of docs/results/ or of the settings above."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import tables
 
     found: list[str] = []
@@ -125,7 +127,7 @@ def test_the_front_page_counts_the_comparisons():
 
 def test_a_stale_figure_is_found(tmp_path, monkeypatch):
     """The check above can fail: for a table, and for a sentence."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import tables
 
     page = "<!-- results: bench_sleep -->\nold\n<!-- end of bench_sleep -->"
@@ -146,7 +148,7 @@ def test_the_command_line_reference_is_the_commands():
 
 
 def test_the_diagrams_are_the_scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import diagram
 
     for theme in diagram.THEMES:
@@ -165,7 +167,7 @@ def test_the_figures_are_the_results():
 
 def test_a_stale_drawing_is_found(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import figures
 
     other = figures.results("recall_smollm2")
