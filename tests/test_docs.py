@@ -117,6 +117,14 @@ def test_every_number_is_checked(monkeypatch):
     assert not found
 
 
+def test_the_recipes_take_so_many_steps():
+    rows = json.loads((ROOT / "docs" / "results" / "train_embedded.json").read_text())["rows"]
+    recipes = ROOT / "mlx_sleep" / "training" / "recipes"
+    for row in rows:
+        stages = json.loads((recipes / f"{row['id']}.json").read_text())["stages"]
+        assert row["steps"] == sum(stage["steps"] for stage in stages), row["id"]
+
+
 def test_the_front_page_counts_the_comparisons():
     rows = json.loads((ROOT / "docs" / "results" / "parity.json").read_text())["rows"]
     cases, architectures = sum(row["cases"] for row in rows), {row["architecture"] for row in rows}
