@@ -6,6 +6,7 @@
 #   make kernel-report                  count what the kernels ask of a GPU, without one
 #   make fuzz [ARGS="--count 20000"]    damage files in many ways; none may crash or pass for sound
 #   make mutants [ARGS="--sample 20"]   flip the kernels' operators and count what tests catch
+#   make figures                        the tables and figures of the pages, from docs/results/
 #   make docs                           the pages of docs/ as a site in build/docs, links checked
 
 READY := .venv/.ready
@@ -44,9 +45,14 @@ kernel-report: $(TEST_READY)
 parity: $(TEST_READY)
 	@.venv/bin/python -m tests.parity $(ARGS)
 
-docs: $(READY)
+figures: $(READY)
+	@.venv/bin/python -c 'import matplotlib' 2>/dev/null || \
+	  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[plot]'
+	@for s in tables figures diagram; do .venv/bin/python docs/scripts/$$s.py || exit 1; done
+
+docs: figures
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	@.venv/bin/python docs/scripts/tables.py && .venv/bin/python docs/scripts/cli.py
+	@.venv/bin/python docs/scripts/cli.py
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict --site-dir build/docs
 	@echo "open build/docs/index.html"
 
@@ -57,7 +63,7 @@ wheel: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: chat test lint types parity fuzz kernel-report mutants docs wheel clean
+.PHONY: chat test lint types parity fuzz kernel-report mutants figures docs wheel clean
 
 # Candidates are run, not only looked up: a version manager's shim can exist and still fail.
 FIND_PYTHON = for p in python3.12 python3.11 python3.13 python3.14 python3.10 python3; do \

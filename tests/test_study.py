@@ -555,23 +555,64 @@ def test_figures_without_matplotlib(study, monkeypatch):
         CliRunner().invoke(app, [*study[1], "--figures"], catch_exceptions=False)
 
 
-def test_figures(study, tmp_path):
+def test_a_study_of_two_points_has_no_figures(study, tmp_path):
     pytest.importorskip("matplotlib")
     found = json.loads((study[0] / "out" / "results.json").read_text())
-    halted = {"model": "random_passes", "seed": 0, "difficulty": 2, "threshold": 0.1}
-    found["halting"] = [{**halted, "mean_passes": 2.5, "accuracy": 0.5, "low": 0.3, "high": 0.7}]
-    paths = figures.draw(found, tmp_path, 6)
-    assert [p.name for p in paths] == ["passes.png", "tokens.png", "retention.png", "halting.png"]
+    assert figures.draw(found, tmp_path) == []
+
+
+def test_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    hybrid = [
+        {
+            "model": "hybrid",
+            "seed": seed,
+            "difficulty": 2,
+            "passes": N,
+            "accuracy": 0.2 * N + seed / 20,
+        }
+        for N in (1, 2, 4)
+        for seed in (0, 1)
+    ]
+    flops = {"model": "hybrid_flops", "seed": 0, "difficulty": 2, "passes": 1, "accuracy": 0.9}
+    found = {
+        "task": "rule110",
+        "always": {"2": 0.16},
+        "rows": [*hybrid, flops],
+        "curve": [{**row, "tokens": tokens} for row in hybrid for tokens in (1e6, 2e6, 3e6)],
+        "retention": [
+            {**row, "model": model, "further": further}
+            for row in hybrid
+            for further in (1, 2, 4)
+            for model in ("hybrid", "transformer")
+        ],
+    }
+    paths = figures.draw(found, tmp_path)
+    assert [p.name for p in paths] == ["passes.png", "tokens.png", "retention.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    (panel,) = figures.passes(found).axes
+    assert panel.get_title() == "t = 2" and panel.get_ylabel() == "accuracy (%)"
+    seeds, alone = panel.collections
+    # Side by side, and the mean through the middle.
+    assert np.allclose(seeds.get_offsets()[:2], [[0.965, 0.2], [1.035, 0.25]])
+    line, square, guessing = panel.lines
+    assert np.allclose(line.get_xydata(), [[1, 0.225], [2, 0.425], [4, 0.825]])
+    assert len(alone.get_offsets()) == 1 and square.get_linestyle() == "None"
+    assert guessing.get_ydata() == [0.16, 0.16]
 
 
 def test_a_curve_joins_seeds_by_examination():
     # Padding makes the numbers of tokens differ from seed to seed.
     rows = [
         {"seed": seed, "tokens": tokens, "accuracy": accuracy}
-        for seed, tokens, accuracy in ((0, 21, 0.5), (0, 10, 0.1), (1, 11, 0.3), (1, 20, 0.7))
+        for seed, tokens, accuracy in (
+            (0, 21e6, 0.5),
+            (0, 10e6, 0.1),
+            (1, 11e6, 0.3),
+            (1, 20e6, 0.7),
+        )
     ]
-    assert figures._curve(rows) == ([(10, 11), (21, 20)], [(0.1, 0.3), (0.5, 0.7)])
+    assert figures._examinations(rows) == [[(10, 0.1), (11, 0.3)], [(21, 0.5), (20, 0.7)]]
 
 
 def test_bad_options():

@@ -10,7 +10,9 @@ A file of docs/results/ is what a command printed, and how it is shown:
     note       more to say beside the command; may be absent
     columns    [[heading, format, "left" or "right"], ...], a format of Python over a row's fields
     rows       objects; `id` names one for `said`
-    said       {page: [sentence, ...]}: formats over the rows by id, which the page must contain
+    study      instead of rows: what `mlx-sleep study --json` prints, of which `means` makes them
+    said       {page: [sentence, ...]}: formats over the rows by id, which the page must contain;
+               a page may have the sentence in several lines
 
 In a page the table stands between `<!-- results: NAME -->` and `<!-- end of NAME -->`.
 """
@@ -20,7 +22,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -35,12 +39,35 @@ def results(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def means(study: dict) -> list[dict]:
+    """A row for each difficulty d, with the id "d" + d: `always`, which is what one answer to
+    everything gets, and for each model and N a field such as hybrid_4 = {"mean", "seeds"}, the
+    seeds from the worst to the best."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for row in study["rows"]:
+        seeds = found.setdefault(row["difficulty"], {})
+        seeds.setdefault(f"{row['model']}_{row['passes']}", []).append(row["accuracy"])
+    return [
+        {
+            "id": f"d{difficulty}",
+            "difficulty": difficulty,
+            "always": study["always"][str(difficulty)],
+            **{name: {"mean": fmean(x), "seeds": sorted(x)} for name, x in models.items()},
+        }
+        for difficulty, models in found.items()
+    ]
+
+
+def rows(of: dict) -> list[dict]:
+    return means(of["study"]) if "study" in of else of["rows"]
+
+
 def table(of: dict) -> str:
     """The lines of a page for one file of results."""
     headings, formats, sides = zip(*of["columns"], strict=True)
     rules = ["---:" if side == "right" else "---" for side in sides]
     lines = [headings, rules]
-    lines += [[f.format(**row) for f in formats] for row in of["rows"]]
+    lines += [[f.format(**row) for f in formats] for row in rows(of)]
     source = f"`{of['command']}`; {of['measured']}."
     if of.get("note"):
         source += f" {of['note']}"
@@ -52,20 +79,23 @@ def filled(text: str) -> str:
     return _BLOCK.sub(lambda m: f"{m[1]}{table(results(m[2]))}{m[3]}", text)
 
 
-def missing() -> list[str]:
-    """Sentences that a page should contain and does not, as "page: sentence"."""
-    found = []
+def sentences() -> Iterator[tuple[str, str]]:
+    """(page, sentence) of all results, with their numbers."""
     for file in sorted(RESULTS.glob("*.json")):
         of = results(file.stem)
-        rows = {row["id"]: row for row in of["rows"] if "id" in row}
-        for page, sentences in of.get("said", {}).items():
-            text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-            found += [
-                f"{page}: {sentence}"
-                for sentence in (" ".join(s.format(**rows).split()) for s in sentences)
-                if sentence not in text
-            ]
-    return found
+        named = {row["id"]: row for row in rows(of) if "id" in row}
+        for page, formats in of.get("said", {}).items():
+            for sentence in formats:
+                yield page, " ".join(sentence.format(**named).split())
+
+
+def missing() -> list[str]:
+    """Sentences that a page should contain and does not, as "page: sentence"."""
+    return [
+        f"{page}: {said}"
+        for page, said in sentences()
+        if said not in " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    ]
 
 
 def main() -> None:

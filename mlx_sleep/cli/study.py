@@ -92,7 +92,7 @@ def study(
     }
     found = table.collect(plan, runs, results, extra)
     table.write(out, found, plan)
-    made = drawing.draw(found, out, plan["beyond"]["examples"]) if figures else []
+    made = drawing.draw(found, out) if figures else []
     if json:
         print_json(found)
         return

@@ -1,0 +1,126 @@
+"""Draws the figures of the pages from docs/results/, for a light and for a dark background.
+
+    python docs/scripts/figures.py           # writes docs/images/NAME-light.svg and NAME-dark.svg
+    python docs/scripts/figures.py --check   # exit 1 where a file is not what the results give
+
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from mlx_sleep.lab.statistics import wilson
+from mlx_sleep.lab.study import figures as study
+
+DOCS = Path(__file__).resolve().parents[1]
+THEMES = {
+    "light": {"ink": "#1f2328", "dim": "#59636e", "line": "#d1d9e0"},
+    "dark": {"ink": "#e6edf3", "dim": "#9198a1", "line": "#656c76"},
+}
+FONTS = "-apple-system, BlinkMacSystemFont, 'Segoe UI', Helvetica, Arial, sans-serif"
+
+
+def results(name: str) -> dict:
+    return json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rule110() -> Figure:
+    """t = 6 is of a plan of its own."""
+    found, deep = (results(f"study_{name}")["study"] for name in ("rule110", "rule110_deep"))
+    always = {**found["always"], **deep["always"]}
+    return study.passes({**found, "rows": found["rows"] + deep["rows"], "always": always})
+
+
+def recall() -> Figure:
+    """Recall against the sleeps since a fact was told, with S kept and with S zeroed."""
+    rows = [row for row in results("recall_smollm2")["rows"] if "/age_" in row["case"]]
+    figure = Figure(figsize=(7.2, 3.4))
+    axes = figure.subplots()
+    for label, color, key, aside in (
+        ("S kept", study.MORE_PASSES, "accuracy", -0.04),
+        ("S zeroed", study.GREY, "zeroed", 0.04),
+    ):
+        y = [row[key] for row in rows]
+        ends = [wilson(row[key] * row["n"], row["n"]) for row in rows]
+        below, above = zip(
+            *((max(0, p - low), max(0, high - p)) for p, (low, high) in zip(y, ends, strict=True)),
+            strict=True,
+        )
+        x = [i + aside for i in range(len(rows))]
+        style = {"marker": "o", "markersize": 5, "elinewidth": 1.2, "clip_on": False}
+        axes.errorbar(x, y, yerr=(below, above), color=color, label=label, **style)
+    ages = [row["case"].rpartition("age_")[2].replace("_", " to ") for row in rows]
+    names = [f"{age}\n({row['n']} questions)" for age, row in zip(ages, rows, strict=True)]
+    axes.set_xticks(range(len(rows)), names)
+    axes.set_xlim(-0.4, len(rows) - 0.6)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, symbol=""))
+    axes.tick_params(length=0)
+    axes.set_xlabel("sleeps since it was told")
+    axes.set_ylabel("right answers (%)")
+    figure.suptitle("SmolLM2: what is recalled after sleep", fontsize=11, fontweight="bold")
+    axes.legend(loc="upper right")
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "recall": recall,
+    "study-rule110": rule110,
+    "study-depo": lambda: study.passes(results("study_depo")["study"]),
+    "retention-rule110": lambda: study.retention(results("study_rule110")["study"]),
+    "retention-depo": lambda: study.retention(results("study_depo")["study"]),
+}
+
+
+def svg(name: str, theme: str) -> str:
+    """A figure's text, the same in every run of one version of matplotlib."""
+    colors = THEMES[theme]
+    style = {
+        **study.STYLE,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.color": colors["ink"],
+        "axes.labelcolor": colors["ink"],
+        "axes.titlecolor": colors["ink"],
+        "xtick.labelcolor": colors["dim"],
+        "ytick.labelcolor": colors["dim"],
+        "axes.edgecolor": colors["line"],
+        "grid.color": colors["line"],
+        "grid.alpha": 0.5,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "savefig.facecolor": "none",
+    }
+    file = io.StringIO()
+    with matplotlib.rc_context(style):
+        FIGURES[name]().savefig(file, format="svg", metadata={"Date": None})
+    # Laid out in the font that comes with matplotlib, shown in the reader's.
+    text = re.sub(r"(?<=font-family: )[^;\"]+", FONTS, file.getvalue())
+    return re.sub(r"[ \t]+\n", "\n", text)
+
+
+def main() -> None:
+    stale = []
+    for name in FIGURES:
+        for theme in THEMES:
+            path = DOCS / "images" / f"{name}-{theme}.svg"
+            text = svg(name, theme)
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+            elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+                stale.append(f"docs/images/{path.name} is stale; run make figures")
+    if stale:
+        sys.exit("\n".join(stale))
+
+
+if __name__ == "__main__":
+    main()
