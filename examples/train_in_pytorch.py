@@ -136,6 +136,7 @@ def retrofit(options):
         passes=options.passes,
         fold=options.fold,
         lora_rank=options.lora_rank,
+        loop_range=options.loop_range and tuple(options.loop_range),
     )
     torch.manual_seed(options.seed)
     model = Retrofit(
@@ -143,6 +144,7 @@ def retrofit(options):
         read_weights(options.model),
         adapter,
         gain=options.gain,
+        copy=options.init == "host",
         seed=options.seed,
         device=device,
         dtype=torch.bfloat16,
@@ -172,6 +174,7 @@ def retrofit(options):
         "batch": options.batch,
         "seed": options.seed,
         "gain": options.gain,
+        "init": options.init,
         "start": options.start and str(options.start),
         "adapter": asdict(adapter),
     }
@@ -180,7 +183,7 @@ def retrofit(options):
         options.out,
         lambda jobs: marked(batches(train, jobs, options.batch, options.workers)),
         Budget(tokens=options.tokens, seconds=options.hours and options.hours * 3600),
-        Settings(SHARES, muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
+        Settings(tuple(options.shares), muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
         evaluate=lambda model: evaluate(model, unseen),
         evaluate_every=options.evaluate_every,
         about=about,
@@ -204,9 +207,22 @@ def main():
     large.add_argument("--resume", action="store_true", help="go on with the run in --out")
     large.add_argument("--start", type=Path, help="an adapter to begin with (new optimizers)")
     large.add_argument("--batch", type=int, default=4096, help="tokens a step, with padding")
+    large.add_argument(
+        "--shares", type=float, nargs=len(SHARES), default=SHARES, help="of the stages"
+    )
     large.add_argument("--before", type=int, nargs="+", default=[6, 10, 14, 18, 22, 26])
     large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
+    large.add_argument(
+        "--loop-range",
+        type=int,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="blocks [LO, HI) of the passes (default: from the first sleep layer on)",
+    )
     large.add_argument("--fold", choices=("all", "user"), default="all", help="what S is made of")
+    large.add_argument(
+        "--init", choices=("host", "random"), default="host", help="what the layers start as"
+    )
     large.add_argument("--lora-rank", type=int, default=0)
     large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")
     large.add_argument("--muon-lr", type=float, default=5e-3)

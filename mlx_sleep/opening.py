@@ -15,6 +15,9 @@ from .models.source import fingerprint, open_folder
 from .sampling import Sampling
 from .thoughts import Thinking
 
+OWN_ADAPTERS = EMBEDDED.with_name("adapters")
+"""Those of the package belong to the models of their names, wherever it is installed."""
+
 
 class Parts(NamedTuple):
     model: SleepModel
@@ -37,7 +40,7 @@ def open_parts(
     opened = None
     if memory is not None:
         name = "embedded" if source.path == EMBEDDED else source.name
-        if adapter is not None:
+        if adapter is not None and Path(adapter).parent != OWN_ADAPTERS:
             name += f" with {adapter}"
         opened = Memory.open(memory, fingerprint(source, adapter), model=name, home=home)
     return Parts(cast(SleepModel, loaded), tokenizer, opened, sampling)

@@ -55,7 +55,9 @@ def base_folder(path, seed):
     return path
 
 
-def adapter_folder(path, base, *, bits=None, lora=(), fold="all", change=lambda weights: None):
+def adapter_folder(
+    path, base, *, bits=None, lora=(), fold="all", change=lambda weights: None, **sleep
+):
     """A loud adapter of two layers, and low-rank changes of those projections of block 1."""
     mx.random.seed(1)
     host, _ = load_model(base)
@@ -72,7 +74,7 @@ def adapter_folder(path, base, *, bits=None, lora=(), fold="all", change=lambda 
     change(weights)
     config = {
         "sleep_layers": layers,
-        "sleep": {"passes": 1, "window": 64, "eviction": "hard", "fold": fold},
+        "sleep": {"passes": 1, "window": 64, "eviction": "hard", "fold": fold, **sleep},
         "generation": {"do_sample": False},
         "lora_rank": 2 if lora else 0,
         "base": {"weights": weights_digest(base), "name": "tiny"},

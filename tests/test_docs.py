@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx_sleep  # isort: skip  (OpenBLAS before MLX)
+import mlx.core as mx
 import pytest
 import typer
 
+assert mlx_sleep  # imported for its effect
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "where-things-are.md"
+SCRIPTS = ROOT / "docs" / "scripts"
 
 
 def test_every_place_is_there():
@@ -32,7 +38,7 @@ def test_every_place_is_there():
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "docs" / "scripts" / f"{name}.py"), *arguments]
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -42,9 +48,94 @@ def test_every_figure_is_what_a_command_printed():
     assert done.returncode == 0, done.stderr
 
 
+def settings() -> dict[str, dict[str, bool]]:
+    """Numbers that are no measurements: a page's words, and whether the code has them so."""
+    from mlx_sleep.cli.sleeping import IDLE
+    from mlx_sleep.convert.downloads import DOWNLOADS
+    from mlx_sleep.server import engine
+    from tests import test_fuzz
+
+    package = ROOT / "mlx_sleep"
+    adapter = (package / "adapters" / "smollm2" / "adapters.safetensors").stat().st_size
+    weights = mx.load(str(package / "embedded" / "model.safetensors"))
+    return {
+        "README.md": {
+            "SmolLM2-135M (93 MB)": "93 MB" in DOWNLOADS["smollm2"].about,
+            "Six sleep layers (11 MB)": round(adapter / 1e6) == 11,
+            "waits are cut to 1.5 seconds": "pause=1.5)" in (SCRIPTS / "record.py").read_text(),
+        },
+        "docs/retrofit.md": {"a folder of 11 MB": round(adapter / 1e6) == 11},
+        "docs/training.md": {
+            "has 1.05 million parameters": round(sum(x.size for x in weights.values()), -4)
+            == 1_050_000
+        },
+        "docs/server.md": {
+            "After ten seconds without a request": IDLE == 10,
+            "Five minutes after its last use": engine.UNUSED == 300,
+            "Four replies at a time": engine.AT_ONCE == 4,
+            "68 requests may be there at once, four of one memory": engine.AT_ONCE + engine.QUEUED
+            == 68
+            and engine.QUEUED_A_MEMORY == 4,
+        },
+        "docs/memories.md": {"each reader 300 damaged": test_fuzz.COUNT == 300},
+    }
+
+
+def prose(page: Path) -> str:
+    """A page without code and tables, in one line."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<!-- results.*?<!-- end[^\n]*", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("    ", "|"))]
+    return " ".join(re.sub(r"`[^`]*`", "`code`", " ".join(lines)).split())
+
+
+def test_settings_are_the_codes():
+    for page, words in settings().items():
+        text = " ".join((ROOT / page).read_text().split())
+        for said, right in words.items():
+            assert said in text and right, f"{page}: {said}"
+
+
+def test_every_number_is_checked(monkeypatch):
+    """What looks measured stands in a sentence of docs/results/ or of the settings above."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import tables
+
+    found: list[str] = []
+    checked = [*tables.sentences()]
+    checked += [(page, words) for page, found in settings().items() for words in found]
+    for page in tables.pages():
+        name = page.relative_to(ROOT).as_posix()
+        if name == "docs/cli.md":  # made from the code
+            continue
+        text = prose(page)
+        for where, words in checked:
+            if where == name:
+                text = text.replace(" ".join(re.sub(r"`[^`]*`", "`code`", words).split()), "")
+        units = r"%|times|points|million|minutes|hours|seconds|tokens|ms|[kMGT]B"
+        found += [f"{name}: {m}" for m in re.findall(rf"\b\d[\d.,]* ?(?:{units})(?!\w).*", text)]
+    assert not found
+
+
+def test_the_recipes_take_so_many_steps():
+    rows = json.loads((ROOT / "docs" / "results" / "train_embedded.json").read_text())["rows"]
+    recipes = ROOT / "mlx_sleep" / "training" / "recipes"
+    for row in rows:
+        stages = json.loads((recipes / f"{row['id']}.json").read_text())["stages"]
+        assert row["steps"] == sum(stage["steps"] for stage in stages), row["id"]
+
+
+def test_the_front_page_counts_the_comparisons():
+    rows = json.loads((ROOT / "docs" / "results" / "parity.json").read_text())["rows"]
+    cases, architectures = sum(row["cases"] for row in rows), {row["architecture"] for row in rows}
+    assert all(row["agreement"] == 1 for row in rows)
+    said = f"{cases} comparisons over {len(architectures)} architectures, most of them with PyTorch"
+    assert said in (ROOT / "README.md").read_text()
+
+
 def test_a_stale_figure_is_found(tmp_path, monkeypatch):
     """The check above can fail: for a table, and for a sentence."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import tables
 
     page = "<!-- results: bench_sleep -->\nold\n<!-- end of bench_sleep -->"
@@ -65,7 +156,7 @@ def test_the_command_line_reference_is_the_commands():
 
 
 def test_the_diagrams_are_the_scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import diagram
 
     for theme in diagram.THEMES:
@@ -84,7 +175,7 @@ def test_the_figures_are_the_results():
 
 def test_a_stale_drawing_is_found(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import figures
 
     other = figures.results("recall_smollm2")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
+from mlx_sleep import opening
 from mlx_sleep.cli import app, model_names
 from mlx_sleep.cli.model_names import Chosen, choose, folder_of
 from mlx_sleep.lab.evaluate_chat import (
@@ -155,6 +157,18 @@ def test_which_model_is_meant(tmp_path, folders, monkeypatch, capsys):
     assert choose("org/Tiny-0.1B", revision="v2").memory == "Tiny-0.1B-v2"
     monkeypatch.chdir(tmp_path)
     assert choose(".").memory == tmp_path.name and choose("/_ü").memory == "model"
+
+
+def test_a_memory_of_the_package_s_model_names_no_folders(tmp_path, folders, monkeypatch):
+    base, loud, _ = folders
+    monkeypatch.setenv("MLX_SLEEP_HOME", str(tmp_path / "home"))
+    for module, name in ((model_names, "ADAPTERS"), (opening, "OWN_ADAPTERS")):
+        monkeypatch.setattr(module, name, tmp_path / "adapters")
+    shutil.copytree(base, folder_of("smollm2"))
+    shutil.copytree(loud, tmp_path / "adapters" / "smollm2")
+    chosen = choose("smollm2")
+    with Session.open(chosen.open(), "m", adapter=chosen.adapter) as session:
+        assert session.memory.header.model == "smollm2"
 
 
 def test_a_named_model_is_fetched_once(tmp_path, monkeypatch):

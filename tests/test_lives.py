@@ -18,6 +18,7 @@ from mlx_sleep.lab.tasks import everyday, words
 from mlx_sleep.lab.tasks.life import Exchange, Level
 from mlx_sleep.lab.tasks.life_batches import Source, arrays, batch, read_chat, stream
 from mlx_sleep.lab.tasks.life_examples import CASES, DAYS, examples
+from mlx_sleep.lab.tasks.life_tokens import OPENING
 from mlx_sleep.lab.tasks.templates import KEEP, VALUE
 from mlx_sleep.utils.errors import UserError
 from tests.lives import CHAT, LEVELS, LIBRARY, make, replay
@@ -161,7 +162,8 @@ def test_marked_tokens_are_the_value():
 
 
 def test_weights():
-    kinds = Counter()
+    kinds: Counter = Counter()
+    decided = 0
     for index in range(30):
         for window in TRAIN.life(index, LEVELS[3]).windows:
             for turn in window.turns:
@@ -169,8 +171,11 @@ def test_weights():
                 reply = [i for i, r in zip(p.ids, p.reply, strict=True) if r]
                 assert WORDS.decode(reply) == turn.reply + "<|im_end|>"
                 assert all(w == 0 for w, r in zip(p.weight, p.reply, strict=True) if not r)
-                said = {w for w, r in zip(p.weight, p.reply, strict=True) if r}
-                assert said == {turn.weight}
+                first, *said = (w for w, r in zip(p.weight, p.reply, strict=True) if r)
+                decides = bool(turn.asked) and not p.value[p.reply.index(True)]
+                assert first == turn.weight * (OPENING if decides else 1)
+                assert set(said) == {turn.weight}
+                decided += decides
                 name = "wrong" if turn.asked and turn.asked.wrong else turn.kind
                 kinds[name, turn.weight] += 1
     assert set(kinds) <= {
@@ -178,6 +183,7 @@ def test_weights():
         ("chat", 0.1), ("chat", 0.3),
     }  # fmt: skip
     assert all(n > 10 for n in kinds.values())
+    assert 0 < decided < kinds["ask", 1.0] + kinds["wrong", 0.0]
 
 
 def test_arrays():

@@ -15,16 +15,19 @@ from mlx_sleep.convert.torch.retrofit import Retrofit  # noqa: E402
 from mlx_sleep.models.load import load_model  # noqa: E402
 from mlx_sleep.sleep import consolidate  # noqa: E402
 from mlx_sleep.training.lives import life_hidden  # noqa: E402
-from tests.test_adapter import adapter_folder  # noqa: E402
+from tests.test_adapter import CONFIG, adapter_folder  # noqa: E402
 from tests.test_retrofit import chat_folder  # noqa: E402
 
 
-@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("passes", "loop_range"), [(1, None), (2, None), (3, None), (2, (1, 3)), (3, (0, 3))]
+)
 @pytest.mark.parametrize("lora", [(), ("q_proj", "k_proj", "v_proj", "o_proj")])
 @pytest.mark.parametrize("fold", ["all", "user"])
-def test_logits_of_three_windows(tmp_path, rng, passes, lora, fold):
-    base = chat_folder(tmp_path / "base", "llama")
-    path, _, _ = adapter_folder(tmp_path / "adapter", base, lora=lora, fold=fold)
+def test_logits_of_three_windows(tmp_path, rng, passes, loop_range, lora, fold):
+    base = chat_folder(tmp_path / "base", "llama", config={**CONFIG, "num_hidden_layers": 4})
+    looped = {"loop_range": list(loop_range)} if loop_range else {}
+    path, _, _ = adapter_folder(tmp_path / "adapter", base, lora=lora, fold=fold, **looped)
     ours, _ = load_model(base, adapter_path=path)
     config, weights, _ = read_adapter(path)
     theirs = Retrofit(BaseConfig.from_folder(base), read_weights(base), config, rule=naive)

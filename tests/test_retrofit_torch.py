@@ -100,14 +100,16 @@ def test_windows_in_parallel_are_windows_in_turn(rng):
 
 @torch.no_grad()
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_passes_are_algorithm_1(rng, passes):
+@pytest.mark.parametrize("loop_range", [None, (0, 4)])
+def test_passes_are_algorithm_1(rng, passes, loop_range):
     """Block by block: a wake pass for what is said, then N passes over the window for S."""
     tokens, mask = tensors(lives(rng))
-    model = tiny(replace(ADAPTER, passes=passes))
+    model = tiny(replace(ADAPTER, passes=passes, loop_range=loop_range))
+    lo, hi = loop_range or (1, BASE.num_hidden_layers)  # it begins at the first sleep layer
 
-    def blocks(h, S, writes, first):
+    def blocks(h, S, writes, first, last=BASE.num_hidden_layers):
         S = list(S)
-        for i in range(first, BASE.num_hidden_layers):
+        for i in range(first, last):
             if i in ADAPTER.before:
                 j = ADAPTER.before.index(i)
                 h, S[j] = model.sleep_layers[j](h, S[j], writes, naive)
@@ -119,9 +121,9 @@ def test_passes_are_algorithm_1(rng, passes):
         window, writes = tokens[:, w : w + 1], mask[:, w : w + 1]
         embedded = F.embedding(window, model.embedding)
         said.append(blocks(embedded, S, writes, 0)[0])
-        h = model._frozen(embedded, 0, 1)  # the loop begins at the first sleep layer
+        h = model._frozen(embedded, 0, lo)
         for _ in range(passes):
-            h, S = blocks(h, S, writes, 1)
+            h, S = blocks(h, S, writes, lo, hi)
     h, state = model.hidden(tokens, mask)
     torch.testing.assert_close(h[mask], torch.cat(said, 1)[mask])
     torch.testing.assert_close(state, S)
@@ -165,6 +167,12 @@ def test_the_start_is_the_hosts_attention():
     assert torch.equal(mixer.v_proj.weight[12:18], theirs["v"][6:])
     half_lives = np.log(2) / F.softplus(mixer.dt_bias.detach()).numpy()
     np.testing.assert_allclose(half_lives[[0, -1]], [700, 40_000], rtol=1e-3)
+    random = Retrofit(BASE, weights, ADAPTER, copy=False).sleep_layers[1].mixer
+    q = random.q_proj.weight.detach()
+    assert q.std().item() == pytest.approx((3 * 24) ** -0.5, rel=0.2)
+    correlation = torch.corrcoef(torch.stack([q, theirs["q"]]).flatten(1))
+    assert abs(correlation[0, 1]) < 0.2
+    assert torch.equal(random.dt_bias, mixer.dt_bias)
 
 
 @torch.no_grad()

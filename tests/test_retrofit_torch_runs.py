@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -255,3 +256,25 @@ def test_the_example_trains_a_retrofit(tmp_path):
     again = go()
     assert again.returncode == 1 and again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
+
+
+def test_ablations_train_what_is_missing(tmp_path, monkeypatch, capfd):
+    ablations = runpy.run_path(str(ROOT / "examples" / "ablations.py"))
+    runs = {"one layer": "--before 1", "random start": "--before 1 --init random --passes 2"}
+    monkeypatch.setitem(ablations["main"].__globals__, "RUNS", runs)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model, out = folder_of(tmp_path / "tiny"), tmp_path / "out"
+
+    def go(*names):
+        options = [model, "--out", out, "--tokens", 800, "--batch", 512, "--workers", 0, "--only"]
+        monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, options), *names])
+        ablations["main"]()
+        return json.loads((out / "ablations.json").read_text()), capfd.readouterr().out
+
+    (first,), said = go("one layer")
+    assert first["tokens"] >= 800 and 0 <= first["zeroed"] <= 1 and "step" not in first
+    assert "evaluation: " in said and "one layer" in said
+    (again, other), said = go(*runs)
+    assert again == first and other["options"] == runs["random start"]
+    assert said.count("evaluation: ") == 1  # the first was there already
+    assert read_adapter(out / "random-start")[0].passes == 2

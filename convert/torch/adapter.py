@@ -45,6 +45,7 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
             "window": a.window,
             "eviction": "hard",
             "fold": a.fold,
+            **({"loop_range": list(a.loop_range)} if a.loop_range else {}),
         },
         "generation": {"do_sample": False},
         "lora_rank": a.lora_rank,
@@ -81,6 +82,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], 
         window=sleep["window"],
         fold=sleep.get("fold", "all"),
         lora_rank=config["lora_rank"],
+        loop_range=tuple(sleep["loop_range"]) if sleep.get("loop_range") else None,
     )
     try:
         tensors = load_file(folder / "adapters.safetensors")

@@ -32,8 +32,9 @@ HALF_LIVES = 700.0, 40_000.0  # tokens: of the first and the last head at the st
 class AdapterConfig:
     """What is added to a base. before: the blocks that have a sleep layer before them, ascending.
 
-    passes (N), window (most tokens): how the model sleeps. fold: which tokens write into S, "all"
-    or "user" (those that the assistant didn't say). lora_rank: 0 for none.
+    passes (N), window (most tokens): how the model sleeps. loop_range: the blocks [lo, hi) that the
+    passes run, sleep layers among them; None is from the first sleep layer on. fold: which tokens
+    write into S, "all" or "user" (those that the assistant didn't say). lora_rank: 0 for none.
     """
 
     before: tuple[int, ...] = (6, 10, 14, 18, 22, 26)
@@ -45,6 +46,7 @@ class AdapterConfig:
     window: int = 512
     fold: str = "all"
     lora_rank: int = 0
+    loop_range: tuple[int, int] | None = None
 
 
 class DeltaAttention(nn.Module):
@@ -129,8 +131,9 @@ class SleepLayer(nn.Module):
         return h + self.gain.to(h.dtype) * out, S
 
     @torch.no_grad()
-    def start(self, block: Block, heads: int, gain: float, make: torch.Generator):
+    def start(self, block: Block, heads: int, gain: float, make: torch.Generator, copy=True):
         """Copies the attention of `block` (`heads` KV heads); the rest small, or no change at all.
+        Without `copy` the projections are random, as those of a new `nn.Linear`.
 
         S is forgotten by half in 700 to 40,000 tokens, head by head: a memory for a conversation
         of many windows. make: a generator on the CPU.
@@ -141,10 +144,13 @@ class SleepLayer(nn.Module):
         k, v = (
             x.view(heads, d, -1).repeat_interleave(H // heads, 0).reshape(H * d, -1) for x in (k, v)
         )
-        self.norm.weight.copy_(block.norm)
-        for projection, x in ((mixer.q_proj, q), (mixer.k_proj, k), (mixer.v_proj, v)):
+        projections = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
+        for projection, x in zip(projections, (q, k, v, block.o), strict=True):
+            if not copy:
+                bound = x.shape[1] ** -0.5
+                x = (2 * torch.rand(x.shape, generator=make) - 1) * bound
             projection.weight.copy_(x)
-        mixer.o_proj.weight.copy_(block.o)
+        self.norm.weight.copy_(block.norm if copy else torch.ones_like(block.norm))
         mixer.g_proj.weight.zero_()
         for projection in (mixer.a_proj, mixer.b_proj):
             projection.weight.copy_(0.02 * torch.randn(projection.weight.shape, generator=make))
@@ -201,6 +207,19 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
+def attention(q, k, v):
+    """Causal attention of q [n, Hq, T, d] over k and v [n, Hkv, T, d]."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # PyTorch's kernel for CPUs takes three times as long at these lengths.
+    n, H, T, d = q.shape
+    groups = H // k.shape[1]
+    q, k, v = q.reshape(-1, groups * T, d), k.flatten(0, 1), v.flatten(0, 1)
+    mask = q.new_full((T, T), -math.inf).triu(1).repeat(groups, 1)
+    p = torch.baddbmm(mask, q, k.mT, alpha=d**-0.5).softmax(-1)
+    return (p @ v).view(n, H, T, d)
+
+
 def finish(h, o, o_proj, norm, gate_up, down, eps: float, lora=None):
     """The rest of a block, after attention: h and o [n, T, ...] to h."""
     h = h + F.linear(o, o_proj)
@@ -214,7 +233,8 @@ class Retrofit(nn.Module):
     """The model. Its parameters are those that are trained: `state_dict()` is the adapter.
 
     weights: the base's, by Hugging Face's names (`base.read_weights`). dtype: of the base and the
-    activations; what is trained is float32, or dtype if that is wider. rule: how S is computed.
+    activations; what is trained is float32, or dtype if that is wider. copy: whether a sleep layer
+    starts as the attention of its block. rule: how S is computed.
     """
 
     def __init__(
@@ -224,6 +244,7 @@ class Retrofit(nn.Module):
         adapter: AdapterConfig | None = None,
         *,
         gain: float = 0.05,
+        copy: bool = True,
         seed: int = 0,
         device="cpu",
         dtype=torch.float32,
@@ -237,6 +258,13 @@ class Retrofit(nn.Module):
                 f"there cannot be sleep layers before blocks {[*a.before]}: give numbers from 0 to "
                 f"{c.num_hidden_layers - 1}, ascending"
             )
+        self.loop_range = a.loop_range or (a.before[0], c.num_hidden_layers)
+        lo, hi = self.loop_range
+        if not (0 <= lo <= a.before[0] and a.before[-1] < hi <= c.num_hidden_layers):
+            raise UserError(
+                f"passes over blocks {lo} to {hi - 1} leave out sleep layers; give a range from "
+                f"{a.before[0]} or less, to {a.before[-1] + 1} or more of {c.num_hidden_layers}"
+            )
         weights = {name: x.to(device, dtype) for name, x in weights.items()}
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
@@ -246,7 +274,7 @@ class Retrofit(nn.Module):
         self.mixers = [layer.mixer for layer in layers]
         make = torch.Generator().manual_seed(seed)
         for layer, i in zip(layers, a.before, strict=True):
-            layer.start(self.blocks[i], c.num_key_value_heads, gain, make)
+            layer.start(self.blocks[i], c.num_key_value_heads, gain, make, copy)
         self.layers = nn.ModuleDict()
         if a.lora_rank:
             for i in range(a.before[0], c.num_hidden_layers):
@@ -279,24 +307,26 @@ class Retrofit(nn.Module):
         that change S (all when None); the others only read it. state: a list of S, or None.
 
         What is said of a window is the wake pass over it, from the S that the windows before left.
-        With N > 1 passes the blocks from the first sleep layer on run N times over each window,
-        h and S carried along, and S of the last pass is what stays (Algorithm 1). The first of
-        these passes is the wake pass, so it's computed once.
+        With N > 1 passes the blocks of `loop_range` run N times over each window, h and S carried
+        along, and S of the last pass is what stays (Algorithm 1). The first of these passes is
+        the wake pass, so it's computed once.
         """
         passes = passes or self.adapter.passes
         state = self.fresh(tokens.shape[0]) if state is None else state
         writes = mask if writes is None else mask & writes
+        h, blocks = self._embed(tokens), len(self.blocks)
         if passes == 1:
-            return self._run(self._embed(tokens), state, writes, 0)
-        first, outputs = self.adapter.before[0], []
+            return self._run(h, state, writes, 0, blocks)
+        (lo, hi), outputs = self.loop_range, []
+        starts = self._frozen(h, 0, lo)
         for w in range(tokens.shape[1]):
             now = slice(w, w + 1)
-            h = self._frozen(self._embed(tokens[:, now]), 0, first)
+            h = starts[:, now]
             for i in range(passes):
-                h, state = self._run(h, state, writes[:, now], first)
+                h, state = self._run(h, state, writes[:, now], lo, hi)
                 if i == 0:
                     outputs.append(h)
-        return torch.cat(outputs, 1), state
+        return self._frozen(torch.cat(outputs, 1), hi, blocks), state
 
     def base_hidden(self, tokens):
         """h [n, T, D] of the base itself over windows [n, T], without sleep layers and LoRA."""
@@ -310,14 +340,14 @@ class Retrofit(nn.Module):
     def _embed(self, tokens):
         return F.embedding(tokens, self.embedding)
 
-    def _run(self, h, state, writes, first: int):
-        """Blocks from `first` on, with the sleep layers before them; h [B, W, T, D]."""
+    def _run(self, h, state, writes, first: int, last: int):
+        """Blocks first to last - 1 with all the sleep layers before them; h [B, W, T, D]."""
         shape, state = h.shape, list(state)
         for j, i in enumerate(self.adapter.before):
             h = self._frozen(h.view(-1, *shape[2:]), first, i).view(shape)
             h, state[j] = self.sleep_layers[j](h, state[j], writes, self.rule)
             first = i
-        return self._frozen(h.view(-1, *shape[2:]), first, len(self.blocks)).view(shape), state
+        return self._frozen(h.view(-1, *shape[2:]), first, last).view(shape), state
 
     def _frozen(self, h, first: int, last: int, lora: bool = True):
         """Blocks first to last - 1 over each window of h [..., T, D]."""
@@ -330,7 +360,7 @@ class Retrofit(nn.Module):
             q, k, v = self.project(
                 h, block.norm, block.qkv, cos, sin, c.rms_norm_eps, heads, change
             )
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            o = attention(q, k, v)
             o = o.transpose(1, 2).reshape(*h.shape[:2], -1)
             rest = block.o, block.mlp_norm, block.gate_up, block.down
             h = self.finish(h, o, *rest, c.rms_norm_eps, change)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -78,20 +79,23 @@ def filled(text: str) -> str:
     return _BLOCK.sub(lambda m: f"{m[1]}{table(results(m[2]))}{m[3]}", text)
 
 
-def missing() -> list[str]:
-    """Sentences that a page should contain and does not, as "page: sentence"."""
-    found = []
+def sentences() -> Iterator[tuple[str, str]]:
+    """(page, sentence) of all results, with their numbers."""
     for file in sorted(RESULTS.glob("*.json")):
         of = results(file.stem)
         named = {row["id"]: row for row in rows(of) if "id" in row}
-        for page, sentences in of.get("said", {}).items():
-            text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-            found += [
-                f"{page}: {sentence}"
-                for sentence in (" ".join(s.format(**named).split()) for s in sentences)
-                if sentence not in text
-            ]
-    return found
+        for page, formats in of.get("said", {}).items():
+            for sentence in formats:
+                yield page, " ".join(sentence.format(**named).split())
+
+
+def missing() -> list[str]:
+    """Sentences that a page should contain and does not, as "page: sentence"."""
+    return [
+        f"{page}: {said}"
+        for page, said in sentences()
+        if said not in " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    ]
 
 
 def main() -> None:

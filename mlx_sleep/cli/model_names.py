@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,9 +40,13 @@ class Chosen(NamedTuple):
             from ..models.source import open_folder
 
             return open_folder(EMBEDDED)
+        from ..convert.downloads import DOWNLOADS
         from ..convert.opening import open_model
 
-        return open_model(self.path, revision=self.revision, local_files_only=self.local_files_only)
+        opened = open_model(
+            self.path, revision=self.revision, local_files_only=self.local_files_only
+        )
+        return replace(opened, name=self.name) if self.name in DOWNLOADS else opened
 
     @property
     def memory(self) -> str:

@@ -47,6 +47,15 @@ def retrofit(
         ),
     ] = None,
     passes: Annotated[int, typer.Option(min=1, help="Passes of a sleep.")] = 1,
+    loop_range: Annotated[
+        Numbers | None,
+        typer.Option(
+            parser=numbers("--loop-range", least=0, example="6,27"),
+            metavar="LO,HI",
+            help="The passes run blocks LO to HI - 1.",
+            show_default="from the first new layer on",
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window, in use.")] = 512,
     fold: Annotated[
         str, typer.Option(help="What is folded into S: all, or user (not the replies).")
@@ -116,13 +125,18 @@ def retrofit(
     }
     if host.has_fast_weights:
         configs, rank = [], 16 if lora_rank is None else lora_rank
+        if loop_range is not None:
+            raise UserError(f"{model} has a range of its own for its passes; omit --loop-range")
         _check_hybrid(model, config, places, rank, fold)
         host.sleep = SleepConfig(**sleep, loop_range=host.sleep.loop_range)
     else:
         configs = plan(host, kind="delta_attention", count=layers, before=places)
         rank = lora_rank or 0
         first = min(configs[0]["before"], host.num_layers - 1)
-        host.sleep = SleepConfig(**sleep, loop_range=(first, host.num_layers))
+        looped = _check_loop(loop_range, [c["before"] for c in configs], host.num_layers)
+        if looped:
+            sleep["loop_range"] = looped
+        host.sleep = SleepConfig(**{"loop_range": (first, host.num_layers), **sleep})
     pad = config.get("pad_token_id") or 0
     group = mx.distributed.init()
     chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed, group)
@@ -182,6 +196,19 @@ def _check_hybrid(model: str, config: dict, before, rank: int, fold: str) -> Non
         raise UserError(f"{model} has fast weights already: --lora-rank must be at least 1")
     if fold != "all":
         raise UserError(f"{model} folds in all that was said; omit --fold")
+
+
+def _check_loop(loop_range, places: list[int], blocks: int) -> list[int] | None:
+    """The range as a list. UserError where it leaves out a new layer, or is none."""
+    if loop_range is None:
+        return None
+    found = list(loop_range)
+    if len(found) != 2 or not found[0] <= min(places) <= max(places) < found[1] <= blocks:
+        raise UserError(
+            f"--loop-range must be LO,HI with LO at most {min(places)}, and HI from "
+            f"{max(places) + 1} to {blocks}: the passes have to run all new layers"
+        )
+    return found
 
 
 def _ordinary(model, tokenizer, file: Path, count: int, seed: int, group) -> CHAT:

@@ -12,6 +12,8 @@ from typing import Any
 from .world import Turn
 
 Encode = Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]]
+OPENING = 4.0
+"""Weight of an answer's first token: it says whether the model knows, or was never told."""
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
@@ -110,9 +112,12 @@ class LifeEncoder:
         said, rest = len(ids) + 1, len(t.end) - 1  # the end mark is said, a newline is not
         value = [any(a < end and b > start for start, end in turn.spans) for a, b in offsets]
         tail = [False] * rest
+        weight = [turn.weight] * said
+        if turn.asked and not value[0]:
+            weight[0] *= OPENING
         return Pieces(
             [*t.before, *user, *t.between, *ids, *t.end],
-            [0.0] * before + [turn.weight] * said + [0.0] * rest,
+            [0.0] * before + weight + [0.0] * rest,
             [False] * before + value + [False] + tail,
             [False] * before + [True] * said + tail,
         )
