@@ -61,7 +61,7 @@ def settings() -> dict[str, dict[str, bool]]:
     return {
         "README.md": {
             "SmolLM2-135M (93 MB)": "93 MB" in DOWNLOADS["smollm2"].about,
-            "11 MB in size": round(adapter / 1e6) == 11,
+            "Six sleep layers (11 MB)": round(adapter / 1e6) == 11,
             "waits are cut to 1.5 seconds": "pause=1.5)" in (SCRIPTS / "record.py").read_text(),
         },
         "docs/retrofit.md": {"a folder of 11 MB": round(adapter / 1e6) == 11},
@@ -115,6 +115,14 @@ def test_every_number_is_checked(monkeypatch):
         units = r"%|times|points|million|minutes|hours|seconds|tokens|ms|[kMGT]B"
         found += [f"{name}: {m}" for m in re.findall(rf"\b\d[\d.,]* ?(?:{units})(?!\w).*", text)]
     assert not found
+
+
+def test_the_recipes_take_so_many_steps():
+    rows = json.loads((ROOT / "docs" / "results" / "train_embedded.json").read_text())["rows"]
+    recipes = ROOT / "mlx_sleep" / "training" / "recipes"
+    for row in rows:
+        stages = json.loads((recipes / f"{row['id']}.json").read_text())["stages"]
+        assert row["steps"] == sum(stage["steps"] for stage in stages), row["id"]
 
 
 def test_the_front_page_counts_the_comparisons():
