@@ -285,6 +285,7 @@ def test_the_training_script_writes_what_convert_takes(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("step 3: loss ") and "right answers" in done.stdout
     convert(tmp_path / "trained", tmp_path / "model")
     from mlx_sleep.models.load import load
 

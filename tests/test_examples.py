@@ -33,9 +33,14 @@ def test_remember():
 
 def test_new_words():
     lines = run("new_words.py")
-    answers = dict(zip(lines[9::2], lines[10::2], strict=True))
-    assert answers["> What is a florp?"] == "A florp is a kind of spoon."
-    assert answers["> What is a florp made of?"] == "A florp is made of copper."
+    answers = dict(zip(lines[9:-1:2], lines[10:-1:2], strict=True))
+    assert answers == {
+        "> What is a florp?": "A florp is a kind of spoon.",
+        "> What is a florp made of?": "A florp is made of copper.",
+        "> What does it mean to glimber?": "To glimber means to dance.",
+        "> What does the word trindle mean?": "The word trindle means happy.",
+    }
+    assert lines[-1] == "4 of 4 right"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

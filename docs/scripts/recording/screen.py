@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pyte
@@ -32,12 +32,21 @@ Row = dict[int, Cell]
 
 
 class Screen(pyte.Screen):
-    """A screen that keeps the rows that have left it at the top, and knows faint text."""
+    """A screen that keeps the rows that have left it at the top, and knows faint text.
 
-    def __init__(self, columns: int, rows: int) -> None:
+    answer gets what a terminal types by itself: a program may ask it where the cursor is.
+    """
+
+    def __init__(
+        self, columns: int, rows: int, answer: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._answer = answer
         self.gone: list[Row] = []
         self._rows: dict[int, Row] = {}
         super().__init__(columns, rows)
+
+    def write_process_input(self, data: str) -> None:
+        self._answer(data)
 
     def index(self) -> None:
         if self.cursor.y == self.lines - 1:

@@ -28,7 +28,8 @@ NEWLINE = "\n"  # Python before 3.12 has no backslash in an f-string's braces
 FONTS = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 
 NAMES = "black red green brown blue magenta cyan white".split()  # pyte calls yellow brown
-THEMES = {  # GitHub's: ink, paper, title bar, lines; the eight colours; their bright forms
+THEMES: dict[str, tuple[list[str], ...]] = {
+    # GitHub's: ink, paper, title bar, lines; the eight colours; their bright forms
     "light": (
         "#1f2328 #ffffff #f6f8fa #d1d9e0".split(),
         "#24292f #cf222e #116329 #9a6700 #0969da #8250df #1b7c83 #6e7781".split(),
@@ -91,7 +92,7 @@ def draw(cast: Cast, theme: str) -> str:
     strip = _Strip(canvas, cast.columns)
     times = [frame.time for frame in shown]
     length = times[-1] + HOLD
-    moves = {
+    moves: dict[str, list[float]] = {
         "log": [-LINE * frame.top for frame in shown],
         "cover": [LINE * count for count in counts],
         "strip": [strip.add(frame, count) for frame, count in zip(shown, counts, strict=True)],

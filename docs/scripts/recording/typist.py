@@ -48,8 +48,7 @@ def record(command: list[str], script: str, cast: Cast, env: dict[str, str], lim
 class _Typist:
     def __init__(self, process: PtyProcess, cast: Cast, limit: float) -> None:
         self._fd, self._cast, self._limit = process.fd, cast, limit
-        self._screen = Screen(cast.columns, cast.rows)
-        self._screen.write_process_input = self._press  # programs ask where the cursor is
+        self._screen = Screen(cast.columns, cast.rows, self._press)
         self._stream = pyte.Stream(self._screen)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._started = time.monotonic()
