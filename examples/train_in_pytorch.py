@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -35,8 +35,10 @@ from mlx_sleep.convert.torch.adapter import read_adapter
 from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
 from mlx_sleep.convert.torch.delta_rule import best_rule
 from mlx_sleep.convert.torch.evaluate import evaluate
+from mlx_sleep.convert.torch.loss import LifeBatch
 from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit
 from mlx_sleep.convert.torch.sleep_hybrid import SleepHybrid
+from mlx_sleep.convert.torch.soften import soften
 from mlx_sleep.convert.torch.trainer import Settings, Trainer
 from mlx_sleep.lab.tasks.curriculum import SHARES, batches, held_out
 from mlx_sleep.lab.tasks.life_batches import Source, read_chat
@@ -139,11 +141,16 @@ def retrofit(options):
         read_eps=options.read_eps,
         loop_range=options.loop_range and tuple(options.loop_range),
     )
+    started, weights = adapter, None
+    if options.start:
+        started, weights, _ = read_adapter(options.start)
+        if replace(started, read_eps=options.read_eps) != adapter:
+            raise UserError(f"{options.start} is an adapter of another shape; give its options")
     torch.manual_seed(options.seed)
     model = Retrofit(
         base,
         read_weights(options.model),
-        adapter,
+        started,
         gain=options.gain,
         copy=options.init == "host",
         seed=options.seed,
@@ -151,15 +158,10 @@ def retrofit(options):
         dtype=torch.bfloat16,
         rule=best_rule(device),
     )
-    if options.start:
-        started, weights, _ = read_adapter(options.start)
-        if started != adapter:
-            raise UserError(f"{options.start} is an adapter of another shape; give its options")
+    if weights is not None:
         model.load_state_dict(weights)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    if options.compile:
-        model.compile()
     chat = read_chat(options.chat) if options.chat else ()
     opening = read_tokenizer(options.model).encode(REFUSAL, add_special_tokens=False).ids
     tokenizer = str(options.model / "tokenizer.json")
@@ -169,6 +171,11 @@ def retrofit(options):
         for arrays in batches:
             yield {**arrays, "refusal": mark_refusals(arrays, opening)}
 
+    if started != adapter:
+        arrays = next(iter(batches(train, [(0, 1)], options.batch)))
+        soften(model, adapter.read_eps, LifeBatch.from_arrays(arrays, device, fold=adapter.fold))
+    if options.compile:
+        model.compile()
     unseen = list(marked(held_out(valid)))
     about = {
         "model": base.fingerprint or base.name,
@@ -226,7 +233,7 @@ def main():
     )
     large.add_argument("--lora-rank", type=int, default=0)
     large.add_argument(
-        "--read-eps", type=float, help="epsilon of the norm of what is read from S (1e-5)"
+        "--read-eps", type=float, help="epsilon of the norm of what is read from S (default: 1e-5)"
     )
     large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")
     large.add_argument("--muon-lr", type=float, default=5e-3)

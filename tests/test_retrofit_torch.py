@@ -20,7 +20,8 @@ from mlx_sleep.convert.torch.loss import (  # noqa: E402
     LifeBatch,
     life_loss,
 )
-from mlx_sleep.convert.torch.retrofit import Retrofit  # noqa: E402
+from mlx_sleep.convert.torch.retrofit import Retrofit, mixer_output  # noqa: E402
+from mlx_sleep.convert.torch.soften import soften  # noqa: E402
 from tests.retrofits import ADAPTER, BASE, B, T, W, lives, tensors, tiny, tiny_weights  # noqa: E402
 
 # --- the delta rule --------------------------------------------------------------------------
@@ -203,6 +204,28 @@ def test_lora_starts_as_nothing_and_is_trained(rng):
         model.get_parameter("layers.2.self_attn.v_proj.lora_b").fill_(0.1)
     assert not torch.allclose(model.hidden(tokens, mask)[0], plain.hidden(tokens, mask)[0])
     torch.testing.assert_close(model.base_hidden(tokens[:, 0]), plain.base_hidden(tokens[:, 0]))
+
+
+@torch.no_grad()
+def test_softened_reads_are_as_loud(rng):
+    """By head, over the real tokens: the mean square of what o_proj reads, before the gate."""
+    batch, reads = LifeBatch.from_arrays(lives(rng)), []
+    model = tiny()
+    mixer = model.mixers[0]  # before it, nothing changes
+
+    def kept(o, gate, norm, o_proj, eps):
+        columns = o_proj.view(len(o_proj), -1, o.shape[-1]).norm(dim=(0, 2))
+        normed = o * (o.square().mean(-1, keepdim=True) + eps).rsqrt()
+        reads.append(normed[batch.mask].square().mean((0, 2)).sqrt() * columns)
+        return mixer_output(o, gate, norm, o_proj, eps)
+
+    for read_eps in (0.02, 0.1):
+        mixer.output = kept
+        model.hidden(batch.tokens, batch.mask)
+        mixer.output = mixer_output
+        soften(model, read_eps, batch)
+        assert mixer.eps == model.adapter.read_eps == read_eps and mixer.output is mixer_output
+    torch.testing.assert_close(reads[1], reads[0], rtol=1e-3, atol=0)
 
 
 # --- losses ----------------------------------------------------------------------------------

@@ -256,6 +256,10 @@ def test_the_example_trains_a_retrofit(tmp_path):
     again = go()
     assert again.returncode == 1 and again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
+    more = ["--out", tmp_path / "more", "--tokens", "500", "--start", tmp_path / "run"]
+    done = go(*more, "--read-eps", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert read_adapter(tmp_path / "more")[0] == replace(adapter, read_eps=0.1)
 
 
 def test_ablations_train_what_is_missing(tmp_path, monkeypatch, capfd):
