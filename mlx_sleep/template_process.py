@@ -20,7 +20,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 IDLE = 10  # seconds after which the process ends by itself
-SECONDS = 5  # of the processor for a rendering, should nobody be there to stop it
+SECONDS = 5  # of the processor for a rendering
 BYTES = 1 << 30
 CHARACTERS = 1 << 20  # of what comes out, and of what `*` and `%` may make
 

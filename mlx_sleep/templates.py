@@ -21,11 +21,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .utils import limits
 from .utils.errors import UserError
 
-SECONDS = 5.0
-"""That a rendering may take."""
+SECONDS = 60.0
+"""To wait for the process: a busy machine may be late. Of the processor's time it takes less; see
+`template_process.SECONDS`."""
 
 _SCRIPT = Path(__file__).with_name("template_process.py")
-_START = 60.0  # a machine may be busy
 
 
 class Renderer:
@@ -50,8 +50,8 @@ class Renderer:
         except (BrokenPipeError, EOFError, ValueError) as error:
             self.close()
             raise UserError(
-                f"the chat template is not rendered within {SECONDS:.0f} seconds and the memory "
-                "allowed; mend the template, or use another model"
+                "the chat template is not rendered within the time and memory allowed; mend the "
+                "template, or use another model"
             ) from error
         except BaseException:  # Ctrl-C: a reply may still come, and is not the next one's
             self.close()
@@ -92,7 +92,7 @@ class Renderer:
             start_new_session=True,
         )
         self._end = weakref.finalize(self, _end, self._process)
-        if self._line(_START).strip() != b"ready":
+        if self._line(SECONDS).strip() != b"ready":
             raise EOFError
 
     def _line(self, seconds: float) -> bytes:

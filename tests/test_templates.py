@@ -86,6 +86,22 @@ def test_a_template_that_does_not_end(tmp_path, monkeypatch):
         load(folder)
 
 
+def test_the_process_bounds_the_processor_s_time_itself(tmp_path, monkeypatch):
+    """So that a busy machine, where a second of the processor takes many, is given time."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.append({str(templates._SCRIPT.parent)!r})\n"
+        "import template_process as process; process.SECONDS = 0; process.main()"
+    )
+    monkeypatch.setattr(templates, "_SCRIPT", script)
+    renderer = Renderer()
+    renderer.render("", {})
+    process = renderer._process
+    with pytest.raises(UserError, match="the chat template is not rendered within"):
+        renderer.render(ENDLESS, {})
+    assert process.returncode == -signal.SIGXCPU
+
+
 def test_nothing_is_left_running(renderer, monkeypatch):
     monkeypatch.setattr(templates, "SECONDS", 0.3)
     renderer.render("", {})

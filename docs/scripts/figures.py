@@ -42,8 +42,8 @@ def rule110() -> Figure:
 
 def recall() -> Figure:
     """Recall against the sleeps since a fact was told, with S kept and with S zeroed."""
-    rows = [row for row in results("recall_smollm2")["rows"] if "/age_" in row["case"]]
-    figure = Figure(figsize=(7.2, 3.4))
+    whole, *rows = results("recall_smollm2")["rows"]
+    figure = Figure(figsize=(8.6, 3.4))
     axes = figure.subplots()
     for label, color, key, aside in (
         ("S kept", study.MORE_PASSES, "accuracy", -0.04),
@@ -68,6 +68,11 @@ def recall() -> Figure:
     axes.set_xlabel("sleeps since it was told")
     axes.set_ylabel("right answers (%)")
     figure.suptitle("SmolLM2: what is recalled after sleep", fontsize=11, fontweight="bold")
+    axes.set_title(
+        f"mlx-sleep eval memory --model smollm2 --case {whole['case']} --n {whole['n']}: "
+        "20 facts over 16 windows, 95% intervals",
+        fontsize=9,
+    )
     axes.legend(loc="upper right")
     return figure
 
