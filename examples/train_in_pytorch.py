@@ -136,6 +136,7 @@ def retrofit(options):
         passes=options.passes,
         fold=options.fold,
         lora_rank=options.lora_rank,
+        read_eps=options.read_eps,
         loop_range=options.loop_range and tuple(options.loop_range),
     )
     torch.manual_seed(options.seed)
@@ -224,6 +225,9 @@ def main():
         "--init", choices=("host", "random"), default="host", help="what the layers start as"
     )
     large.add_argument("--lora-rank", type=int, default=0)
+    large.add_argument(
+        "--read-eps", type=float, help="epsilon of the norm of what is read from S (1e-5)"
+    )
     large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")
     large.add_argument("--muon-lr", type=float, default=5e-3)
     large.add_argument("--adamw-lr", type=float, default=2e-3)

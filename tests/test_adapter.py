@@ -56,12 +56,12 @@ def base_folder(path, seed):
 
 
 def adapter_folder(
-    path, base, *, bits=None, lora=(), fold="all", change=lambda weights: None, **sleep
+    path, base, *, bits=None, lora=(), fold="all", change=lambda weights: None, layer=None, **sleep
 ):
     """A loud adapter of two layers, and low-rank changes of those projections of block 1."""
     mx.random.seed(1)
     host, _ = load_model(base)
-    layers = plan(host, kind="delta_attention", before=[1, 2])
+    layers = [{**x, **(layer or {})} for x in plan(host, kind="delta_attention", before=[1, 2])]
     model = insert_into(host, layers)
     weights = {n: x for n, x in tree_flatten(model.parameters()) if n.startswith("sleep_layers")}
     for name, x in weights.items():

@@ -20,16 +20,26 @@ from tests.test_retrofit import chat_folder  # noqa: E402
 
 
 @pytest.mark.parametrize(
-    ("passes", "loop_range"), [(1, None), (2, None), (3, None), (2, (1, 3)), (3, (0, 3))]
+    ("passes", "loop_range", "layer"),
+    [
+        (1, None, {}),
+        (1, None, {"read_eps": 0.3}),
+        (2, None, {}),
+        (3, None, {}),
+        (2, (1, 3), {"read_eps": 0.3}),
+        (3, (0, 3), {}),
+    ],
 )
 @pytest.mark.parametrize("lora", [(), ("q_proj", "k_proj", "v_proj", "o_proj")])
 @pytest.mark.parametrize("fold", ["all", "user"])
-def test_logits_of_three_windows(tmp_path, rng, passes, loop_range, lora, fold):
+def test_logits_of_three_windows(tmp_path, rng, passes, loop_range, layer, lora, fold):
     base = chat_folder(tmp_path / "base", "llama", config={**CONFIG, "num_hidden_layers": 4})
     looped = {"loop_range": list(loop_range)} if loop_range else {}
-    path, _, _ = adapter_folder(tmp_path / "adapter", base, lora=lora, fold=fold, **looped)
+    options = {"lora": lora, "fold": fold, "layer": layer, **looped}
+    path, _, _ = adapter_folder(tmp_path / "adapter", base, **options)
     ours, _ = load_model(base, adapter_path=path)
     config, weights, _ = read_adapter(path)
+    assert config.read_eps == layer.get("read_eps") and config.loop_range == loop_range
     theirs = Retrofit(BaseConfig.from_folder(base), read_weights(base), config, rule=naive)
     own = set(theirs.state_dict())
     theirs.load_state_dict({n: x for n, x in weights.items() if n in own}, strict=False)

@@ -45,7 +45,7 @@ def test_tokens_that_write_nothing_leave_S():
 # --- the model -------------------------------------------------------------------------------
 
 
-def sleep_layer(p: dict, h, S, writes, H: int, eps: float = 1e-5):
+def sleep_layer(p: dict, h, S, writes, H: int, read_eps: float, eps: float = 1e-5):
     """One sleep layer over one window of one row, from the equations: h [T, D], S [H, d, d]."""
     x = h * (h.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * p["norm.weight"]
     qkv = torch.cat([x @ p[f"mixer.{n}_proj.weight"].T for n in "qkv"], -1)
@@ -62,15 +62,16 @@ def sleep_layer(p: dict, h, S, writes, H: int, eps: float = 1e-5):
                 old = a[i] * (S[i] - beta[i] * S[i] @ torch.outer(k[i], k[i]))
                 S[i] = old + beta[i] * torch.outer(v[i], k[i])
         o = torch.stack([S[i] @ q[i] for i in range(H)])
-        o = o * (o.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * p["mixer.o_norm.weight"]
+        o = o * (o.pow(2).mean(-1, keepdim=True) + read_eps).rsqrt() * p["mixer.o_norm.weight"]
         o = o.flatten() * 2 * torch.sigmoid(p["mixer.g_proj.weight"] @ x[t])
         outputs.append(p["mixer.o_proj.weight"] @ o)
     return h + p["gain"] * torch.stack(outputs), S
 
 
 @torch.no_grad()
-def test_a_sleep_layer_is_its_equations(rng):
-    model, H = tiny(), ADAPTER.num_heads
+@pytest.mark.parametrize("read_eps", [None, 0.4])
+def test_a_sleep_layer_is_its_equations(rng, read_eps):
+    model, H = tiny(replace(ADAPTER, read_eps=read_eps)), ADAPTER.num_heads
     layer = model.sleep_layers[0]
     h = torch.randn(2, 2, T, BASE.hidden_size).double()
     writes = torch.from_numpy(rng.random((2, 2, T)) < 0.7)
@@ -80,7 +81,7 @@ def test_a_sleep_layer_is_its_equations(rng):
     for b in range(2):
         state = S[b]
         for w in range(2):  # one S runs through both windows, the convolution starts in each
-            expected, state = sleep_layer(p, h[b, w], state, writes[b, w], H)
+            expected, state = sleep_layer(p, h[b, w], state, writes[b, w], H, read_eps or 1e-5)
             torch.testing.assert_close(out[b, w], expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(new[b], state, rtol=1e-4, atol=1e-5)
 

@@ -36,6 +36,7 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
         "head_dim": a.head_dim,
         "conv_size": a.conv_size,
         "norm_eps": a.norm_eps,
+        **({} if a.read_eps is None else {"read_eps": a.read_eps}),
     }
     config = {
         "format": FORMAT,
@@ -78,6 +79,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], 
     adapter = AdapterConfig(
         tuple(layer["before"] for layer in layers),
         **{key: shapes[0][key] for key in ("num_heads", "head_dim", "conv_size", "norm_eps")},
+        read_eps=shapes[0].get("read_eps"),
         passes=sleep["passes"],
         window=sleep["window"],
         fold=sleep.get("fold", "all"),

@@ -35,6 +35,9 @@ class AdapterConfig:
     passes (N), window (most tokens): how the model sleeps. loop_range: the blocks [lo, hi) that the
     passes run, sleep layers among them; None is from the first sleep layer on. fold: which tokens
     write into S, "all" or "user" (those that the assistant didn't say). lora_rank: 0 for none.
+    read_eps: of the RMSNorm of what is read from S. A small one (None: norm_eps) makes a faint read
+    as loud as any; one near the mean square of a read leaves it faint, which is how the model can
+    tell that it never was told.
     """
 
     before: tuple[int, ...] = (6, 10, 14, 18, 22, 26)
@@ -47,6 +50,7 @@ class AdapterConfig:
     fold: str = "all"
     lora_rank: int = 0
     loop_range: tuple[int, int] | None = None
+    read_eps: float | None = None
 
 
 class DeltaAttention(nn.Module):
@@ -68,7 +72,8 @@ class DeltaAttention(nn.Module):
         self.b_proj = nn.Linear(D, H)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.conv_weight = nn.Parameter(torch.empty(3 * H * d, c.conv_size))  # of q, k, v
-        self.o_norm, self.eps = nn.RMSNorm(d, eps=c.norm_eps), c.norm_eps
+        self.eps = c.norm_eps if c.read_eps is None else c.read_eps
+        self.o_norm = nn.RMSNorm(d, eps=self.eps)
 
         self.inputs, self.output = mixer_inputs, mixer_output
 

@@ -26,12 +26,18 @@ HALF_LIVES = (700, 40_000)
 
 @dataclass
 class DeltaArgs(Config):
-    """Sizes, by the names in config.json: Dk = Dv = head_dim."""
+    """Sizes, by the names in config.json: Dk = Dv = head_dim.
+
+    read_eps is that of the RMSNorm of what is read from S, None for norm_eps. A small one makes a
+    faint read as loud as any; one near the mean square of a read leaves it faint, which is how the
+    model can tell that it never was told.
+    """
 
     num_heads: Count
     head_dim: Count
     conv_size: Count = 4
     norm_eps: Positive = 1e-5
+    read_eps: Positive | None = None
 
 
 class DeltaAttention(nn.Module):
@@ -43,7 +49,8 @@ class DeltaAttention(nn.Module):
 
     def __init__(self, hidden_size: int, args: DeltaArgs):
         super().__init__()
-        self.H, self.D, self.eps = args.num_heads, args.head_dim, args.norm_eps
+        self.H, self.D = args.num_heads, args.head_dim
+        self.eps = args.norm_eps if args.read_eps is None else args.read_eps
         width = self.H * self.D
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
         self.k_proj = nn.Linear(hidden_size, width, bias=False)
@@ -58,7 +65,7 @@ class DeltaAttention(nn.Module):
         self.dt_bias = slow_decay(self.H)
         taps = 0.02 * mx.random.normal((3 * width, args.conv_size))
         self.conv_weight = taps + (mx.arange(args.conv_size) == args.conv_size - 1)
-        self.o_norm = nn.RMSNorm(self.D, eps=args.norm_eps)
+        self.o_norm = nn.RMSNorm(self.D, eps=self.eps)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
 
     def __call__(self, x, state, mask=None, write=None, windows=1):

@@ -7,7 +7,7 @@ each:
 
     before       the block that the layer comes before, 0 to the number of blocks (after all)
     kind         "jet", "gated_deltanet" or "delta_attention"
-    num_heads, head_dim, conv_size, norm_eps; expand_v and dconv_generator_reduction
+    num_heads, head_dim, conv_size, norm_eps; expand_v and dconv_generator_reduction, or read_eps
                  sizes, by the names of JetArgs (head_dim is Dk, head_dim * expand_v is Dv) or
                  DeltaArgs
 
