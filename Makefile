@@ -86,6 +86,8 @@ INSTALL_MKL = { [ "$$(uname -m)" = x86_64 ] && echo "installing MKL" && \
 
 .venv/bin/python:
 	@set -e; $(APT_INSTALL); python=$$($(FIND_PYTHON)); \
+	mkdir -p .venv || { echo "make sets itself up in this folder: use a clone that you can write to" >&2; \
+	  exit 1; }; \
 	if [ -z "$$python" ]; then \
 	  echo "mlx-sleep needs Python 3.10 or newer: install it (macOS: brew install python)" >&2; \
 	  exit 1; fi; \
@@ -108,7 +110,9 @@ PIP_INSTALL = pip_install() { \
 $(READY): pyproject.toml .venv/bin/python
 	@set -e; $(APT_INSTALL); $(PIP_INSTALL); \
 	echo "installing mlx-sleep and what it needs into .venv"; \
-	pip_install -e .; \
+	pip_install -e . || { \
+	  echo "what mlx-sleep needs could not be installed: check the network, then run make again" >&2; \
+	  exit 1; }; \
 	if [ "$$(uname)" = Linux ] && ! .venv/bin/python -c \
 	    'import ctypes; ctypes.CDLL("libopenblas.so.0")' 2>/dev/null; then \
 	  apt_install libopenblas0-pthread || $(INSTALL_MKL) || \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -50,21 +51,32 @@ def test_every_figure_is_what_a_command_printed():
 
 def settings() -> dict[str, dict[str, bool]]:
     """Numbers that are no measurements: a page's words, and whether the code has them so."""
+    from mlx_sleep.cli.retrofit import retrofit
     from mlx_sleep.cli.sleeping import IDLE
     from mlx_sleep.convert.downloads import DOWNLOADS
+    from mlx_sleep.lab.tasks.curriculum import STAGES
     from mlx_sleep.server import engine
     from tests import test_fuzz
 
+    def default(command, option: str):
+        return inspect.signature(command).parameters[option].default
+
+    windows = [count for stage in STAGES for count in stage.windows]
     package = ROOT / "mlx_sleep"
     adapter = (package / "adapters" / "smollm2" / "adapters.safetensors").stat().st_size
     weights = mx.load(str(package / "embedded" / "model.safetensors"))
+    cast = (ROOT / "docs" / "results" / "chat.cast").read_text(encoding="utf-8")
     return {
         "README.md": {
             "SmolLM2-135M (93 MB)": "93 MB" in DOWNLOADS["smollm2"].about,
             "Six sleep layers (11 MB)": round(adapter / 1e6) == 11,
-            "waits are cut to 1.5 seconds": "pause=1.5)" in (SCRIPTS / "record.py").read_text(),
+            "waits are cut to a second": '"idle_time_limit": 1.0,' in cast,
         },
-        "docs/retrofit.md": {"a folder of 11 MB": round(adapter / 1e6) == 11},
+        "docs/retrofit.md": {
+            "a folder of 11 MB": round(adapter / 1e6) == 11,
+            "over 2 to 16 windows": (min(windows), max(windows)) == (2, 16),
+            "`--ordinary 200`": default(retrofit, "ordinary") == 200,
+        },
         "docs/training.md": {
             "has 1.05 million parameters": round(sum(x.size for x in weights.values()), -4)
             == 1_050_000

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from mlx_sleep.lab.statistics import wilson
@@ -49,22 +50,19 @@ def recall() -> Figure:
         ("S kept", study.MORE_PASSES, "accuracy", -0.04),
         ("S zeroed", study.GREY, "zeroed", 0.04),
     ):
-        y = [row[key] for row in rows]
-        ends = [wilson(row[key] * row["n"], row["n"]) for row in rows]
-        below, above = zip(
-            *((max(0, p - low), max(0, high - p)) for p, (low, high) in zip(y, ends, strict=True)),
-            strict=True,
-        )
-        x = [i + aside for i in range(len(rows))]
+        x = np.arange(len(rows)) + aside
+        y = np.array([row[key] for row in rows])
+        low, high = np.transpose([wilson(row[key] * row["n"], row["n"]) for row in rows])
+        errors = np.maximum(0, [y - low, high - y])
         style = {"marker": "o", "markersize": 5, "elinewidth": 1.2, "clip_on": False}
-        axes.errorbar(x, y, yerr=(below, above), color=color, label=label, **style)
+        axes.errorbar(x, y, yerr=errors, color=color, label=label, **style)
     ages = [row["case"].rpartition("age_")[2].replace("_", " to ") for row in rows]
-    names = [f"{age}\n({row['n']} questions)" for age, row in zip(ages, rows, strict=True)]
-    axes.set_xticks(range(len(rows)), names)
+    axes.set_xticks(
+        range(len(rows)),
+        [f"{age}\n(n = {row['n']})" for age, row in zip(ages, rows, strict=True)],
+    )
     axes.set_xlim(-0.4, len(rows) - 0.6)
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, symbol=""))
-    axes.tick_params(length=0)
+    study.in_percent(axes)
     axes.set_xlabel("sleeps since it was told")
     axes.set_ylabel("right answers (%)")
     figure.suptitle("SmolLM2: what is recalled after sleep", fontsize=11, fontweight="bold")

@@ -36,7 +36,7 @@ def record_chat() -> Cast:
     program = Path(sys.executable).with_name("mlx-sleep")
     if not (data_dir() / "models" / "smollm2").is_dir():
         subprocess.run([program, "models", "get", "smollm2"], check=True)
-    cast = Cast(columns=80, rows=24, title="mlx-sleep chat", pause=1.5)
+    cast = Cast(columns=80, rows=24, title="mlx-sleep chat", pause=1.0)
     with tempfile.TemporaryDirectory() as home:
         os.symlink(data_dir() / "models", Path(home, "models"))
         env = {

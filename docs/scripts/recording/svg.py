@@ -43,6 +43,11 @@ THEMES: dict[str, tuple[list[str], ...]] = {
 }
 
 
+def number(x: float) -> str:
+    """As an attribute has it: cells are whole tenths wide."""
+    return f"{x:.1f}".removesuffix(".0")
+
+
 class Run(NamedTuple):
     """Neighbouring cells of one style. A wide character is one of its own."""
 
@@ -92,18 +97,19 @@ def draw(cast: Cast, theme: str) -> str:
     strip = _Strip(canvas, cast.columns)
     times = [frame.time for frame in shown]
     length = times[-1] + HOLD
-    moves: dict[str, list[float]] = {
-        "log": [-LINE * frame.top for frame in shown],
-        "cover": [LINE * count for count in counts],
-        "strip": [strip.add(frame, count) for frame, count in zip(shown, counts, strict=True)],
+    shifts = [strip.add(frame, count) for frame, count in zip(shown, counts, strict=True)]
+    places = {
+        "log": [f"0,{-LINE * frame.top}px" for frame in shown],
+        "cover": [f"0,{LINE * count}px" for count in counts],
+        "strip": [f"{number(shift)}px,0" for shift in shifts],
     }
-    axes = {"log": "Y", "cover": "Y", "strip": "X"}
-    css = {name: [f"translate{axes[name]}({n:g}px)" for n in moves[name]] for name in moves}
-    still = {name: f'id="{name}" style="transform:{values[-1]}"' for name, values in css.items()}
+    still = {  # an attribute, for programs that know no CSS; an animation is stronger
+        name: f'id="{name}" transform="translate({place[-1].replace("px", "")})"'
+        for name, place in places.items()
+    }
     keyframes = NEWLINE.join(
-        f"@keyframes {name}{{{_keyframes(times, css[name], length)}}}\n"
-        f"#{name}{{animation-name:{name}}}"
-        for name in css
+        f"@keyframes {name}{{{_keyframes(times, place, length)}}}\n#{name}{{animation-name:{name}}}"
+        for name, place in places.items()
     )
     width = round(cast.columns * COLUMN + 2 * PADDING)
     inside = cast.rows * LINE
@@ -151,7 +157,7 @@ fill="{bar}"/>
 def _keyframes(times: list[float], values: list[str], length: float) -> str:
     """A keyframe where a value is another than before; it holds until the next one."""
     return "".join(
-        f"{100 * time / length:.3f}".rstrip("0").rstrip(".") + f"%{{transform:{value}}}"
+        f"{100 * time / length:.3f}".rstrip("0").rstrip(".") + f"%{{transform:translate({value})}}"
         for time, value, before in zip(times, values, ["", *values], strict=False)
         if value != before
     )
@@ -173,7 +179,7 @@ class _Canvas:
         ink, paper = self._colour(style.ink, self.ink), self._colour(style.paper, self.paper)
         if style.reverse:
             ink, paper = paper, ink
-        x, width = f"{run.column * COLUMN:g}", f"{run.width * COLUMN:g}"
+        x, width = number(run.column * COLUMN), number(run.width * COLUMN)
         if paper != self.paper:
             yield f'<rect x="{x}" y="{y * LINE}" width="{width}" height="{LINE}" fill="{paper}"/>'
         if run.text.strip() or style.underscore:
@@ -222,7 +228,7 @@ class _Strip:
     @property
     def frames(self) -> list[str]:
         return [
-            f'<use href="#{name}" x="{i * self._width + column * COLUMN:g}" y="{y * LINE}"/>'
+            f'<use href="#{name}" x="{number(i * self._width + column * COLUMN)}" y="{y * LINE}"/>'
             for parts, i in self._frames.items()
             for column, y, name in parts
         ]

@@ -137,6 +137,15 @@ def retention(found: dict):
     return _finish(figure, panels)
 
 
+def in_percent(axes) -> None:
+    """Axes whose y are shares, from 0 to 1."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes.tick_params(length=0)
+
+
 def _values(rows: Iterable[dict], key: str, where: Callable[[dict], bool] = bool) -> list[int]:
     return sorted({row[key] for row in rows if where(row)})
 
@@ -205,15 +214,12 @@ def _guessing(axes, found: dict, difficulty: int) -> None:
 def _panels(found: dict, values: Sequence[int], title: str, name: Callable = _difficulty):
     """(figure, its axes side by side, one for each value), with titles."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(max(4.6, min(8.8, 2.9 * len(values))), 3.4))
     panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for value, axes in zip(values, panels, strict=True):
         axes.set_title(name(found, value))
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        axes.tick_params(length=0)
+        in_percent(axes)
     panels[0].set_ylabel("accuracy (%)")
     figure.suptitle(f"{TASKS[found['task']]}: {title}", fontsize=11, fontweight="bold")
     return figure, panels
