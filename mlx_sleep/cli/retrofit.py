@@ -277,10 +277,11 @@ def _draw(folder: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     at = [row["tokens"] / 1e6 for row in rows]
-    axes.plot(at, [row["recall"] for row in rows], marker="o", label="S kept")
-    axes.plot(at, [row["zeroed"] for row in rows], marker="o", label="S = 0")
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel("value tokens recalled, unseen names")
-    axes.set_ylim(0, 1)
+    for name, label in (("recall", "S kept"), ("zeroed", "S = 0")):
+        axes.plot(at, [100 * row[name] for row in rows], marker="o", label=label)
+    axes.set_title("What is recalled after sleep, in lives of unseen names")
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("value tokens right (%)")
+    axes.set_ylim(0, 100)
     axes.legend()
     figure.savefig(folder / "recall.png", dpi=150)
