@@ -2,7 +2,7 @@
 
 Each sleep folds the newest window into the fast weights and fades what lies there: a fact that is
 asked about for days is buried by the answers. So in a long idle time the model is asked again what
-it once answered out of its memory. When it has come to doubt that, a memory is made anew from the
+it once answered out of its memory. When it has come to doubt that, a memory is rebuilt from the
 turns of the transcript that told something, and takes the old one's place if it recalls better.
 
 The transcript knows no right answers. A *probe* is a turn whose reply has a word that the user said
@@ -78,7 +78,7 @@ def _words(text: str) -> set[str]:
 
 
 def deep_sleep(session: Session, should_stop: ShouldStop | None = None) -> DeepSleepReport | None:
-    """Asks the probes, and makes the memory anew if they have faded. None when none can be asked:
+    """Asks the probes, and rebuilds the memory if they have faded. None when none can be asked:
     there is no transcript, or nothing was answered out of it yet.
 
     A transaction, as a sleep is: SleepCancelled leaves everything as it was. The window must be

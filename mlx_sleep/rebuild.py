@@ -1,4 +1,4 @@
-"""A memory made anew from its transcript: for another model, with more passes, or without a part.
+"""A memory rebuilt from its transcript: for another model, with more passes, or without a part.
 
 The turns are read one after the other, each with the reply that it got, by a session that has no
 memory yet; it sleeps whenever its window is full. Nothing is written here: `Memory.replace` puts
@@ -39,7 +39,7 @@ def turns(messages: Iterable[Message], heard: int, name: str) -> list[Turn]:
     whole = all(m.text is not None for pair in pairs for m in pair if m)
     if heard and (not pairs or pairs[0][0].position or not whole):
         raise UserError(
-            f"memory '{name}' has heard more than its transcript tells, so it can't be made anew "
+            f"memory '{name}' has heard more than its transcript tells, so it can't be rebuilt "
             "without losing that; it was made before transcripts were kept, or --no-transcript was "
             "given"
         )

@@ -61,7 +61,7 @@ def test_pipe_each_line_is_a_turn_and_the_end_is_a_sleep(run, model, tmp_path):
     assert "tiny" in run("memory", "list", "--home", tmp_path)[1]
     options_ = options[:-2]
     code, out, _ = run("memory", "rebuild", "tiny", *options_, "--passes", 2)
-    assert code == 0 and "made anew with" in out and re.search(r": 1 turn, \d+ tokens wait", out)
+    assert code == 0 and "rebuilt with" in out and re.search(r": 1 turn, \d+ tokens wait", out)
     assert run("chat", *options, stdin=b"/undo\n")[1] == "undone: My cat is Zorvi.\n"
     run("chat", *options, "--no-transcript", stdin=b"A secret.\n")
     assert "secret" not in run("memory", "show", "tiny", "--text", "--home", tmp_path)[1]

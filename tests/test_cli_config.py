@@ -186,7 +186,7 @@ def test_a_memory_is_rebuilt_with_the_model_of_the_file(file, tmp_path, run, mon
     home = ("--home", tmp_path)
     assert run("chat", *home, "--max-tokens", 4, stdin=b"hello\n")[0] == 0
     out = run("memory", "rebuild", "tiny", *home)[1]
-    assert f"made anew with {model}: 1 turn" in out
+    assert f"rebuilt with {model}: 1 turn" in out
     file.write_text("wrong")
     assert run("memory", "list", *home)[0] == 0
     assert run("memory", "rebuild", "tiny", *home)[0] == 1

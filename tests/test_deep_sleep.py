@@ -1,4 +1,4 @@
-"""Deep sleep: what is asked, when a memory is made anew, and that it is a transaction."""
+"""Deep sleep: what is asked, when a memory is rebuilt, and that it is a transaction."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def losses(monkeypatch, *values):
     monkeypatch.setattr(deep, "_loss", lambda *_: next(given))
 
 
-def test_a_faded_memory_is_made_anew_from_what_was_told(session, monkeypatch):
+def test_a_faded_memory_is_rebuilt_from_what_was_told(session, monkeypatch):
     losses(monkeypatch, 5.0, 1.0, 2.0)
     report = deep.deep_sleep(session)
     assert report == deep.DeepSleepReport(5.0, 1.0, 2.0, 2, 4, True)

@@ -220,7 +220,7 @@ def test_what_cannot_be_stored_is_refused_and_nothing_changes(tmp_path):
         m.forget()
 
 
-def test_forget_starts_anew_under_the_same_name(tmp_path):
+def test_forget_starts_again_under_the_same_name(tmp_path):
     make(tmp_path)
     with Memory.open("ada", "model-a", home=tmp_path) as m:
         m.forget()

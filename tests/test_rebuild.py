@@ -1,4 +1,4 @@
-"""Transcripts: what is kept of a chat, undo, memories made anew from one, search."""
+"""Transcripts: what is kept of a chat, undo, memories rebuilt from one, search."""
 
 from __future__ import annotations
 

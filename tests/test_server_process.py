@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 
 import httpx
 import pytest
@@ -33,6 +34,14 @@ def test_signals_end_it_and_what_was_said_is_kept(model, tmp_path):
     code, rest = serving.end(signal.SIGINT)
     assert (code, rest) == (0, "stopped; what was said is kept\n")
     assert show_memory("anna", tmp_path).pending > 20
+
+
+def test_ctrl_c_twice_is_as_quiet(model, tmp_path):
+    serving = Serving(model, tmp_path).start()
+    assert httpx.get(f"{serving.url}/health", timeout=60).status_code == 200
+    serving.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # two signals at once arrive as one; a stop takes longer than this
+    assert serving.end(signal.SIGINT) == (0, "stopped; what was said is kept\n")
 
 
 def test_what_is_wrong_is_one_line_before_the_model_is_loaded(refused, model, tmp_path):

@@ -41,7 +41,7 @@ def chat(
         Literal["off", "auto"],
         typer.Option(
             help="auto: after five idle minutes the model is asked what it remembers; if that has "
-            "faded, the memory is made anew from its transcript, and kept if it is better."
+            "faded, the memory is rebuilt from its transcript, and kept if it is better."
         ),
     ] = "off",
 ):

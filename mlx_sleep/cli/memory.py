@@ -151,7 +151,7 @@ def rebuild(
     passes: options.Passes = None,
     window: options.Window = None,
 ):
-    """Make a memory anew from its transcript: for a better model or adapter, or with more passes.
+    """Rebuild a memory from its transcript: for a better model or adapter, or with more passes.
 
     The old one stays until the new one is whole. Ctrl-C loses nothing.
 
@@ -190,7 +190,7 @@ def rebuild(
     after = contents.header
     held = output.holdings(after.tokens, after.sleeps, len(contents.pending))
     line(
-        f"memory '{name}' was made anew with {chosen.name}: {output.count(len(pairs), 'turn')}, "
+        f"memory '{name}' was rebuilt with {chosen.name}: {output.count(len(pairs), 'turn')}, "
         + held
     )
 

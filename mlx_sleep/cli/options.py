@@ -157,7 +157,7 @@ class SessionOptions:
         bool,
         typer.Option(
             "--no-transcript",
-            help="Don't keep what is said as text beside the memory. It then can't be made anew.",
+            help="Don't keep what is said as text beside the memory. It then can't be rebuilt.",
         ),
     ] = False
 

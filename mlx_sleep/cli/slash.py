@@ -23,7 +23,7 @@ HELP = """\
 /undo    take back the last turn, or the last sleep
 /set     settings; /set temp 0.7 changes one
 /system  the system prompt; /system TEXT sets another, /system "" takes it away
-/forget  empty the memory; /forget now doesn't ask; /forget TEXT makes it anew without that
+/forget  empty the memory; /forget now doesn't ask; /forget TEXT rebuilds it without that
 /help    this list, as /?
 /exit    leave, as /quit and /bye; so do Ctrl-D, and Ctrl-C twice"""
 

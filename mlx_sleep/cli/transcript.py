@@ -41,7 +41,7 @@ def undo(session: Session) -> str:
 
 
 def forget(session: Session, text: str, confirm: Callable[[str], bool] | None) -> Iterator[str]:
-    """Makes the memory anew without the turns that have this text."""
+    """Rebuilds the memory without the turns that have this text."""
     from ..rebuild import rebuild, turns, without
 
     memory = session.memory
@@ -70,7 +70,7 @@ def forget(session: Session, text: str, confirm: Callable[[str], bool] | None) -
             on_turn=lambda done, all_: status.show(f"reading turn {done} of {all_} again"),
         )
     session.replace(contents)
-    yield f"forgotten: the memory was made anew from {count(len(kept), 'turn')}"
+    yield f"forgotten: the memory was rebuilt from {count(len(kept), 'turn')}"
 
 
 def _heard(session: Session) -> int:

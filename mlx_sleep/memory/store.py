@@ -367,5 +367,5 @@ def _check_model(name: str, header: Header, fingerprint: str | None) -> None:
             f"memory '{name}' was made by another model "
             f"({header.model or 'unnamed'}, fingerprint {header.fingerprint[:12]}; "
             f"this one's is {fingerprint[:12]}); load that model, choose another memory "
-            f"name, or make it anew for this one: mlx-sleep memory rebuild {name} --model ..."
+            f"name, or rebuild it for this one: mlx-sleep memory rebuild {name} --model ..."
         )

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -49,8 +51,8 @@ def check_key(host: str, key: str | None) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn for `app`. When it is told to stop, replies have `finish` seconds to end; then the
-    engine cuts them, and their clients are told."""
+    """uvicorn for `app`. When it is told to stop, replies have `finish` seconds to end; then, or
+    when it is told again, the engine cuts them, and their clients are told."""
 
     def __init__(self, app: ASGIApp, engine: Engine, finish: float = FINISH):
         config = uvicorn.Config(
@@ -63,6 +65,12 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine, self._finish = engine, finish
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:  # uvicorn would leave without ending the engine
+            threading.Thread(target=self._engine.stop, daemon=True).start()
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
 """Many sessions over one model: those of memories, by name, and those of guests, who have none.
 
 A bounded number is kept in RAM. For another one the least recently used is put away: a memory
-into its files, from which it is opened again; a guest's is gone, and is read anew from what its
+into its files, from which it is opened again; a guest's is gone, and is read again from what its
 client sends. Knows no HTTP and no thread: the engine's alone may call it.
 """
 
