@@ -26,7 +26,8 @@ def retrofit(
     model: Annotated[
         str,
         typer.Argument(
-            help="The model's folder, its id on Hugging Face, or smollm2: Llama, Qwen, Mistral, Gemma."
+            help="The model's folder, its id on Hugging Face, or smollm2: Llama, Qwen, Mistral or "
+            "Gemma."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run, which becomes the adapter.")],
