@@ -54,14 +54,15 @@ def new_layers(
 
 
 def _attention(host: SleepModel, layer: dict):
-    """(attention, weight of the norm before it) of the block that follows the layer."""
+    """(attention, the norm before it) of the block that follows the layer."""
     block = host.block_modules[min(layer["before"], host.num_layers - 1)]
     for attention, norm in (("self_attn", "input_layernorm"), ("mixer", "mixer_norm")):
         if attention in block and norm in block:
-            return block[attention], block[norm].weight
+            return block[attention], block[norm]
     raise UserError(
         "delta_attention copies the attention of a block that has self_attn after "
-        "input_layernorm, as Llama's; take --insert-kind jet or gated_deltanet"
+        "input_layernorm, as Llama's; other layers can be inserted by "
+        "mlx-sleep convert --insert N --insert-kind jet"
     )
 
 

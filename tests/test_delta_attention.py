@@ -98,10 +98,11 @@ def test_nothing_written_nothing_moved(rng):
     assert mx.array_equal(state["fast_weights"], S)
 
 
-def test_a_copy_of_attention_starts_like_it(rng):
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+def test_a_copy_of_attention_starts_like_it(rng, name):
     """q, k of unit length and v are attention's for a single token; heads forget as they should."""
-    model = host("qwen3")
-    quantized = host("qwen3")
+    model = host(name)
+    quantized = host(name)
     nn.quantize(quantized, group_size=32, bits=8)
     for source in (model, quantized):
         (layer,) = insert_into(source, plan(source, kind="delta_attention", count=1)).sleep_layers
@@ -119,7 +120,7 @@ def test_a_copy_of_attention_starts_like_it(rng):
             np.testing.assert_allclose(ours, direction, atol=1e-4)
         np.testing.assert_allclose(layer.mixer.v_proj(x).reshape(4, 8), v, atol=1e-4)
         assert mx.allclose(layer.mixer.o_proj.weight, dense(attention.o_proj))
-        assert mx.array_equal(layer.norm.weight, block.input_layernorm.weight)
+        np.testing.assert_allclose(layer.norm(x), block.input_layernorm(x), atol=1e-4)
     decay = -nn.softplus(layer.mixer.dt_bias)
     lives = -np.log(2) / np.array(decay)
     np.testing.assert_allclose([lives[0], lives[-1]], HALF_LIVES, rtol=1e-3)
@@ -129,7 +130,9 @@ def test_a_copy_of_attention_starts_like_it(rng):
 def test_other_hosts(name):
     model = host(name)
     (layer,) = insert_into(model, plan(model, kind="delta_attention", before=[2])).sleep_layers
-    start = from_attention(model.block_modules[1].self_attn, layer.norm.weight)
+    block = model.block_modules[1]
+    start = from_attention(block.self_attn, block.input_layernorm)
+    assert mx.array_equal(layer.norm.weight, block.input_layernorm.weight)
     assert mx.array_equal(layer.mixer.k_proj.weight, start["mixer.k_proj.weight"])
 
 
@@ -156,7 +159,8 @@ CONFIG = {
 
 def host(name):
     mx.random.seed(1)
-    model = build({**CONFIG, "model_type": name})
+    gemma = {"sliding_window_pattern": 2} if name == "gemma3_text" else {}
+    model = build({**CONFIG, **gemma, "model_type": name})
     for block in model.block_modules:  # norms that are not all ones
         for norm in ("q_norm", "k_norm"):
             if norm in block.self_attn:

@@ -71,6 +71,7 @@ def settings() -> dict[str, dict[str, bool]]:
             "SmolLM2-135M (93 MB)": "93 MB" in DOWNLOADS["smollm2"].about,
             "Six sleep layers (11 MB)": round(adapter / 1e6) == 11,
             "waits are cut to a second": '"idle_time_limit": 1.0,' in cast,
+            "left alone for ten seconds": IDLE == 10,
         },
         "docs/retrofit.md": {
             "a folder of 11 MB": round(adapter / 1e6) == 11,
@@ -80,6 +81,10 @@ def settings() -> dict[str, dict[str, bool]]:
         "docs/training.md": {
             "has 1.05 million parameters": round(sum(x.size for x in weights.values()), -4)
             == 1_050_000
+        },
+        "docs/models.md": {
+            "# 400 steps;": '"--steps", type=int, default=400'
+            in (ROOT / "examples" / "train_in_pytorch.py").read_text(),
         },
         "docs/server.md": {
             "After ten seconds without a request": IDLE == 10,

@@ -14,7 +14,7 @@ import typer
 from ..utils.errors import UserError
 from .model_names import choose
 from .options import LocalFilesOnly, Numbers, Revision, numbers
-from .output import line, note, progress_bar
+from .output import StatusLine, line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
     from ..lab.tasks.life import CHAT
@@ -26,7 +26,8 @@ def retrofit(
     model: Annotated[
         str,
         typer.Argument(
-            help="The model's folder, its id on Hugging Face, or smollm2: Llama, Qwen or Mistral."
+            help="The model's folder, its id on Hugging Face, or smollm2: Llama, Qwen, Mistral or "
+            "Gemma."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run, which becomes the adapter.")],
@@ -114,8 +115,10 @@ def retrofit(
     from ..training.schedule import Budget
 
     places = None if before is None else list(before)
-    opened = choose(model, None, revision, local_files_only).open()
-    loaded, tokenizer, config = load(opened)
+    with StatusLine() as status:
+        status.show(f"loading {model} ...")
+        opened = choose(model, None, revision, local_files_only).open()
+        loaded, tokenizer, config = load(opened)
     host = cast("SleepModel", loaded)
     sleep: dict[str, Any] = {
         "passes": passes,

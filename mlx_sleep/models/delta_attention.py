@@ -107,7 +107,8 @@ def sizes_of(attention: nn.Module) -> dict:
     if not all(isinstance(getattr(attention, n, None), LINEAR) for n in names):
         raise UserError(
             "delta_attention copies attention with q_proj, k_proj, v_proj and o_proj, as Llama, "
-            "Qwen2, Qwen3 and Mistral have it; take --insert-kind jet or gated_deltanet"
+            "Qwen2, Qwen3, Mistral, Gemma and SmolLM3 have it; other layers can be inserted by "
+            "mlx-sleep convert --insert N --insert-kind jet"
         )
     heads = getattr(attention, "n_heads", None) or attention.num_heads
     width = attention.q_proj.scales if "scales" in attention.q_proj else attention.q_proj.weight
@@ -117,11 +118,16 @@ def sizes_of(attention: nn.Module) -> dict:
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 
 
-def from_attention(attention: nn.Module, norm_weight) -> dict[str, mx.array]:
+def scale_of(norm: nn.Module) -> mx.array:
+    """[n] float32: what an RMSNorm multiplies by. That is its weight, but in Gemma one more."""
+    return norm(mx.full(norm.weight.shape, 1024.0))  # so large that eps is nothing
+
+
+def from_attention(attention: nn.Module, norm: nn.Module) -> dict[str, mx.array]:
     """The parameters of a sleep layer that start as an attention layer's, by name, float32.
 
-    norm_weight  [hidden] of the RMSNorm before it. k and v are repeated over their group, and a
-    norm of q and k goes into the rows of their projections (its weight; unit length comes anyway).
+    norm  the RMSNorm before it. k and v are repeated over their group, and a norm of q and k goes
+    into the rows of their projections (its scale; unit length comes anyway).
     Biases have no place: they are left out.
     """
     sizes = sizes_of(attention)
@@ -130,10 +136,10 @@ def from_attention(attention: nn.Module, norm_weight) -> dict[str, mx.array]:
     for name in ("q", "k"):
         if f"{name}_norm" in attention:
             rows = weights[name].reshape(-1, D, weights[name].shape[1])
-            scale = attention[f"{name}_norm"].weight.astype(mx.float32)
+            scale = scale_of(attention[f"{name}_norm"])
             weights[name] = (rows * scale[:, None]).reshape(weights[name].shape)
     for name in ("k", "v"):
         groups = weights[name].reshape(-1, D, weights[name].shape[1])
         weights[name] = mx.repeat(groups, H // len(groups), axis=0).reshape(H * D, -1)
     start = {f"mixer.{name}_proj.weight": x for name, x in weights.items()}
-    return {**start, "norm.weight": norm_weight.astype(mx.float32)}
+    return {**start, "norm.weight": scale_of(norm)}
