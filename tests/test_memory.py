@@ -79,11 +79,11 @@ def held(home, name="ada") -> tuple:
     return contents.header, arrays, contents.pending, contents.messages, contents.settings
 
 
-def refused(home, match, name="ada", fingerprint="model-a") -> None:
+def refused(home, match, name="ada", fingerprint="model-a", **options) -> None:
     """Opening is refused with one line, and no file is touched."""
     before = files(home)
     with pytest.raises(UserError, match=match) as info:
-        Memory.open(name, fingerprint, home=home)
+        Memory.open(name, fingerprint, home=home, **options)
     assert "\n" not in str(info.value)
     assert files(home) == before
 
@@ -236,6 +236,7 @@ def test_forget_starts_again_under_the_same_name(tmp_path):
 def test_another_model(tmp_path):
     make(tmp_path)
     refused(tmp_path, "another model .*some/model.*; load that model", fingerprint="model-b")
+    refused(tmp_path, "rebuild .* --model new/one$", fingerprint="model-b", model="new/one")
 
 
 @pytest.mark.parametrize(

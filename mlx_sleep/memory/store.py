@@ -68,15 +68,21 @@ class Memory:
         new = Header(fingerprint, model=model, created=now(), updated=now())
         # All refusals come before anything is written.
         contents, serial = location.peek() or (Contents(new, {}, []), 0)
-        return cls(location, contents, serial, None if any_model else fingerprint)
+        return cls(location, contents, serial, None if any_model else fingerprint, model)
 
     def __init__(
-        self, location: Location, contents: Contents, serial: int, fingerprint: str | None
+        self,
+        location: Location,
+        contents: Contents,
+        serial: int,
+        fingerprint: str | None,
+        model: str = "",
     ):
-        """contents and serial: what the files held a moment ago, or what a new memory shall."""
+        """contents and serial: what the files held a moment ago, or what a new memory shall.
+        fingerprint and model are those of the model that will use it."""
         self.name = location.name
         self._location = location
-        _check_model(self.name, contents.header, fingerprint)
+        _check_model(self.name, contents.header, fingerprint, model)
         with location.errors("open"), contextlib.ExitStack() as stack:
             atomic.make_folder(location.folder)
             stack.enter_context(location.old.locked())
@@ -92,7 +98,7 @@ class Memory:
                     contents = rows.read(self._db)
                 elif rows.serial(self._db) != serial:
                     contents = rows.read(self._db)
-            _check_model(self.name, contents.header, fingerprint)
+            _check_model(self.name, contents.header, fingerprint, model)
             location.old.remove_if(contents.header.previous)
             self._adopt(contents)
             with sqlite_errors():
@@ -359,13 +365,14 @@ class Memory:
             writer.close()
 
 
-def _check_model(name: str, header: Header, fingerprint: str | None) -> None:
-    """UserError when the memory is another model's; None fits any."""
+def _check_model(name: str, header: Header, fingerprint: str | None, model: str) -> None:
+    """UserError when the memory is another model's than `model`; fingerprint None fits any."""
     if fingerprint not in (None, header.fingerprint):
         assert fingerprint
         raise UserError(
             f"memory '{name}' was made by another model "
             f"({header.model or 'unnamed'}, fingerprint {header.fingerprint[:12]}; "
             f"this one's is {fingerprint[:12]}); load that model, choose another memory "
-            f"name, or rebuild it for this one: mlx-sleep memory rebuild {name} --model ..."
+            f"name, or rebuild it for this one: mlx-sleep memory rebuild "
+            f"{name} --model {model or 'MODEL'}"
         )
