@@ -9,7 +9,6 @@ Needs matplotlib.
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from tables import results
 
 from mlx_sleep.lab.statistics import wilson
 from mlx_sleep.lab.study import figures as study
@@ -28,10 +28,6 @@ THEMES = {
     "dark": {"ink": "#e6edf3", "dim": "#9198a1", "line": "#656c76"},
 }
 FONTS = "-apple-system, BlinkMacSystemFont, 'Segoe UI', Helvetica, Arial, sans-serif"
-
-
-def results(name: str) -> dict:
-    return json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def rule110() -> Figure:
