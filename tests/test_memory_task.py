@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -33,6 +34,7 @@ LEVELS = [
     Level(windows=2, window_tokens=64, final_tokens=96, facts=(4, 8), two_hop=1.0, correction=0.3),
     Level(windows=5, window_tokens=96, final_tokens=192, facts=(18, 20), small_talk=0.6, noise=0.5),
     Level(windows=1, window_tokens=32, final_tokens=32, facts=(3, 5), unknown=1.0, small_talk=1.0),
+    Level(windows=6, window_tokens=96, facts=(3, 9), correction=0.2, asking=0.6),
 ]
 
 
@@ -150,6 +152,66 @@ def test_seed_split_index_and_level_all_matter():
         task().conversation(3, LEVELS[3]),
     ]
     assert all(other != base for other in others)
+
+
+def test_the_conversations_of_the_committed_figures_stay():
+    """What the embedded model was trained and measured on: `asking` is in no seed."""
+    told = hashlib.sha256()
+    for index in range(10):
+        for level in LEVELS[:5]:
+            conversation = task("test").conversation(index, level)
+            told.update(repr((conversation.chunks, conversation.final)).encode())
+    asked = hashlib.sha256()
+    for case in CASES:
+        for example in task("test").evaluation(case, n=3):
+            asked.update(repr((example.windows, example.context, example.prompt)).encode())
+    assert told.hexdigest()[:16] == "58638e46c7c5dfc8"
+    assert asked.hexdigest()[:16] == "055dcd2ff0e02ed3"
+
+
+# --- days of questions ---
+
+
+def test_days_of_questions_only():
+    """After the first window nothing is told, and every reply is the true one."""
+    level = Level(windows=8, window_tokens=128, facts=(2, 8), correction=0.2, asking=1.0)
+    kinds: Counter[str] = Counter()
+    again = []
+    for index in range(40):
+        first, *days, final = task().conversation(index, level).windows
+        newest = {f[:3]: f[3] for turn in first for f in turn.facts}
+        for turn in [turn for window in days for turn in window]:
+            assert turn.kind != "tell" and not turn.facts
+            kinds[turn.asks.case if turn.asks else turn.kind] += 1
+            if turn.asks and turn.asks.told:
+                assert turn.asks.value in newest.values() and turn.asks.value in turn.assistant
+        if newest and not any(turn.kind == "tell" for turn in final):
+            asked = Counter(t.asks.value for d in days for t in d if t.asks and t.asks.told)
+            again.append(np.mean([asked[value] for value in newest.values()]))
+    assert min(kinds[case] for case in ("known", "corrected", "never_told", "talk")) > 20
+    assert len(again) > 20 and np.mean(again) > 3
+
+
+def test_asking_is_a_chance_of_each_window_but_the_first():
+    level = Level(windows=5, window_tokens=96, facts=(12, 12), small_talk=0.0, asking=0.5)
+    only_asks = np.array(
+        [
+            [all(turn.asks for turn in window) for window in conversation.windows[:-1]]
+            for conversation in (task().conversation(index, level) for index in range(60))
+        ]
+    )
+    assert not only_asks[:, 0].any()
+    assert ((only_asks.mean(axis=0) > 0.3) & (only_asks.mean(axis=0) < 0.7))[1:].all()
+
+
+@pytest.mark.parametrize("days", [1, 4, 16])
+def test_facts_asked_for_again_each_day(days):
+    for example in task("test").evaluation(f"re_asked_{days}", n=15):
+        first, *later = (SP.decode(window) for window in example.windows)
+        assert len(later) == days - 1
+        assert example.value in first
+        assert all(3 < window.count(END) <= 7 for window in example.windows[1:])
+        assert np.mean([example.value in window for window in [first, *later]]) > 0.6
 
 
 # --- arrays ---
@@ -382,6 +444,9 @@ def test_never_told_questions_sound_like_the_others():
 
 # --- evaluation ---
 
+WINDOWS = {"same_window": 0, "after_5_sleeps": 5, "corrected": 2}
+WINDOWS |= {f"re_asked_{days}": days for days in (1, 4, 8, 16)}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_evaluation(case):
@@ -393,9 +458,7 @@ def test_evaluation(case):
     for example in examples:
         assert example.prompt[0] == USER and example.prompt[-1] == ASSISTANT
         assert SP.decode(example.prompt[1:-1]) == example.question.text
-        assert len(example.windows) == {"same_window": 0, "after_5_sleeps": 5, "corrected": 2}.get(
-            case, 1
-        )
+        assert len(example.windows) == WINDOWS.get(case, 1)
         assert all(0 < len(w) <= 128 for w in example.windows)
         assert correct(example.reply, example.value)
         told = " ".join(SP.decode(w) for w in example.windows) + SP.decode(example.context)

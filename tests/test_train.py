@@ -320,6 +320,19 @@ def test_plan_is_a_function_of_the_step():
     assert mx.array_equal(both, plans[0](4)[0][0].tokens)
 
 
+def test_each_step_draws_windows_and_asking_from_their_lists():
+    encode, decode, specials = sentencepiece_encoder(EMBEDDED)
+    level = {"windows": [2, 3], "facts": [2, 2], "small_talk": 0.0, "asking": [0.0, 1.0]}
+    stages = [{"steps": 20, "passes": 1, "level": level}]
+    batches = make_batches({**RECIPE, "stages": stages}, encode, specials)
+    drawn = set()
+    for step in range(20):
+        windows, _ = batches(step)
+        second = windows[1].tokens.tolist()  # tells or asks, by the step
+        drawn.add((len(windows), all("?" in decode(row) for row in second)))
+    assert drawn == {(3, False), (3, True), (4, False), (4, True)}
+
+
 def test_rate_rises_holds_and_falls():
     rates = [rate_at(s, 100, 10, 0.2) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == rates[79] == 1
@@ -385,7 +398,7 @@ def test_a_tokenizer_that_the_task_cannot_use(tmp_path):
 def test_evaluation_counts_what_the_model_says(monkeypatch):
     """A model that answers by the book is right everywhere; one with random weights nowhere."""
     encode, decode, specials = sentencepiece_encoder(EMBEDDED)
-    task = MemoryTask(encode, specials, "test", seed=3)
+    task = MemoryTask(encode, specials, "test", seed=5)  # no two of the examples ask alike
     model = make_trainer(RECIPE, "unused", EMBEDDED).model
     model.sleep = SleepConfig(window=128)
     rows = evaluate_memory(model, task, decode, cases=["after_1_sleep"], passes=[1, 2], n=6)

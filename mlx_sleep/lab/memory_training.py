@@ -32,7 +32,7 @@ def make_batches(
         draw = Random(f"{recipe.get('seed', 0)}/{step}")
         passes = draw.choice(choices(stage["passes"]))
         level = {
-            key: draw.choice(choices(v)) if key == "windows" else v
+            key: draw.choice(choices(v)) if key in ("windows", "asking") else v
             for key, v in stage["level"].items()
         }
         first = step * recipe["batch"] + rank * batch

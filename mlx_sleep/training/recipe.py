@@ -5,8 +5,8 @@
      "optimizer": {"muon_lr": 0.01, "adamw_lr": 0.002, "warmup": 100, "cooldown": 0.3},
      "stages": [{"steps": 500, "passes": 1, "level": {"windows": 1, "facts": [2, 4], ...}}, ...]}
 
-`passes`, and `windows` in a level, may be lists: each step then draws one of them. A stage's levels
-are the task's own (`lab.tasks.memory.Level`).
+`passes`, and `windows` and `asking` in a level, may be lists: each step then draws one of each. A
+stage's levels are the task's own (`lab.tasks.memory.Level`).
 """
 
 from __future__ import annotations

@@ -183,23 +183,56 @@ class Writer:
         self.cut_turns(windows, chunks)
         return windows, chunks
 
+    def asks_only(self, number: int) -> bool:
+        chance = self.level.asking
+        return number > 0 and chance > 0 and self.rng.random() < chance
+
+    def asking_window(self) -> tuple[list[Turn], list[list[int]]]:
+        """A window of questions on what was told, in random order, as many as fit; some on what was
+        never told, and small talk. Returns its turns and their tokens."""
+        rng, level = self.rng, self.level
+        turns: list[Turn] = []
+        tokens: list[list[int]] = []
+        used = 0
+        facts = list(self.world.facts.values())
+        for fact in rng.sample(facts, len(facts)):
+            drafts = [self.ask(*self.about(fact))]
+            if rng.random() < level.unknown and (choice := self.unknown()):
+                drafts.insert(0, self.ask(*choice))
+            if rng.random() < level.small_talk:
+                drafts.insert(0, self.talk())
+            if used + sum(d.size for d in drafts) > level.window_tokens:
+                break
+            for draft in drafts:
+                used += self.place(draft, turns, tokens)
+        if not turns:
+            self.place(self.talk(), turns, tokens)
+        return turns, tokens
+
     def consolidation_windows(
         self, drafts: list[Draft]
     ) -> Iterator[tuple[list[Turn], list[list[int]]]]:
-        """Spreads the drafts over the windows by their capacities and yields each window's (turns,
-        their tokens). What does not fit in the end stays untold."""
+        """Spreads the drafts over the windows that tell by their capacities and yields each
+        window's (turns, their tokens). What does not fit in the end stays untold."""
         rng, level = self.rng, self.level
         total = sum(d.size for d in drafts)
-        caps = [int(level.window_tokens * rng.uniform(0.4, 1.0)) for _ in range(level.windows)]
-        if total > 0.9 * sum(caps):
-            caps = [level.window_tokens] * level.windows
+        telling = [w for w in range(level.windows) if not self.asks_only(w)]
+        caps = {w: int(level.window_tokens * rng.uniform(0.4, 1.0)) for w in telling}
+        room = sum(caps.values())
+        if total > 0.9 * room:
+            caps = dict.fromkeys(telling, level.window_tokens)
+            room = sum(caps.values())
         asking = rng.random() < ASKING
         queue: list[Draft] = []
         ahead, seen, end = list(drafts), 0, 0
-        for number, cap in enumerate(caps):
+        for number in range(level.windows):
+            if number not in caps:
+                yield self.asking_window()
+                continue
+            cap = caps[number]
             end += cap
-            last = number == len(caps) - 1
-            while ahead and (last or seen + ahead[0].size / 2 <= total * end / sum(caps)):
+            last = number == telling[-1]
+            while ahead and (last or seen + ahead[0].size / 2 <= total * end / room):
                 seen += ahead[0].size
                 queue.append(ahead.pop(0))
             turns: list[Turn] = []
@@ -218,7 +251,7 @@ class Writer:
                     extra = self.talk()
                 elif asking and self.world.facts and rng.random() < 0.3:
                     extra = self.ask(*self.about(rng.choice(list(self.world.facts.values()))))
-                if extra and used + extra.size + draft.size <= cap and total < 0.8 * sum(caps):
+                if extra and used + extra.size + draft.size <= cap and total < 0.8 * room:
                     used += self.place(extra, turns, tokens)
                 used += self.place(draft, turns, tokens)
             queue = waiting

@@ -6,7 +6,7 @@ Knows a tokenizer only as a function from text to ids, and not who says what.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...utils.errors import UserError
 
@@ -25,7 +25,8 @@ class Level:
     facts: least and most facts told. two_hop: chance that a conversation holds chains of two facts.
     correction: chance, for each fact, of being corrected later. unknown: share of questions about
     things never told. small_talk: chance of small talk before each message. noise: share of user
-    turns with careless case, punctuation or spelling.
+    turns with careless case, punctuation or spelling. asking: chance, for each consolidation window
+    but the first, that it holds only questions on what was told before, with the right replies.
     """
 
     windows: int = 1
@@ -37,6 +38,8 @@ class Level:
     unknown: float = 0.15
     small_talk: float = 0.2
     noise: float = 0.2
+    # Not in the repr, which seeds a conversation: those of older levels stay as they were.
+    asking: float = field(default=0.0, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "facts", tuple(self.facts))  # a list, when it comes from JSON

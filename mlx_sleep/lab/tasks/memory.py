@@ -48,6 +48,8 @@ __all__ = [
     "correct",
 ]
 
+# Facts that all find room in one window, then windows of questions on all of them.
+RE_ASKED = Level(facts=(6, 6), two_hop=0.0, correction=0.0, unknown=0.0, small_talk=0.0, asking=1.0)
 # What is asked of a trained model: case -> how its conversations are made.
 CASES: dict[str, Level] = {
     "same_window": Level(windows=1, facts=(1, 8), correction=0.0),
@@ -56,6 +58,7 @@ CASES: dict[str, Level] = {
     "corrected": Level(windows=2, facts=(2, 8), correction=0.4),
     "never_told": Level(windows=1, facts=(1, 8)),
     "two_hop": Level(windows=1, facts=(6, 8), two_hop=1.0, correction=0.0),
+    **{f"re_asked_{day}": replace(RE_ASKED, windows=day) for day in (1, 4, 8, 16)},
 }
 
 
