@@ -12,6 +12,7 @@ from .phrases import KINDS, Kind
 from .scenes import Question, Scene, Wording, split_of
 from .templates import Field
 
+_OBJECT = re.compile(r"\b(of|for|feed|take) \{s\}")
 _ABOUT = {"user": "me", "thinglink": "me", "verb": "word", "adjective": "word"}
 
 
@@ -33,6 +34,7 @@ def _translate(text: str, kind: Kind, topic: str) -> str:
     text = text.replace("{be}", be).replace("{t}", topic).replace("{av}", "{a v}")
     if kind.subject in ("word", "verb", "adjective"):
         return text.replace("{at}", "{a w}").replace("{At}", "{A w}").replace("{s}", "{w}")
+    text = _OBJECT.sub(r"\1 {s.o}", text)  # "what do I feed her?"
     return text.replace("{p}", "{s's}").replace("{Y}", "{S}")
 
 
