@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -304,6 +305,26 @@ def tokenizer_file(path: Path) -> Path:
     return path / "tokenizer.json"
 
 
+def test_two_hops_on_demand():
+    level = Level(windows=3, window_tokens=160, facts=(2, 6), asking=0.4)
+    told = make("train")[0]
+    shares = []
+    for two_hop in (0.0, 1.0):
+        lives = [told.life(i, replace(level, two_hop=two_hop)) for i in range(15)]
+        assert not [fault for life in lives for fault in replay(life)]
+        asked = [t.asked for life in lives for w in life.windows for t in w.turns if t.asked]
+        shares.append(np.mean([a.hops == 2 for a in asked if a.told and a.age]))
+    assert shares[0] < 0.25 and shares[1] > 0.5
+    assert repr(replace(level, two_hop=1.0)) == repr(level)  # or all other lives would change
+
+
+def test_old_kinds_have_the_right_pronouns():
+    old = [scene for name, scene in LIBRARY.scenes.items() if name.startswith("old.")]
+    tells = [w.text for scene in old for w in scene.tells if scene.about in ("person", "pet")]
+    assert "I feed {s.o} {v}" in tells and "home for {s.o} is {v}" in tells
+    assert not [t for t in tells if re.search(r"\b(of|for|feed) \{s\} (\{v\}|is )", t)]
+
+
 def test_workers_make_the_same_batches_in_order(tmp_path):
     source = Source(str(tokenizer_file(tmp_path)), "train", chat=CHAT)
     level = Level(windows=2, window_tokens=512)
@@ -380,8 +401,9 @@ def test_re_asked_days(day):
         assert e.age >= day
 
 
-def test_after_16_sleeps():
+def test_after_many_sleeps():
     lives, _ = make("test")
+    assert all(5 <= len(e.windows) <= 6 for e in examples(lives, "after_5_sleeps", 4))
     assert all(len(e.windows) >= 16 for e in examples(lives, "after_16_sleeps", 4))
 
 

@@ -29,7 +29,11 @@ class Asker:
     def fact(self, ages: tuple[int, int] | None = None) -> Fact | None:
         """A told fact; all ages that there are come about equally often. ages: least and most."""
         by_age: dict[int, list[Fact]] = {}
-        for fact in self.world.facts.values():
+        two_hop = self.told.level.two_hop
+        facts = list(self.world.facts.values())
+        if two_hop and self.rng.random() < two_hop:
+            facts = [f for f in facts if self.other_handles(f)] or facts
+        for fact in facts:
             age = self.told.window - fact.window
             if ages is None or ages[0] <= age <= ages[1]:
                 by_age.setdefault(age, []).append(fact)
@@ -85,9 +89,9 @@ class Asker:
                 found[name] = self.rng.choice(old)
             elif pool_values and r < 0.7:
                 found[name] = self.rng.choice(pool_values)
-            elif self.library.pools.usable(pool, self.told.split):
+            elif self.library.pools.usable(pool, self.told.values):
                 for _ in range(20):
-                    value = self.library.pools.draw(self.rng, pool, self.told.split)
+                    value = self.library.pools.draw(self.rng, pool, self.told.values)
                     if not overlap(value.casefold(), now):
                         found[name] = value
                         break
@@ -115,9 +119,16 @@ class Asker:
         """How the user calls somebody when asking; often not as when the fact was told."""
         if entity.about == "thing":
             return entity.relation
+        others = self.other_handles(fact) if fact else []
+        share = max(0.4, self.told.level.two_hop)
         known = entity.known_as()
-        others = [h for h in known if fact and h != fact.handle]
-        return self.rng.choice(others if others and self.rng.random() < 0.4 else known)
+        return self.rng.choice(others if others and self.rng.random() < share else known)
+
+    def other_handles(self, fact: Fact) -> list[str]:
+        """How the subject of a fact is known too: a question by one of these takes two hops."""
+        if fact.entity.about == "thing" or fact.scene.id in NAMES:
+            return []
+        return [h for h in fact.entity.known_as() if h != fact.handle]
 
     def who(self, entity: Entity, handle: str) -> Who | None:
         return entity.who(handle) if entity.about in ("person", "pet", "thing") else None

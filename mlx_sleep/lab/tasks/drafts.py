@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from .library import Library
+from .library import Library, Usable
 from .noise import Style, typed
 from .people import Cast, Entity
 from .scenes import Scene
@@ -42,23 +42,29 @@ class Clause:
 
 
 class Told:
-    """What is shared by those who write one life."""
+    """What is shared by those who write one life. split: of its wordings. values: of its names and
+    values, the same if not given."""
 
-    def __init__(self, library: Library, split: str, level, rng: Random):
+    def __init__(self, library: Library, split: str, level, rng: Random, values: str = ""):
         self.library, self.split, self.level, self.rng = library, split, level, rng
+        self.values = values or split
         self.world = World()
         self.used: set[str] = set()
-        self.cast = Cast(rng, split, self.used)
+        self.cast = Cast(rng, self.values, self.used)
         self.style = Style.draw(rng, level.noise)
         self.window = 0
         self.topic: tuple[Entity, str] | None = None
         self.last: tuple[tuple[Entity, Scene], ...] = ()  # what the turn before told
         self.asked_here: set[str] = set()  # questions of this window
 
+    def draw_scene(self, kind: str | None = None) -> Usable | None:
+        """A scene of one kind, or of any; None where the split has none of the kind."""
+        return self.library.draw(self.rng, self.split, kind, self.values)
+
     def draw_value(self, pool: str) -> str:
         """A value that this life has not used, unless its pool is used up."""
         for _ in range(30):
-            value = self.library.pools.draw(self.rng, pool, self.split)
+            value = self.library.pools.draw(self.rng, pool, self.values)
             if value.casefold() not in self.used:
                 break
         self.used.add(value.casefold())

@@ -90,8 +90,8 @@ class Usable:
 class Library:
     def __init__(self, scenes: dict[str, Scene], pools: Pools):
         self.scenes, self.pools = scenes, pools
-        self._splits: dict[str, dict[str, list[Usable]]] = {}
-        self._sums: dict[tuple[str, str], list[float]] = {}
+        self._splits: dict[tuple[str, str], dict[str, list[Usable]]] = {}
+        self._sums: dict[tuple[str, str, str], list[float]] = {}
         self._usable: dict[tuple[str, str], Usable] = {}
 
     def kind(self, scene: Scene) -> str:
@@ -138,29 +138,33 @@ class Library:
             )
         return self._usable[key]
 
-    def of(self, split: str) -> dict[str, list[Usable]]:
-        """Scenes that `split` can tell and ask, by kind."""
-        if split not in self._splits:
+    def of(self, split: str, values: str = "") -> dict[str, list[Usable]]:
+        """Scenes that `split` can tell and ask, by kind. values: the split of the values, if it is
+        another."""
+        key = split, values or split
+        if key not in self._splits:
             kinds = defaultdict(list)
             for scene in self.scenes.values():
                 usable = self.usable(scene, split)
-                drawn = all(self.pools.usable(p, split) for p in scene.slots.values())
+                drawn = all(self.pools.usable(p, key[1]) for p in scene.slots.values())
                 if usable.tells and usable.asks and drawn:
                     kinds[self.kind(scene)].append(usable)
             for kind, found in kinds.items():
-                self._sums[split, kind] = list(accumulate(u.scene.weight for u in found))
-            self._splits[split] = dict(kinds)
-        return self._splits[split]
+                self._sums[key[0], key[1], kind] = list(accumulate(u.scene.weight for u in found))
+            self._splits[key] = dict(kinds)
+        return self._splits[key]
 
-    def draw(self, rng: Random, split: str, kind: str | None = None) -> Usable | None:
+    def draw(
+        self, rng: Random, split: str, kind: str | None = None, values: str = ""
+    ) -> Usable | None:
         """A scene, by weight; of one kind (None: the split has none), or of any."""
-        kinds = self.of(split)
+        kinds = self.of(split, values)
         if kind is None:
             names = [k for k in ABOUT_WEIGHTS if k in kinds]
             kind = rng.choices(names, [ABOUT_WEIGHTS[k] for k in names])[0]
         if kind not in kinds:
             return None
-        return rng.choices(kinds[kind], cum_weights=self._sums[split, kind])[0]
+        return rng.choices(kinds[kind], cum_weights=self._sums[split, values or split, kind])[0]
 
 
 def ties(scene: Scene) -> set[str]:

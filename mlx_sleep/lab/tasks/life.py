@@ -67,6 +67,8 @@ class Level:
     quick_fix: share of facts put right in the same message. noise: share of careless writers.
     asking, ordinary: share of windows with questions only, and with ordinary chat only. cut: share
     of boundaries inside a turn. re_asked: share of lives that come back to the same few facts.
+    two_hop: share of messages and questions that are about beings with a name and a relation, told
+    of one and asked by the other; 0 leaves it to chance, and changes no life.
     """
 
     windows: int = 2
@@ -81,6 +83,7 @@ class Level:
     ordinary: float = 0.07
     cut: float = 0.1
     re_asked: float = 0.4
+    two_hop: float = field(default=0.0, repr=False)  # repr(level) seeds the lives that there are
 
     def __post_init__(self):
         for name in ("facts", "facts_per_message"):
@@ -125,9 +128,9 @@ class Life:
 class LifeWriter(Told):
     """Writes one life: call `life`, once."""
 
-    def __init__(self, library, encoder: LifeEncoder, chat: Ordinary, split, level, rng: Random):
-        super().__init__(library, split, level, rng)
-        self.encoder, self.chat = encoder, chat
+    def __init__(self, lives: Lives, level: Level, rng: Random):
+        super().__init__(lives.library, lives.split, level, rng, lives.values)
+        self.encoder, self.chat = lives.encoder, lives.chat
         self.teller, self.asker = Teller(self), Asker(self)
         self.untold = Untold(self, self.teller, self.asker)
         self.carry = Pieces()  # what a boundary inside a turn left for the next window
@@ -271,7 +274,9 @@ class LifeWriter(Told):
         if rng.random() >= self.level.re_asked:
             return self.any_fact()
         holds = [k for k in self.favourites if k in self.world.facts]
-        while len(holds) < min(5, len(self.world.facts)):
+        for _ in range(200):  # with level.two_hop not every fact may come up
+            if len(holds) >= min(5, len(self.world.facts)):
+                break
             key = self.any_fact().key
             if key not in holds:
                 holds.append(key)
@@ -317,13 +322,20 @@ class Lives:
     """Lives of one split.
 
     chat: ordinary conversations, each a list of Exchanges or (user, assistant) pairs; without any
-    there is small talk only, and no window is flagged kl.
+    there is small talk only, and no window is flagged kl. values: the split of names and values,
+    where it is not that of the wordings.
     """
 
     def __init__(
-        self, encoder: LifeEncoder, split: str, seed: int = 0, chat: CHAT = (), library=None
+        self,
+        encoder: LifeEncoder,
+        split: str,
+        seed: int = 0,
+        chat: CHAT = (),
+        library: Library | None = None,
+        values: str = "",
     ):
-        self.encoder, self.split, self.seed = encoder, split, seed
+        self.encoder, self.split, self.seed, self.values = encoder, split, seed, values
         self.chat = Ordinary([c for c in chat if scenes.split_of(c[0][0]) == split])
         self.library = library or default_library()
 
@@ -333,7 +345,7 @@ class Lives:
 
     def writer(self, level: Level, *what: object) -> LifeWriter:
         rng = self.rng(*what, level)
-        return LifeWriter(self.library, self.encoder, self.chat, self.split, level, rng)
+        return LifeWriter(self, level, rng)
 
     def life(self, index: int, level: Level) -> Life:
         """The life of this index: the same in every process, in any order of calls."""

@@ -81,20 +81,22 @@ def batch(lives: Lives, indices: Iterable[int], level: Level) -> dict[str, np.nd
 
 @dataclass(frozen=True)
 class Source:
-    """What a worker process needs to make lives. tokenizer: a tokenizer.json with ChatML marks."""
+    """What a worker process needs to make lives. tokenizer: a tokenizer.json with ChatML marks.
+    values: the split of names and values, where it is not that of the wordings."""
 
     tokenizer: str
     split: str
     seed: int = 0
     chat: CHAT = ()
     pad: int = 0
+    values: str = ""
 
     def lives(self) -> Lives:
         from tokenizers import Tokenizer
 
         encode = fast(Tokenizer.from_file(str(Path(self.tokenizer))))
         encoder = LifeEncoder(encode, Template.chatml(encode, pad=self.pad))
-        return Lives(encoder, self.split, self.seed, self.chat)
+        return Lives(encoder, self.split, self.seed, self.chat, values=self.values)
 
 
 _lives: Lives | None = None

@@ -41,7 +41,11 @@ _FOUND: dict[str, tuple[int, Callable[[Asked], bool]]] = {
     "yes_no": (4, lambda a: a.form in ("yes", "no") and a.told and a.age > 0),
     "never_told": (4, lambda a: not a.told),
 }
-CASES = (*(f"re_asked_{day}" for day in DAYS), "after_16_sleeps", "new_words", "pronoun", *_FOUND)
+CASES = (
+    *(f"re_asked_{day}" for day in DAYS),
+    *("after_5_sleeps", "after_16_sleeps", "new_words", "pronoun"),
+    *_FOUND,
+)
 
 
 class _Script:
@@ -133,6 +137,16 @@ def _re_asked(script: _Script, day: int) -> Turn | None:
     return script.ask(rng.choice(facts))
 
 
+def _after_5(script: _Script, _: int) -> Turn | None:
+    """20 facts over 5 windows; 6 where they need more words."""
+    facts: list[Fact] = []
+    for i in range(20):
+        facts += script.tell()[:1]
+        if i % 4 == 3 and len(script.windows) <= i // 4 + 1:
+            script.sleep()
+    return script.ask(script.writer.rng.choice(facts)) if len(script.windows) <= 7 else None
+
+
 def _after_16(script: _Script, _: int) -> Turn | None:
     """20 facts over 16 windows with small talk."""
     rng = script.writer.rng
@@ -174,7 +188,12 @@ def _pronoun(script: _Script, _: int) -> Turn | None:
     return script.ask(facts[0])
 
 
-_SCRIPTS = {"after_16_sleeps": _after_16, "new_words": _new_words, "pronoun": _pronoun}
+_SCRIPTS = {
+    "after_5_sleeps": _after_5,
+    "after_16_sleeps": _after_16,
+    "new_words": _new_words,
+    "pronoun": _pronoun,
+}
 
 
 def examples(lives: Lives, case: str, n: int = 500, window_tokens: int = 192) -> Iterator[Example]:

@@ -68,7 +68,7 @@ class Teller:
         rng = self.rng
         kind = entity.about if entity else kind
         for _ in range(25):
-            usable = self.library.draw(rng, self.told.split, kind)
+            usable = self.told.draw_scene(kind)
             if usable is None:
                 return None
             subject = entity or self.entity(usable)
@@ -80,6 +80,24 @@ class Teller:
             if wordings:
                 return subject, usable, rng.choice(wordings)
         return None
+
+    def half(self) -> tuple[Entity, Usable, Wording] | None:
+        """Half of what a question of two hops takes: a being's name and relation, or something else
+        of it."""
+        rng = self.rng
+        beings = [e for about in ("person", "pet") for e in self.cast.of(about)]
+        told = [e for e in beings if self.world.scenes.get(e.id)]
+        waiting = [e for e in told if not e.linked]
+        named = [e for e in told if e.linked and len(self.world.scenes[e.id]) < 3]
+        if named and rng.random() < 0.6:
+            return self.pick(rng.choice(named))
+        if not waiting:
+            return self.pick(kind=rng.choice(("person", "person", "name")))
+        being = rng.choice(waiting)
+        usable = self.library.usable(self.library.scenes[f"{being.about}.name"], self.told.split)
+        if not usable.tells or not self.cast.link(being):
+            return None
+        return being, usable, rng.choice(usable.tells)
 
     def fits(self, entity: Entity, scene: Scene) -> bool:
         """Whether the scene can be about this thing, or about this word besides what it means."""
@@ -223,7 +241,9 @@ class Teller:
             if entity is not None and entity.about == "none":
                 entity = None
             found = None
-            if i == 0 and len(told.last) == 1 and rng.random() < 0.25:
+            if told.level.two_hop and rng.random() < told.level.two_hop:
+                found = self.half()
+            elif i == 0 and len(told.last) == 1 and rng.random() < 0.25:
                 found = self.rest(*told.last[0])
             found = found or self.pick(entity)
             if found is None:

@@ -60,11 +60,11 @@ class Untold:
                 return (other, usable, fact.slot) if other else None
             if entity.about in ("none",) or scene.id in NAMES:
                 return None
-            drawn = self.library.draw(rng, told.split, entity.about)
+            drawn = told.draw_scene(entity.about)
             if drawn is None or not self.teller.fits(entity, drawn.scene):
                 return None
             return entity, drawn, rng.choice(list(drawn.scene.slots) or [""])
-        drawn = self.library.draw(rng, told.split)
+        drawn = told.draw_scene()
         assert drawn is not None  # every split has scenes
         scene = drawn.scene
         if scene.id in NAMES:
