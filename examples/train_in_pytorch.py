@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from mlx_sleep.convert.torch.adapter import read_adapter
 from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
+from mlx_sleep.convert.torch.carry import carry_over
 from mlx_sleep.convert.torch.delta_rule import best_rule
 from mlx_sleep.convert.torch.evaluate import evaluate
 from mlx_sleep.convert.torch.loss import LifeBatch
@@ -131,26 +132,29 @@ def toy(options):
 def retrofit(options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = BaseConfig.from_folder(options.model)
+    started, weights = None, None
+    if options.start:
+        started, weights, _ = read_adapter(options.start)
+    before = options.before or (started.before if started else AdapterConfig.before)
+    eps = started.read_eps if started else options.read_eps
     adapter = AdapterConfig(
-        before=tuple(options.before),
+        before=tuple(before),
         num_heads=base.num_attention_heads,
         head_dim=base.head_dim,
         passes=options.passes,
         fold=options.fold,
         lora_rank=options.lora_rank,
-        read_eps=options.read_eps,
+        read_eps=eps if options.read_eps is None else options.read_eps,
         loop_range=options.loop_range and tuple(options.loop_range),
     )
-    started, weights = adapter, None
-    if options.start:
-        started, weights, _ = read_adapter(options.start)
-        if replace(started, read_eps=options.read_eps) != adapter:
-            raise UserError(f"{options.start} is an adapter of another shape; give its options")
+    shares = [*options.shares, *[0.0] * (len(SHARES) - len(options.shares))]
+    if len(shares) > len(SHARES) or not sum(shares) > 0:
+        raise UserError(f"--shares takes up to {len(SHARES)} numbers, and not only zeros")
     torch.manual_seed(options.seed)
     model = Retrofit(
         base,
         read_weights(options.model),
-        started,
+        replace(adapter, read_eps=eps),
         gain=options.gain,
         copy=options.init == "host",
         seed=options.seed,
@@ -158,8 +162,8 @@ def retrofit(options):
         dtype=torch.bfloat16,
         rule=best_rule(device),
     )
-    if weights is not None:
-        model.load_state_dict(weights)
+    if started and weights is not None:
+        carry_over(model, started, weights)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     chat = read_chat(options.chat) if options.chat else ()
@@ -171,7 +175,7 @@ def retrofit(options):
         for arrays in batches:
             yield {**arrays, "refusal": mark_refusals(arrays, opening)}
 
-    if started != adapter:
+    if eps != adapter.read_eps:
         arrays = next(iter(batches(train, [(0, 1)], options.batch)))
         soften(model, adapter.read_eps, LifeBatch.from_arrays(arrays, device, fold=adapter.fold))
     if options.compile:
@@ -185,13 +189,14 @@ def retrofit(options):
         "init": options.init,
         "start": options.start and str(options.start),
         "adapter": asdict(adapter),
+        **({"two_hop": options.two_hop} if options.two_hop else {}),
     }
     trainer = Trainer(
         model,
         options.out,
-        lambda jobs: marked(batches(train, jobs, options.batch, options.workers)),
+        lambda jobs: marked(batches(train, jobs, options.batch, options.workers, options.two_hop)),
         Budget(tokens=options.tokens, seconds=options.hours and options.hours * 3600),
-        Settings(tuple(options.shares), muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
+        Settings(tuple(shares), muon_lr=options.muon_lr, adamw_lr=options.adamw_lr),
         evaluate=lambda model: evaluate(model, unseen),
         evaluate_every=options.evaluate_every,
         about=about,
@@ -215,10 +220,16 @@ def main():
     large.add_argument("--resume", action="store_true", help="go on with the run in --out")
     large.add_argument("--start", type=Path, help="an adapter to begin with (new optimizers)")
     large.add_argument("--batch", type=int, default=4096, help="tokens a step, with padding")
+    large.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the stages")
     large.add_argument(
-        "--shares", type=float, nargs=len(SHARES), default=SHARES, help="of the stages"
+        "--two-hop", type=float, default=0.0, help="share of facts and questions of two hops"
     )
-    large.add_argument("--before", type=int, nargs="+", default=[6, 10, 14, 18, 22, 26])
+    large.add_argument(
+        "--before",
+        type=int,
+        nargs="+",
+        help="blocks with a sleep layer (default: 6 10 14 18 22 26)",
+    )
     large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
     large.add_argument(
         "--loop-range",
@@ -232,9 +243,7 @@ def main():
         "--init", choices=("host", "random"), default="host", help="what the layers start as"
     )
     large.add_argument("--lora-rank", type=int, default=0)
-    large.add_argument(
-        "--read-eps", type=float, help="epsilon of the norm of what is read from S (default: 1e-5)"
-    )
+    large.add_argument("--read-eps", type=float, help="epsilon of the norm of what is read from S")
     large.add_argument("--gain", type=float, default=0.05, help="of the new layers at the start")
     large.add_argument("--muon-lr", type=float, default=5e-3)
     large.add_argument("--adamw-lr", type=float, default=2e-3)

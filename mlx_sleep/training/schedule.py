@@ -36,7 +36,7 @@ def stage_at(shares: Sequence[float], progress: float) -> int:
         end += share / sum(shares)
         if progress < end:
             return i
-    return len(shares) - 1
+    return max(i for i, share in enumerate(shares) if share)
 
 
 def trapezoid(step: int, progress: float, warmup: int, floor: float = 0.05) -> float:
