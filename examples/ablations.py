@@ -1,35 +1,66 @@
 """What matters in a retrofit: short runs that differ from one another in one thing.
 
     mlx-sleep models get smollm2 FOLDER
-    python examples/ablations.py FOLDER --out ablations --tokens 700000 --chat chat.jsonl
+    python examples/ablations.py FOLDER --start mlx_sleep/adapters/smollm2 --out ablations
+    python examples/ablations.py FOLDER --out starts --only "from the host" "from random numbers"
 
 Each run is `train_in_pytorch.py retrofit` with the options below and the same seed, so that all
-see the same lives in the same order; those of more passes, as many tokens. What was trained before
-is not trained again, so that the script can be stopped. It ends with a table, and with
-ablations.json beside the runs.
+see the same lives in the same order. With --start they go on from a trained adapter, with what it
+has at the same blocks; without, they start from nothing, on the shortest lives that there are:
+something is told, the model sleeps, and is asked. Then each is asked of lives that none was trained
+on. What was trained before is not trained again, so that the script can be stopped. It ends with a
+table, and with ablations.json beside the runs.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlx_sleep.convert.torch.adapter import read_adapter
+from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
+from mlx_sleep.convert.torch.evaluate import predicted, whole
+from mlx_sleep.convert.torch.retrofit import Retrofit
+from mlx_sleep.lab.statistics import accuracy
+from mlx_sleep.lab.tasks.curriculum import level_of, lives_of
+from mlx_sleep.lab.tasks.life_batches import Source, stream
+from mlx_sleep.training.refusals import REFUSAL, mark_refusals
 
 RUNS = {
     "as it is": "",
-    "random start": "--init random",
     "low-rank changes too": "--lora-rank 16",
-    "3 layers": "--before 10 18 26",
-    "10 layers": "--before 4 7 10 13 15 17 19 22 24 26",
+    "3 of the layers": "--before 10 18 26",
+    "10 layers": "--before 4 6 8 10 14 16 18 20 22 26",
     "only the user's words folded": "--fold user",
-    "2 passes": "--passes 2 --loop-range 6 27",
-    "4 passes": "--passes 4 --loop-range 6 27",
+    "from the host": "--init host",
+    "from random numbers": "--init random",
 }
-FIGURES = "values", "values_1_3", "whole_values", "zeroed", "refusals"
+# Stages of the curriculum, and learning rates: with --start, and without.
+FURTHER = 1, ["--muon-lr", 2.5e-3, "--adamw-lr", 1e-3]
+SHORT = 3, []
+TOKENS = 3840  # of a batch to measure on
+SEED = 1 << 20  # of the lives to measure on: that of no training
 
 
-def folder_of(out: Path, name: str) -> Path:
-    return out / name.replace(" ", "-").replace("'", "")
+def train(out: Path, model: Path, options: Iterable[object]) -> dict:
+    """What is said of the whole run in `out`: trained with these options, if it isn't yet."""
+    if not (trained := trained_in(out)):
+        trainer = Path(__file__).with_name("train_in_pytorch.py")
+        command = [sys.executable, trainer, "retrofit", model, "--out", out, *options]
+        command += ["--evaluate-every", 1e9]
+        command += ["--resume"] if (out / "recipe.json").exists() else []
+        subprocess.run([str(part) for part in command], check=True)
+        trained = trained_in(out)
+    if not trained:  # Ctrl-C stops a run with a checkpoint, and exit status 0
+        sys.exit("stopped; the same command goes on")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seconds = max(row.get("seconds", 0) for row in rows)
+    return {"tokens": trained["tokens"], "seconds": round(seconds)}
 
 
 def trained_in(out: Path) -> dict | None:
@@ -39,51 +70,92 @@ def trained_in(out: Path) -> dict | None:
     return trained if trained.get("figures") else None
 
 
-def train(options, name: str) -> dict:
-    """The row of one run: its name, options, tokens, seconds and figures."""
-    out = folder_of(options.out, name)
-    if not trained_in(out):
-        trainer = Path(__file__).with_name("train_in_pytorch.py")
-        command = [sys.executable, trainer, "retrofit", options.model, "--out", out]
-        command += ["--tokens", options.tokens, "--batch", options.batch, "--seed", options.seed]
-        command += ["--shares", *options.shares, "--workers", options.workers]
-        command += ["--evaluate-every", 1e9, *RUNS[name].split()]
-        command += ["--chat", options.chat] if options.chat else []
-        command += ["--resume"] if (out / "recipe.json").exists() else []
-        subprocess.run([str(part) for part in command], check=True)
-    trained = trained_in(out)
-    if not trained:  # Ctrl-C stops a run with a checkpoint, and exit status 0
-        sys.exit("stopped; the same command goes on")
-    last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = max(row.get("seconds", 0) for row in last)
-    return {
-        "what": name,
-        "options": RUNS[name],
-        "tokens": trained["tokens"],
-        "seconds": round(seconds),
-        **{figure: round(trained["figures"].get(figure, 0), 4) for figure in FIGURES},
-    }
+def load(folder: Path, model: Path) -> Retrofit:
+    """The adapter in `folder` on its base."""
+    adapter, weights, _ = read_adapter(folder)
+    found = Retrofit(
+        BaseConfig.from_folder(model), read_weights(model), adapter, dtype=torch.bfloat16
+    )
+    found.load_state_dict(weights)
+    return found
+
+
+@torch.no_grad()
+def measure(model: Retrofit, batches: Iterable[dict[str, np.ndarray]]) -> dict:
+    """Values of which all tokens are right, teacher-forced, in the windows after the first; with
+    S kept (accuracy, low, high, n) and with S = 0 in each window (zeroed)."""
+    hits: list[np.ndarray] = []
+    alone: list[np.ndarray] = []
+    for arrays in batches:
+        value = arrays["value"] & (arrays["weight"] > 0) & ~arrays["refusal"]
+        value[:, 0] = False
+        if not value.any():
+            continue
+        hits.append(whole(predicted(model, arrays), value))
+        asked = value.any(-1).ravel()  # windows, each of which then stands alone
+        first = {name: x.reshape(-1, 1, *x.shape[2:])[asked] for name, x in arrays.items()}
+        marks = value.reshape(-1, 1, value.shape[-1])[asked]
+        alone.append(whole(predicted(model, first), marks))
+    if not hits:
+        sys.exit("no question hangs on a value here; measure on more batches")
+    right, zeroed = np.concatenate(hits), np.concatenate(alone)
+    shares = accuracy(int(right.sum()), right.size)
+    return {**shares, "n": right.size, "zeroed": float(zeroed.mean())}
+
+
+def lives(
+    model: Path, stage: int, batches: int, split: str = "valid", values: str = ""
+) -> list[dict[str, np.ndarray]]:
+    """Batches of lives in the wordings of one split, with its values or those of another."""
+    opening = read_tokenizer(model).encode(REFUSAL, add_special_tokens=False).ids
+    levels = [level_of(step, stage) for step in range(batches)]
+    jobs = [(lives_of(step, level, TOKENS), level) for step, level in enumerate(levels)]
+    source = Source(str(model / "tokenizer.json"), split, seed=SEED, values=values)
+    made = stream(source, jobs, 0)
+    return [{**arrays, "refusal": mark_refusals(arrays, opening)} for arrays in made]
+
+
+def add_options(parser: argparse.ArgumentParser, runs: dict, tokens: int) -> None:
+    parser.add_argument("model", type=Path, help="folder of the base model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=tokens, help="of each run")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--only", nargs="+", choices=runs, default=list(runs))
+
+
+def table(rows: list[dict], path: Path) -> None:
+    """Writes the rows, and prints them."""
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+    print(f"\n{'':32}{'right':>8}{'95% interval':>16}{'n':>7}{'S zeroed':>10}{'tokens':>11}")
+    for row in rows:
+        between, tokens = f"{row['low']:.1%} to {row['high']:.1%}", row.get("tokens", 0)
+        print(
+            f"{row['what']:32}{row['accuracy']:8.1%}{between:>16}{row['n']:7}"
+            f"{row['zeroed']:10.1%}{tokens or '':>11}"
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="folder of the base model")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=700_000, help="of each run")
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--shares", type=float, nargs=3, default=[0.4, 0.6, 0])
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--chat", type=Path, help="ordinary chat of the base")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    add_options(parser, RUNS, 300_000)
+    parser.add_argument("--start", type=Path, help="an adapter to go on from")
+    parser.add_argument("--batches", type=int, default=40, help="to measure on")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = [train(options, name) for name in options.only]
-    (options.out / "ablations.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print("\n" + " " * 30 + "".join(f"{name:>13}" for name in (*FIGURES, "tokens", "seconds")))
-    for row in rows:
-        shares = "".join(f"{row[name]:13.1%}" for name in FIGURES)
-        print(f"{row['what']:30}{shares}{row['tokens']:13}{row['seconds']:13}")
+    shared = ["--tokens", options.tokens, "--batch", options.batch, "--seed", options.seed]
+    stage, rates = FURTHER if options.start else SHORT
+    shared += ["--shares", *[0] * stage, 1, *rates, *["--compile"] * options.compile]
+    shared += ["--start", options.start] if options.start else []
+    batches = lives(options.model, stage, options.batches)
+    rows = []
+    for name in options.only:
+        out = options.out / name.replace(" ", "-").replace("'", "")
+        trained = train(out, options.model, [*shared, *RUNS[name].split()])
+        figures = measure(load(out, options.model), batches)
+        rows.append({"what": name, "options": RUNS[name], **trained, **figures})
+    table(rows, options.out / "ablations.json")
 
 
 if __name__ == "__main__":

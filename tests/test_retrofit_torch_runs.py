@@ -30,6 +30,7 @@ from mlx_sleep.convert.torch.base import (  # noqa: E402
     read_tokenizer,
     read_weights,
 )
+from mlx_sleep.convert.torch.carry import carry_over  # noqa: E402
 from mlx_sleep.convert.torch.muon import orthogonal  # noqa: E402
 from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit  # noqa: E402
 from mlx_sleep.convert.torch.trainer import Settings, Trainer  # noqa: E402
@@ -235,6 +236,27 @@ def test_degenerate_chat_is_dropped():
     assert list(chat.sound([good, loop, empty, good])) == [good]
 
 
+def test_another_shape_begins_with_what_fits():
+    old, more = tiny(), tiny(replace(ADAPTER, before=(0, 1, 3), lora_rank=2))
+    kept = {name: x.clone() for name, x in more.state_dict().items()}
+    carry_over(more, ADAPTER, old.state_dict())
+    found, given = more.state_dict(), old.state_dict()
+    for name, x in found.items():
+        if name.startswith(("sleep_layers.1.", "sleep_layers.2.")):
+            at = int(name.split(".")[1]) - 1
+            assert torch.equal(x, given[f"sleep_layers.{at}." + name.split(".", 2)[2]])
+        else:
+            assert torch.equal(x, kept[name])
+    fewer = tiny(replace(ADAPTER, before=(3,)))
+    carry_over(fewer, ADAPTER, given)
+    for name, x in fewer.state_dict().items():
+        assert torch.equal(x, given[name.replace("sleep_layers.0", "sleep_layers.1")])
+    with pytest.raises(UserError, match=r"before blocks \[1, 3\], and none before \[2\]"):
+        carry_over(tiny(replace(ADAPTER, before=(2,))), ADAPTER, given)
+    with pytest.raises(UserError, match="another head_dim"):
+        carry_over(tiny(), replace(ADAPTER, head_dim=8), given)
+
+
 # --- the example -----------------------------------------------------------------------------
 
 
@@ -262,23 +284,72 @@ def test_the_example_trains_a_retrofit(tmp_path):
     assert read_adapter(tmp_path / "more")[0] == replace(adapter, read_eps=0.1)
 
 
-def test_ablations_train_what_is_missing(tmp_path, monkeypatch, capfd):
-    ablations = runpy.run_path(str(ROOT / "examples" / "ablations.py"))
-    runs = {"one layer": "--before 1", "random start": "--before 1 --init random --passes 2"}
-    monkeypatch.setitem(ablations["main"].__globals__, "RUNS", runs)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture
+def example(monkeypatch, capfd):
+    """run(name, runs, *options): what the script examples/NAME.py prints, with these runs."""
+
+    def run(name: str, runs: dict | None, *options) -> str:
+        script = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+        if runs:
+            monkeypatch.setitem(script["main"].__globals__, "RUNS", runs)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        script["main"]()
+        return capfd.readouterr().out
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return run
+
+
+def test_ablations_train_what_is_missing(tmp_path, example):
+    runs = {"one layer": "--before 1", "random": "--before 1 --init random"}
     model, out = folder_of(tmp_path / "tiny"), tmp_path / "out"
-
-    def go(*names):
-        options = [model, "--out", out, "--tokens", 800, "--batch", 512, "--workers", 0, "--only"]
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, options), *names])
-        ablations["main"]()
-        return json.loads((out / "ablations.json").read_text()), capfd.readouterr().out
-
-    (first,), said = go("one layer")
-    assert first["tokens"] >= 800 and 0 <= first["zeroed"] <= 1 and "step" not in first
+    options = [model, "--out", out, "--tokens", 800, "--batch", 512, "--batches", 4, "--only"]
+    said = example("ablations", runs, *options, "one layer")
+    (first,) = json.loads((out / "ablations.json").read_text())
+    assert first["tokens"] >= 800 and 0 <= first["zeroed"] <= 1
+    assert first["low"] <= first["accuracy"] <= first["high"] and first["n"] > 0
     assert "evaluation: " in said and "one layer" in said
-    (again, other), said = go(*runs)
-    assert again == first and other["options"] == runs["random start"]
+    said = example("ablations", runs, *options, *runs)
+    again, other = json.loads((out / "ablations.json").read_text())
+    assert again == first and other["options"] == runs["random"]
     assert said.count("evaluation: ") == 1  # the first was there already
-    assert read_adapter(out / "random-start")[0].passes == 2
+    options[2] = out / "further"
+    example("ablations", {"two": "--before 1 3"}, *options, "two", "--start", out / "one-layer")
+    assert read_adapter(out / "further" / "two")[0].before == (1, 3)
+
+
+def test_where_recall_is_lost(tmp_path, example):
+    model, run = folder_of(tmp_path / "tiny"), tmp_path / "run"
+    adapter = replace(ADAPTER, before=(1,))
+    base = Retrofit(BaseConfig.from_folder(model), read_weights(model), adapter)
+    save_adapter(run, base, {"tokens": 0})
+    out = tmp_path / "seen.json"
+    said = example("generalization", None, model, run, "--out", out, "--batches", 4)
+    rows = json.loads(out.read_text())
+    assert [(r["wordings"], r["values"]) for r in rows] == [
+        *(("training's", x) for x in ("training's", "others")),
+        *(("others", x) for x in ("training's", "others")),
+    ]
+    assert all(r["n"] > 0 for r in rows) and "wordings others, values training's" in said
+
+
+def test_two_hops(tmp_path, example):
+    from two_hops import Run, cost
+
+    model, out = folder_of(tmp_path / "tiny"), tmp_path / "out"
+    tiny_runs = {"N = 2": Run(2), "N = 1, FLOPs of N = 2": Run(1, flops=2)}
+    start = tmp_path / "start"
+    start.mkdir()
+    adapter = replace(ADAPTER, before=(1, 2), read_eps=0.25)
+    once = Retrofit(BaseConfig.from_folder(model), read_weights(model), adapter)
+    save_adapter(start, once, {"tokens": 0})
+    options = [model, "--start", start, "--out", out, "--tokens", 600, "--batch", 512]
+    options += ["--loop-range", 1, 3, "--questions", 6]
+    options += ["--window-tokens", 500]
+    assert "FLOPs of N = 2" in example("two_hops", tiny_runs, *options)
+    twice, once = json.loads((out / "two_hops.json").read_text())
+    assert (twice["passes"], once["passes"]) == (2, 1)
+    assert cost(2, 4, (1, 3)) == 1.5 and once["tokens"] > twice["tokens"]
+    assert read_adapter(out / "N2")[0].passes == 2 and read_adapter(start)[0].passes == 1
+    assert 0 < twice["n"] <= 6 and twice["n"] == once["n"]
