@@ -286,14 +286,14 @@ def test_the_example_trains_a_retrofit(tmp_path):
 
 @pytest.fixture
 def example(monkeypatch, capfd):
-    """run(name, runs, *options): what the script examples/NAME.py prints, with these runs."""
+    """run(name, runs, *options): what the script examples/NAME prints, with these runs."""
 
     def run(name: str, runs: dict | None, *options) -> str:
-        script = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+        script = runpy.run_path(str(ROOT / "examples" / name))
         if runs:
             monkeypatch.setitem(script["main"].__globals__, "RUNS", runs)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
         script["main"]()
         return capfd.readouterr().out
 
@@ -305,17 +305,17 @@ def test_ablations_train_what_is_missing(tmp_path, example):
     runs = {"one layer": "--before 1", "random": "--before 1 --init random"}
     model, out = folder_of(tmp_path / "tiny"), tmp_path / "out"
     options = [model, "--out", out, "--tokens", 800, "--batch", 512, "--batches", 4, "--only"]
-    said = example("ablations", runs, *options, "one layer")
+    said = example("ablations.py", runs, *options, "one layer")
     (first,) = json.loads((out / "ablations.json").read_text())
     assert first["tokens"] >= 800 and 0 <= first["zeroed"] <= 1
     assert first["low"] <= first["accuracy"] <= first["high"] and first["n"] > 0
     assert "evaluation: " in said and "one layer" in said
-    said = example("ablations", runs, *options, *runs)
+    said = example("ablations.py", runs, *options, *runs)
     again, other = json.loads((out / "ablations.json").read_text())
     assert again == first and other["options"] == runs["random"]
     assert said.count("evaluation: ") == 1  # the first was there already
     options[2] = out / "further"
-    example("ablations", {"two": "--before 1 3"}, *options, "two", "--start", out / "one-layer")
+    example("ablations.py", {"two": "--before 1 3"}, *options, "two", "--start", out / "one-layer")
     assert read_adapter(out / "further" / "two")[0].before == (1, 3)
 
 
@@ -325,7 +325,7 @@ def test_where_recall_is_lost(tmp_path, example):
     base = Retrofit(BaseConfig.from_folder(model), read_weights(model), adapter)
     save_adapter(run, base, {"tokens": 0})
     out = tmp_path / "seen.json"
-    said = example("generalization", None, model, run, "--out", out, "--batches", 4)
+    said = example("generalization.py", None, model, run, "--out", out, "--batches", 4)
     rows = json.loads(out.read_text())
     assert [(r["wordings"], r["values"]) for r in rows] == [
         *(("training's", x) for x in ("training's", "others")),
@@ -347,7 +347,7 @@ def test_two_hops(tmp_path, example):
     options = [model, "--start", start, "--out", out, "--tokens", 600, "--batch", 512]
     options += ["--loop-range", 1, 3, "--questions", 6]
     options += ["--window-tokens", 500]
-    assert "FLOPs of N = 2" in example("two_hops", tiny_runs, *options)
+    assert "FLOPs of N = 2" in example("two_hops.py", tiny_runs, *options)
     twice, once = json.loads((out / "two_hops.json").read_text())
     assert (twice["passes"], once["passes"]) == (2, 1)
     assert cost(2, 4, (1, 3)) == 1.5 and once["tokens"] > twice["tokens"]
