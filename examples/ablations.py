@@ -2,14 +2,14 @@
 
     mlx-sleep models get smollm2 FOLDER
     python examples/ablations.py FOLDER --start mlx_sleep/adapters/smollm2 --out ablations
-    python examples/ablations.py FOLDER --out starts --only "from the host" "from random numbers"
+    python examples/ablations.py FOLDER --tokens 1500000 --out starts
 
 Each run is `train_in_pytorch.py retrofit` with the options below and the same seed, so that all
 see the same lives in the same order. With --start they go on from a trained adapter, with what it
-has at the same blocks; without, they start from nothing, on the shortest lives that there are:
-something is told, the model sleeps, and is asked. Then each is asked of lives that none was trained
-on. What was trained before is not trained again, so that the script can be stopped. It ends with a
-table, and with ablations.json beside the runs.
+has at the same blocks; without, they start from nothing, from the host's attention or from random
+numbers, on the shortest lives that there are: something is told, the model sleeps, and is asked.
+Then each is asked of lives that none was trained on. What was trained before is not trained again,
+so that the script can be stopped. It ends with a table, and with ablations.json beside the runs.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def add_options(parser: argparse.ArgumentParser, runs: dict, tokens: int) -> Non
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--only", nargs="+", choices=runs, default=list(runs))
+    parser.add_argument("--only", nargs="+", choices=runs)
 
 
 def table(rows: list[dict], path: Path) -> None:
@@ -150,7 +150,9 @@ def main():
     shared += ["--start", options.start] if options.start else []
     batches = lives(options.model, stage, options.batches)
     rows = []
-    for name in options.only:
+    # A run from nothing is about its start; one from an adapter is not.
+    usual = [name for name in RUNS if ("--init" in RUNS[name]) == (options.start is None)]
+    for name in options.only or usual:
         out = options.out / name.replace(" ", "-").replace("'", "")
         trained = train(out, options.model, [*shared, *RUNS[name].split()])
         figures = measure(load(out, options.model), batches)

@@ -90,7 +90,7 @@ def main():
     shared += ["--loop-range", *options.loop_range, *["--compile"] * options.compile]
     batches = unseen(options.model, options.questions, options.window_tokens)
     rows = []
-    for name in options.only:
+    for name in options.only or RUNS:
         run = RUNS[name]
         tokens = round(options.tokens * cost(run.flops or 1, blocks, options.loop_range))
         out = options.out / name.replace(" = ", "").replace(", ", "-").replace(" ", "-")
