@@ -30,6 +30,7 @@ from mlx_sleep.lab.statistics import accuracy
 from mlx_sleep.lab.tasks.curriculum import level_of, lives_of
 from mlx_sleep.lab.tasks.life_batches import Source, stream
 from mlx_sleep.training.refusals import REFUSAL, mark_refusals
+from mlx_sleep.utils.errors import UserError
 
 RUNS = {
     "as it is": "",
@@ -54,7 +55,8 @@ def train(out: Path, model: Path, options: Iterable[object]) -> dict:
         command = [sys.executable, trainer, "retrofit", model, "--out", out, *options]
         command += ["--evaluate-every", 1e9]
         command += ["--resume"] if (out / "recipe.json").exists() else []
-        subprocess.run([str(part) for part in command], check=True)
+        if code := subprocess.run([str(part) for part in command]).returncode:
+            sys.exit(code)  # it has said why
         trained = trained_in(out)
     if not trained:  # Ctrl-C stops a run with a checkpoint, and exit status 0
         sys.exit("stopped; the same command goes on")
@@ -161,4 +163,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -8,9 +8,12 @@ others, about its names and values or others.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from ablations import lives, load, measure, table
+
+from mlx_sleep.utils.errors import UserError
 
 STAGE = 1  # of the curriculum
 SPLITS = {"training's": "train", "others": "test"}
@@ -35,4 +38,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -11,6 +11,7 @@ split `test`. It ends with a table, and with two_hops.json beside the runs.
 """
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mlx_sleep.lab.tasks.life_batches import Source, arrays
 from mlx_sleep.lab.tasks.life_examples import Example, examples
 from mlx_sleep.lab.tasks.life_tokens import LifeEncoder, Pieces
 from mlx_sleep.lab.tasks.world import Turn
+from mlx_sleep.utils.errors import UserError
 
 RATES = ["--muon-lr", 2.5e-3, "--adamw-lr", 1e-3]
 
@@ -103,4 +105,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
