@@ -127,6 +127,12 @@ def add_options(parser: argparse.ArgumentParser, runs: dict, tokens: int) -> Non
     parser.add_argument("--only", nargs="+", choices=runs)
 
 
+def shared(options: argparse.Namespace) -> list[object]:
+    """The trainer's options that `add_options` took, but for the tokens."""
+    compiled = ["--compile"] * options.compile
+    return ["--batch", options.batch, "--seed", options.seed, *compiled]
+
+
 def table(rows: list[dict], path: Path) -> None:
     """Writes the rows, and prints them."""
     path.write_text(json.dumps(rows, indent=2) + "\n")
@@ -146,17 +152,16 @@ def main():
     parser.add_argument("--batches", type=int, default=40, help="to measure on")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    shared = ["--tokens", options.tokens, "--batch", options.batch, "--seed", options.seed]
     stage, rates = FURTHER if options.start else SHORT
-    shared += ["--shares", *[0] * stage, 1, *rates, *["--compile"] * options.compile]
-    shared += ["--start", options.start] if options.start else []
+    same = [*shared(options), "--tokens", options.tokens, "--shares", *[0] * stage, 1, *rates]
+    same += ["--start", options.start] if options.start else []
     batches = lives(options.model, stage, options.batches)
     rows = []
     # A run from nothing is about its start; one from an adapter is not.
     usual = [name for name in RUNS if ("--init" in RUNS[name]) == (options.start is None)]
     for name in options.only or usual:
         out = options.out / name.replace(" ", "-").replace("'", "")
-        trained = train(out, options.model, [*shared, *RUNS[name].split()])
+        trained = train(out, options.model, [*same, *RUNS[name].split()])
         figures = measure(load(out, options.model), batches)
         rows.append({"what": name, "options": RUNS[name], **trained, **figures})
     table(rows, options.out / "ablations.json")

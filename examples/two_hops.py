@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ablations import add_options, load, measure, table, train
+from ablations import FURTHER, add_options, load, measure, shared, table, train
 
 from mlx_sleep.convert.torch.base import BaseConfig
 from mlx_sleep.lab.tasks.life import Life, Window
 from mlx_sleep.lab.tasks.life_batches import Source, arrays
 from mlx_sleep.lab.tasks.life_examples import Example, examples
-from mlx_sleep.lab.tasks.life_tokens import LifeEncoder, Pieces
+from mlx_sleep.lab.tasks.life_tokens import Pieces
 from mlx_sleep.lab.tasks.world import Turn
 from mlx_sleep.utils.errors import UserError
-
-RATES = ["--muon-lr", 2.5e-3, "--adamw-lr", 1e-3]
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,8 @@ def asked(lives, example: Example) -> Life | None:
         return None
     spans = ((at, at + len(example.value)),)
     question = lives.encoder.turn(Turn(example.question, example.reply, "ask", 1.0, spans))
-    told = [pieces(ids) for ids in example.windows]
+    told = [Pieces.unlearnt(ids) for ids in example.windows]
     return Life(0, [Window(pieces=window) for window in (*told, question)])
-
-
-def pieces(ids: list[int]) -> Pieces:
-    return Pieces(ids, [0.0] * len(ids), [False] * len(ids), [False] * len(ids))
 
 
 def unseen(
@@ -70,7 +64,6 @@ def unseen(
 ) -> list[dict[str, np.ndarray]]:
     """Batches of questions of two hops in wordings, names and values of the split `test`."""
     lives = Source(str(model / "tokenizer.json"), "test").lives()
-    assert isinstance(lives.encoder, LifeEncoder)
     found = [asked(lives, example) for example in examples(lives, "two_hop", count, window_tokens)]
     usable = [life for life in found if life]
     batches = [arrays(usable[i : i + rows]) for i in range(0, len(usable), rows)]
@@ -87,9 +80,8 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     blocks = BaseConfig.from_folder(options.model).num_hidden_layers
-    shared = ["--start", options.start, "--two-hop", 1]
-    shared += ["--batch", options.batch, "--seed", options.seed, "--shares", 1, *RATES]
-    shared += ["--loop-range", *options.loop_range, *["--compile"] * options.compile]
+    same = [*shared(options), "--start", options.start, "--two-hop", 1, "--shares", 1]
+    same += ["--loop-range", *options.loop_range, *FURTHER[1]]
     batches = unseen(options.model, options.questions, options.window_tokens)
     rows = []
     for name in options.only or RUNS:
@@ -97,7 +89,7 @@ def main():
         tokens = round(options.tokens * cost(run.flops or 1, blocks, options.loop_range))
         out = options.out / name.replace(" = ", "").replace(", ", "-").replace(" ", "-")
         given = ["--passes", run.passes, "--tokens", tokens]
-        trained = train(out, options.model, [*shared, *given])
+        trained = train(out, options.model, [*same, *given])
         spent = trained["tokens"] * cost(run.passes, blocks, options.loop_range)
         figures = measure(load(out, options.model), batches)
         rows.append({"what": name, "passes": run.passes, "cost": spent, **trained, **figures})

@@ -141,16 +141,17 @@ class Library:
     def of(self, split: str, values: str = "") -> dict[str, list[Usable]]:
         """Scenes that `split` can tell and ask, by kind. values: the split of the values, if it is
         another."""
-        key = split, values or split
+        values = values or split
+        key = split, values
         if key not in self._splits:
             kinds = defaultdict(list)
             for scene in self.scenes.values():
                 usable = self.usable(scene, split)
-                drawn = all(self.pools.usable(p, key[1]) for p in scene.slots.values())
+                drawn = all(self.pools.usable(p, values) for p in scene.slots.values())
                 if usable.tells and usable.asks and drawn:
                     kinds[self.kind(scene)].append(usable)
             for kind, found in kinds.items():
-                self._sums[key[0], key[1], kind] = list(accumulate(u.scene.weight for u in found))
+                self._sums[split, values, kind] = list(accumulate(u.scene.weight for u in found))
             self._splits[key] = dict(kinds)
         return self._splits[key]
 

@@ -63,6 +63,12 @@ class Pieces:
     value: list[bool] = field(default_factory=list)
     reply: list[bool] = field(default_factory=list)
 
+    @classmethod
+    def unlearnt(cls, ids: Sequence[int]) -> Pieces:
+        """Tokens that are only read: nobody's reply, and none of them is predicted."""
+        n = len(ids)
+        return cls(list(ids), [0.0] * n, [False] * n, [False] * n)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -95,8 +101,7 @@ class LifeEncoder:
         return found
 
     def opening(self) -> Pieces:
-        ids = list(self.template.opening)
-        return Pieces(ids, [0.0] * len(ids), [False] * len(ids), [False] * len(ids))
+        return Pieces.unlearnt(self.template.opening)
 
     def prompt(self, user: str) -> list[int]:
         """A user's turn up to where the reply begins."""
