@@ -30,7 +30,7 @@ from mlx_sleep.lab.statistics import accuracy
 from mlx_sleep.lab.tasks.curriculum import level_of, lives_of
 from mlx_sleep.lab.tasks.life_batches import Source, stream
 from mlx_sleep.training.refusals import REFUSAL, mark_refusals
-from mlx_sleep.utils.errors import UserError
+from mlx_sleep.utils.errors import errors_in_one_line
 
 RUNS = {
     "as it is": "",
@@ -168,7 +168,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    errors_in_one_line()
+    main()

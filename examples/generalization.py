@@ -8,12 +8,11 @@ others, about its names and values or others.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from ablations import lives, load, measure, table
 
-from mlx_sleep.utils.errors import UserError
+from mlx_sleep.utils.errors import errors_in_one_line
 
 STAGE = 1  # of the curriculum
 SPLITS = {"training's": "train", "others": "test"}
@@ -38,7 +37,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    errors_in_one_line()
+    main()

@@ -8,6 +8,7 @@ import argparse
 
 from mlx_sleep.cli.model_names import choose
 from mlx_sleep.session import Session
+from mlx_sleep.utils.errors import errors_in_one_line
 
 WORDS = [  # what is explained, what is asked, and a word that a right answer has
     ("A florp is a kind of spoon.", "What is a florp?", "spoon"),
@@ -16,6 +17,7 @@ WORDS = [  # what is explained, what is asked, and a word that a right answer ha
     ("The word trindle means happy.", "What does the word trindle mean?", "happy"),
 ]
 
+errors_in_one_line()
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="embedded", help="as of `mlx-sleep chat`")
 chosen = choose(parser.parse_args().model)

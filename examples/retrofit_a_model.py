@@ -18,7 +18,9 @@ from mlx_sleep.models.base import SleepConfig
 from mlx_sleep.models.weights import weights_digest
 from mlx_sleep.training.retrofit import Retrofit, prepare
 from mlx_sleep.training.schedule import Budget
+from mlx_sleep.utils.errors import errors_in_one_line
 
+errors_in_one_line()
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", type=Path)
 parser.add_argument("out", type=Path)

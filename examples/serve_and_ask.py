@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory() as home:
                 break
             except OSError:
                 if server.poll() is not None:
-                    sys.exit("the server did not start")
+                    sys.exit(1)  # it has said why
                 time.sleep(0.2)
         say("My dog is called Baruno.")
         slept = ask("/v1/memories/anna/sleep", {})["slept"]

@@ -21,7 +21,6 @@ A retrofit trains sleep layers in a model that stays frozen, so that it remember
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,7 +44,7 @@ from mlx_sleep.lab.tasks.curriculum import SHARES, batches, held_out
 from mlx_sleep.lab.tasks.life_batches import Source, read_chat
 from mlx_sleep.training.refusals import REFUSAL, mark_refusals
 from mlx_sleep.training.schedule import Budget
-from mlx_sleep.utils.errors import UserError
+from mlx_sleep.utils.errors import UserError, errors_in_one_line
 
 NAMES = "amy tom eva max ida leo zoe ben".split()
 COLOURS = "blue red grey green white black pink gold".split()
@@ -255,11 +254,9 @@ def main():
     large.add_argument("--compile", action="store_true", help="torch.compile")
     large.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        {"toy": toy, "retrofit": retrofit}[options.command](options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    {"toy": toy, "retrofit": retrofit}[options.command](options)
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

@@ -11,7 +11,6 @@ split `test`. It ends with a table, and with two_hops.json beside the runs.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from mlx_sleep.lab.tasks.life_batches import Source, arrays
 from mlx_sleep.lab.tasks.life_examples import Example, examples
 from mlx_sleep.lab.tasks.life_tokens import Pieces
 from mlx_sleep.lab.tasks.world import Turn
-from mlx_sleep.utils.errors import UserError
+from mlx_sleep.utils.errors import errors_in_one_line
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    errors_in_one_line()
+    main()

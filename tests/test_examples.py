@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from mlx_sleep.utils import errors
+from mlx_sleep.utils.errors import UserError
 from tests.test_retrofit import chat_folder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -63,3 +68,49 @@ def test_retrofit_a_model(tmp_path):
     lines = run("retrofit_a_model.py", str(model), *options)
     assert lines[0].startswith("step 1,") and any("recall" in line for line in lines)
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+TORCH = pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "new_words.py --model nowhere",
+        "retrofit_a_model.py nowhere out",
+        *(
+            pytest.param(arguments, marks=TORCH)
+            for arguments in (
+                "train_in_pytorch.py retrofit nowhere --out out --tokens 9",
+                "ablations.py nowhere --out out",
+                "two_hops.py nowhere --start nowhere --out out",
+                "generalization.py nowhere nowhere --out out.json",
+            )
+        ),
+    ],
+    ids=lambda arguments: arguments.split()[0],
+)
+def test_a_folder_that_is_not_there_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    name, *options = arguments.split()
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    sys.excepthook(error.type, error.value, error.tb)  # as Python does at the end
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and "nowhere" in shown and shown.count("\n") == 1
+
+
+def test_what_ends_a_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", None)
+    errors.errors_in_one_line()
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/metrics.jsonl")
+    for error in (full, ValueError("a bug")):
+        sys.excepthook(type(error), error, None)
+    first, *bug = capsys.readouterr().err.splitlines()
+    assert first == "error: runs/metrics.jsonl: No space left on device; free some space there"
+    assert bug == ["ValueError: a bug"]

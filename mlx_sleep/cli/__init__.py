@@ -6,7 +6,6 @@ A command's module is imported when it is asked for, and imports MLX only when i
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -17,7 +16,7 @@ import typer.core
 
 from .. import __version__
 from ..utils import limits
-from ..utils.errors import UserError
+from ..utils.errors import UserError, message_of
 from ..utils.malloc import keep_freed_memory
 from . import config_file, output
 
@@ -115,16 +114,10 @@ def main() -> NoReturn:
         _fail(f"{message.rstrip('.')}; see {command} --help", error.exit_code)
     except typer.Abort:
         _fail("aborted")
-    except UserError as error:
-        _fail(str(error))
-    except OSError as error:
-        # Not foreseen where it came up, as standard output on a full disk. What could not be
-        # written must not be tried again when Python ends.
-        sys.stdout = open(os.devnull, "w")
-        where = error.filename or "standard input or output"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space there" if full else "check it, or use another"
-        _fail(f"{where}: {error.strerror or error}; {remedy}")
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # what could not be written must not be tried again at exit
+            sys.stdout = open(os.devnull, "w")
+        _fail(message_of(error))
     else:
         sys.exit(code)  # that of a typer.Exit; commands return None
 
