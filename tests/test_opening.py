@@ -249,7 +249,9 @@ def test_models_show(tmp_path, run, torch_folder):
     assert (row["architecture"], row["sleeps"]) == ("llama", "no")
     (row,) = json.loads(run("models", "show", "embedded", "--json")[1])["rows"]
     assert row["sleeps"] == "trained" and row["window"] == 128
-    assert "this model was trained to sleep" in run("models", "show", "embedded")[1]
+    shown = run("models", "show", "embedded")[1]
+    assert "this model was trained to sleep" in shown
+    assert "\narchitecture  sleep_hybrid\n" in shown  # whole, however narrow the terminal is
 
 
 def test_a_revision_is_for_ids(tmp_path, refused, torch_folder):

@@ -10,7 +10,7 @@ import typer
 from ..utils.files import expanded
 from .model_names import choose, folder_of
 from .options import AdapterPath, Json, LocalFilesOnly, Revision
-from .output import emit, line, progress_bar, stderr
+from .output import emit, emit_one, line, progress_bar, stderr
 
 if TYPE_CHECKING:  # it imports MLX
     from ..models.base import SleepModel
@@ -84,7 +84,7 @@ def show(
         "passes": loaded.sleep.passes,
         "sleeps": {(True, True): "trained", (True, False): "untrained"}.get(sleeps, "no"),
     }
-    emit("models show", [row], json)
+    emit_one("models show", row, json)
     if not json:
         line(kind(loaded))
 

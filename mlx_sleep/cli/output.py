@@ -217,6 +217,17 @@ def emit(command: str, rows: list[dict], as_json: bool) -> None:
     console.print(device(), style="dim", markup=False)
 
 
+def emit_one(command: str, row: dict, as_json: bool) -> None:
+    """As `emit`, of one row: a line for each of its values."""
+    if as_json:
+        emit(command, [row], as_json)
+        return
+    width = max(map(len, row))
+    for name, value in row.items():
+        line(f"{name.replace('_', ' '):{width}}  {_cell(name, value)}")
+    stdout().print(device(), style="dim", markup=False)
+
+
 def table(rows: list[dict]) -> Table:
     """The rows as a rich Table, a column for each key of the first one."""
     from rich.box import SIMPLE
