@@ -57,7 +57,6 @@ docs: figures
 	@echo "open build/docs/index.html"
 
 wheel: $(READY)
-	@rm -rf build/lib  # setuptools would pack what an earlier build left there
 	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
 
 clean:

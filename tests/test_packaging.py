@@ -42,15 +42,18 @@ def build_wheel(source: Path, built: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the sources, with one more file of each kind of data."""
+    """A copy of the sources, with one more file of each kind of data, and an earlier build's."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "mlx_sleep_start.py"):
+    build = ("pyproject.toml", "setup.py", "MANIFEST.in")
+    for name in (*build, "README.md", "LICENSE", "mlx_sleep_start.py"):
         shutil.copy(ROOT / name, source)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "kernels" / "probe.metal").write_text("// a kernel\n")
     (source / "mlx_sleep" / "embedded").mkdir(exist_ok=True)
     (source / "mlx_sleep" / "embedded" / "probe.safetensors").write_bytes(b"weights")
+    (source / "build" / "lib" / "mlx_sleep").mkdir(parents=True)
+    (source / "build" / "lib" / "mlx_sleep" / "removed.py").write_text("# since then\n")
     (source / "tests").mkdir()
     (source / "tests" / "helper.py").write_text("# as sources of tests are\n")
     return source
@@ -90,7 +93,7 @@ def test_sdist_has_the_tests_and_makes_the_same_wheel(source, wheel, tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert (unpacked / "tests" / "helper.py").is_file()
+    assert (unpacked / "tests" / "helper.py").is_file() and not (unpacked / "build").exists()
     rebuilt = build_wheel(unpacked, tmp_path)
     files = [zipfile.ZipFile(path).infolist() for path in (wheel, rebuilt)]
     contents = [
