@@ -19,11 +19,9 @@ from transformers.utils import logging
 from .template_parts import TEXTS, Apply, Template, switch, system_opening, take_apart
 from .templates import bounded
 from .thoughts import Marks, Thinking, ThoughtReader
-from .tokenizer_config import check_files
+from .tokenizer_config import TOKENIZERS, check_files, why
 from .tokens import Detokenizer, Pieces, Tokens, joined
 from .utils.errors import UserError, is_failure
-
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Parts(NamedTuple):
@@ -216,8 +214,8 @@ def load(
 
     Python files beside it are not run. A tokenizer that needs them cannot be read.
     """
-    if not any((Path(path) / name).is_file() for name in _FILES):
-        raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(_FILES)}")
+    if not any((Path(path) / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{path} has no tokenizer: it needs one of {', '.join(TOKENIZERS)}")
     check_files(Path(path))
     ids = None if eos_token_ids is None else list(eos_token_ids)
     verbosity = logging.get_verbosity()
@@ -232,7 +230,7 @@ def load(
     except BaseException as error:  # the tokenizers library raises plain Exceptions, or panics
         if not is_failure(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        reason = why(Path(path), error)
         raise UserError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
