@@ -20,6 +20,7 @@ from hypothesis import settings
 
 from mlx_sleep.cli import main
 from mlx_sleep.kernels import source
+from mlx_sleep.memory import Memory
 from mlx_sleep.ops import verdicts
 from tests.metal import harness
 
@@ -135,3 +136,10 @@ def refused(run):
         return error
 
     return refused
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A memory without content, for a session."""
+    with Memory.open("test", "fingerprint", home=tmp_path) as memory:
+        yield memory

@@ -17,7 +17,7 @@ from mlx_sleep.memory import Memory, store
 from mlx_sleep.session import Session
 from mlx_sleep.utils.errors import UserError
 from tests.fakes import fake_model, fake_tokenizer
-from tests.test_memory import bits, files
+from tests.memories import bits, files
 
 OLD = Path(__file__).parent / "data" / "memory_format_1"
 TOKENIZER = fake_tokenizer()
