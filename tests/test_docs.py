@@ -218,5 +218,18 @@ def test_links_lead_somewhere():
             )
 
 
+def test_images_are_for_a_light_and_a_dark_page():
+    drawn = {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    assert {name.replace("-light.", "-dark.") for name in drawn if "-light." in name} == {
+        name for name in drawn if "-light." not in name
+    }
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        assert "](docs/images/" not in text and "](images/" not in text, page.name
+        dark = re.findall(r'srcset="([^"]+-dark[^"]+)"', text)
+        light = [name.replace("-dark.", "-light.") for name in dark]
+        assert re.findall(r'<img [^>]*src="([^"]+)"', text) == light, page.name
+
+
 def test_the_front_page_is_one_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
