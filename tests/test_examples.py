@@ -87,6 +87,7 @@ TORCH = pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
                 "ablations.py nowhere --out out",
                 "two_hops.py nowhere --start nowhere --out out",
                 "generalization.py nowhere nowhere --out out.json",
+                "forgetting.py nowhere nowhere --out out.json",
             )
         ),
     ],

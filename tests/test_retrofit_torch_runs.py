@@ -31,9 +31,13 @@ from mlx_sleep.convert.torch.base import (  # noqa: E402
     read_weights,
 )
 from mlx_sleep.convert.torch.carry import carry_over  # noqa: E402
+from mlx_sleep.convert.torch.delta_rule import naive  # noqa: E402
+from mlx_sleep.convert.torch.loss import LifeBatch  # noqa: E402
 from mlx_sleep.convert.torch.muon import orthogonal  # noqa: E402
 from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit  # noqa: E402
 from mlx_sleep.convert.torch.trainer import Settings, Trainer  # noqa: E402
+from mlx_sleep.lab.tasks.life_batches import Source  # noqa: E402
+from mlx_sleep.lab.tasks.life_examples import examples  # noqa: E402
 from tests.retrofits import ADAPTER, BASE, ROOT, lives, tiny, tiny_weights  # noqa: E402
 
 # --- the schedule and the optimizer ----------------------------------------------------------
@@ -332,6 +336,49 @@ def test_where_recall_is_lost(tmp_path, example):
         *(("others", x) for x in ("training's", "others")),
     ]
     assert all(r["n"] > 0 for r in rows) and "wordings others, values training's" in said
+
+
+def test_what_later_sleeps_cost(tmp_path, example):
+    from forgetting import HISTORIES, batches, kept
+
+    model, run, out = folder_of(tmp_path / "tiny"), tmp_path / "run", tmp_path / "forgetting.json"
+    adapter = replace(ADAPTER, before=(1, 2))
+    save_adapter(
+        run, Retrofit(BaseConfig.from_folder(model), read_weights(model), adapter), {"tokens": 0}
+    )
+    options = ["--out", out, "--questions", 6, "--window-tokens", 500]
+    said = example("forgetting.py", None, model, run, *options)
+    found = json.loads(out.read_text())
+    assert [row["what"] for row in found["recall"]] == [*HISTORIES]
+    assert [layer["before"] for layer in found["layers"]] == [1, 2] and "before 2" in said
+    assert HISTORIES["its own window"]([1, 2, 3, 4], 3) == [2]
+    assert HISTORIES["the windows before it too"]([1, 2, 3, 4], 3) == [1, 2]
+    assert HISTORIES["the windows after it too"]([1, 2, 3, 4], 3) == [2, 3, 4]
+
+    # What is left of the first window, as the difference of two lives: with its values and without.
+    one = replace(ADAPTER, before=(1,))
+    base = Retrofit(BaseConfig.from_folder(model), read_weights(model), one, dtype=torch.float64)
+    lives = Source(str(model / "tokenizer.json"), "test").lives()
+    batch = batches(lives, examples(lives, "after_5_sleeps", 4, 500))[0]
+    shares, (rows, T) = kept(base, batch), (batch["tokens"].shape[0], batch["tokens"].shape[2])
+    ready, ends = LifeBatch.from_arrays(batch, "cpu"), []
+
+    def seen(q, k, v, g, beta, S):
+        inputs = [x[:, : 2 * T] for x in (q, k, v, g, beta)]
+        ends.append(naive(*(x[:, :T] for x in inputs), S)[1])
+        for written in (1, 0):
+            values = inputs[2].clone()
+            values[:, :T] *= written
+            ends.append(naive(*inputs[:2], values, *inputs[3:], S)[1])
+        return naive(q, k, v, g, beta, S)
+
+    base.rule = seen
+    with torch.no_grad():
+        base.hidden(ready.tokens, ready.mask)
+    told, both, without = (x.flatten(2) for x in ends)
+    expected = ((both - without).norm(dim=-1) / told.norm(dim=-1)).mean(0)
+    assert shares.shape == (1, ADAPTER.num_heads) and rows == len(told)
+    np.testing.assert_allclose(shares[0], expected, rtol=1e-9)
 
 
 def test_two_hops(tmp_path, example):
