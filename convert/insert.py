@@ -16,6 +16,7 @@ from ..models.base import SleepModel
 from ..models.delta_attention import from_attention, sizes_of
 from ..models.inserted import SleepLayer
 from ..utils.errors import UserError
+from .heads import heads_of
 
 # The decay of S stays float32 whatever the weights are.
 _STAY_FLOAT32 = ("A_log", "dt_bias")
@@ -76,23 +77,29 @@ def plan(
     kind: str = "jet",
     count: int | None = None,
     before: list[int] | None = None,
+    heads: int | None = None,
+    head_dim: int | None = None,
+    copy: bool = True,
 ) -> list[dict]:
     """`sleep_layers` for a model, to be edited or inserted as they are.
 
     kind    "jet", "gated_deltanet" or "delta_attention"
     count   how many, evenly spaced; None is 6, as in the paper, or the number of blocks if smaller
     before  where instead: the blocks that they come before; the number of blocks means after all
+    heads, head_dim, copy  of delta_attention: see `heads_of`
 
     Heads have Dv = 128 and Dk = 64 and as many as the hidden size has room for, so that six of
     them are 8% of Ouro-1.4B; those of delta_attention are the host's. UserError for places that
-    the model doesn't have.
+    the model doesn't have, and for heads that can't start as the host's attention.
     """
     if isinstance(model, inserted.Inserted):
         raise UserError("the model has sleep layers already; start from the folder without them")
     width = model.embed(mx.zeros((1, 1), mx.int32)).shape[-1]
     layers = plan_for(width, model.num_layers, kind=kind, count=count, before=before)
     if kind == "delta_attention":
-        layers = [{**layer, **sizes_of(_attention(model, layer)[0])} for layer in layers]
+        for layer in layers:
+            own = sizes_of(_attention(model, layer)[0])
+            layer |= heads_of((own["num_heads"], own["head_dim"]), heads, head_dim, copy)
     return layers
 
 

@@ -30,6 +30,7 @@ from safetensors.torch import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
+from mlx_sleep.convert.heads import heads_of
 from mlx_sleep.convert.torch.adapter import read_adapter
 from mlx_sleep.convert.torch.base import BaseConfig, read_tokenizer, read_weights
 from mlx_sleep.convert.torch.carry import carry_over
@@ -135,11 +136,13 @@ def retrofit(options):
     if options.start:
         started, weights, _ = read_adapter(options.start)
     before = options.before or (started.before if started else AdapterConfig.before)
+    heads = options.heads or (started and started.num_heads)
+    head_dim = options.head_dim or (started and started.head_dim)
+    host, copy = (base.num_attention_heads, base.head_dim), options.init == "host"
     eps = started.read_eps if started else options.read_eps
     adapter = AdapterConfig(
         before=tuple(before),
-        num_heads=base.num_attention_heads,
-        head_dim=base.head_dim,
+        **heads_of(host, heads, head_dim, copy),
         passes=options.passes,
         fold=options.fold,
         lora_rank=options.lora_rank,
@@ -155,7 +158,7 @@ def retrofit(options):
         read_weights(options.model),
         replace(adapter, read_eps=eps),
         gain=options.gain,
-        copy=options.init == "host",
+        copy=copy,
         seed=options.seed,
         device=device,
         dtype=torch.bfloat16,
@@ -229,6 +232,8 @@ def main():
         nargs="+",
         help="blocks with a sleep layer (default: 6 10 14 18 22 26)",
     )
+    large.add_argument("--heads", type=int, help="of a sleep layer (default: the base's)")
+    large.add_argument("--head-dim", type=int, help="their size")
     large.add_argument("--passes", type=int, default=1, help="passes of a sleep (N)")
     large.add_argument(
         "--loop-range",

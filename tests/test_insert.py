@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_sleep.convert.heads import heads_of
 from mlx_sleep.convert.insert import insert_into, new_layers, plan, plan_for
 from mlx_sleep.convert.pipeline import convert
 from mlx_sleep.memory import Memory
@@ -191,6 +192,35 @@ def test_plan():
     for wrong in ({"count": 0}, {"count": 4}, {"before": [4]}, {"kind": "mamba2"}):
         with pytest.raises(UserError):
             plan_for(64, 3, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((None, None), (9, 64)),
+        ((3, None), (3, 192)),
+        ((None, 32), (18, 32)),
+        ((4, 144), (4, 144)),
+        ((5, 8, False), (5, 8)),
+        ((3, None, False), (3, 192)),
+    ],
+)
+def test_heads_of_delta_attention(given, expected):
+    assert tuple(heads_of((9, 64), *given).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((7, None), "576 channels can't be 7 heads; give a divisor of 576"),
+        ((None, 50), "576 channels can't be heads of 50"),
+        ((4, 64), "4 heads of 64 can't start as attention of 9 heads of 64: together they must be"),
+        ((7, None, False), "give a divisor"),
+    ],
+)
+def test_heads_that_cannot_be(given, message):
+    with pytest.raises(UserError, match=message):
+        heads_of((9, 64), *given)
 
 
 # --- among the blocks --------------------------------------------------------------------------

@@ -293,13 +293,16 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
     """Three steps, an adapter that loads and remembers, and a run that goes on."""
     model, out = chat_folder(tmp_path / "model", model_type), tmp_path / "adapter"
     options = [model, "--out", out, "--before", "1,2", "--batch", 512, "--ordinary", 2]
-    options += ["--passes", 2, "--loop-range", "1,3"] if model_type == "qwen3" else []
+    if model_type == "qwen3":
+        options += ["--passes", 2, "--loop-range", "1,3", "--heads", 2]
     done = invoke(*options, "--tokens", 1000)
     assert done.exit_code == 0, (done.output, done.exception)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 1 and {"recall", "zeroed"} <= rows[-1].keys()
     with Session.open(model, adapter=out, max_tokens=4) as session:
         assert (session.model.sleep.passes == 2) == (model_type == "qwen3")
+        heads = {layer.mixer.H for layer in session.model.sleep_layers}
+        assert heads == ({2} if model_type == "qwen3" else {4})
         session.tell("My dog is called Rex.")
         assert session.sleep().tokens > 0
     again = invoke(*options, "--tokens", 1000)
@@ -317,6 +320,8 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
         (["--hours", 0], "--hours must be above 0"),
         (["--tokens", 9, "--before", "9"], "before block 0 to 3"),
         (["--tokens", 9, "--init", "warm"], "host or random"),
+        (["--tokens", 9, "--heads", 3], "give a divisor of 64"),
+        (["--tokens", 9, "--heads", 2, "--head-dim", 8], "--init random"),
         (["--tokens", 9, "--loop-range", "2,3"], "LO at most 1"),
         (["--tokens", 9, "--fold", "some"], "fold must be"),
         (["--tokens", 9, "--resume", "--ordinary", 0], "holds no run"),

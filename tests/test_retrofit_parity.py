@@ -24,6 +24,7 @@ from tests.test_retrofit import chat_folder  # noqa: E402
     [
         (1, None, {}),
         (1, None, {"read_eps": 0.3}),
+        (1, None, {"num_heads": 2, "head_dim": 32}),
         (2, None, {}),
         (3, None, {}),
         (2, (1, 3), {"read_eps": 0.3}),

@@ -175,6 +175,11 @@ def test_the_start_is_the_hosts_attention():
     correlation = torch.corrcoef(torch.stack([q, theirs["q"]]).flatten(1))
     assert abs(correlation[0, 1]) < 0.2
     assert torch.equal(random.dt_bias, mixer.dt_bias)
+    wide = Retrofit(BASE, weights, replace(ADAPTER, num_heads=2, head_dim=12))
+    other = wide.sleep_layers[1].mixer
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # as many channels in other heads
+        assert torch.equal(getattr(other, name).weight, getattr(mixer, name).weight)
+    assert wide.fresh(1)[0].shape == (1, 2, 12, 12)
 
 
 @torch.no_grad()

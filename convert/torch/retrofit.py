@@ -144,17 +144,13 @@ class SleepLayer(nn.Module):
         of many windows. make: a generator on the CPU.
         """
         mixer = self.mixer
-        H, d = mixer.H, mixer.d
-        q, k, v = block.qkv.float().cpu().split([H * d, heads * d, heads * d])
-        k, v = (
-            x.view(heads, d, -1).repeat_interleave(H // heads, 0).reshape(H * d, -1) for x in (k, v)
-        )
+        H = mixer.H
         projections = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
-        for projection, x in zip(projections, (q, k, v, block.o), strict=True):
+        for projection, x in zip(projections, block.attention(heads), strict=True):
+            weight = projection.weight
             if not copy:
-                bound = x.shape[1] ** -0.5
-                x = (2 * torch.rand(x.shape, generator=make) - 1) * bound
-            projection.weight.copy_(x)
+                x = (2 * torch.rand(weight.shape, generator=make) - 1) * weight.shape[1] ** -0.5
+            weight.copy_(x)
         self.norm.weight.copy_(block.norm if copy else torch.ones_like(block.norm))
         mixer.g_proj.weight.zero_()
         for projection in (mixer.a_proj, mixer.b_proj):
@@ -192,6 +188,14 @@ class Block:
     gate_up: torch.Tensor
     down: torch.Tensor
     lora: nn.ModuleDict | None = field(default=None)
+
+    def attention(self, heads: int) -> tuple[torch.Tensor, ...]:
+        """q, k, v and o, float32 on the CPU; the `heads` of k and v repeated to as many as q's."""
+        wide = self.o.shape[1]
+        q, k, v = self.qkv.float().cpu().tensor_split([wide, (wide + len(self.qkv)) // 2])
+        repeats = wide // len(k)
+        k, v = (x.unflatten(0, (heads, -1)).repeat_interleave(repeats, 0) for x in (k, v))
+        return q, k.flatten(0, 1), v.flatten(0, 1), self.o
 
 
 def project(h, norm, qkv, cos, sin, eps: float, heads: tuple[int, int], lora=None):

@@ -47,6 +47,18 @@ def retrofit(
             help="The blocks to put them before instead, with commas.",
         ),
     ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Heads of a new layer. Fewer are wider, and remember more.",
+            show_default="the model's",
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(min=1, help="Their size.", show_default="such that they start as attention"),
+    ] = None,
     passes: Annotated[int, typer.Option(min=1, help="Passes of a sleep.")] = 1,
     loop_range: Annotated[
         Numbers | None,
@@ -130,10 +142,18 @@ def retrofit(
         configs, rank = [], 16 if lora_rank is None else lora_rank
         if loop_range is not None:
             raise UserError(f"{model} has a range of its own for its passes; omit --loop-range")
-        _check_hybrid(model, config, places, rank, fold)
+        _check_hybrid(model, config, places or heads or head_dim, rank, fold)
         host.sleep = SleepConfig(**sleep, loop_range=host.sleep.loop_range)
     else:
-        configs = plan(host, kind="delta_attention", count=layers, before=places)
+        configs = plan(
+            host,
+            kind="delta_attention",
+            count=layers,
+            before=places,
+            heads=heads,
+            head_dim=head_dim,
+            copy=init == "host",
+        )
         rank = lora_rank or 0
         first = min(configs[0]["before"], host.num_layers - 1)
         looped = _check_loop(loop_range, [c["before"] for c in configs], host.num_layers)
@@ -186,15 +206,18 @@ def retrofit(
     line(f"wrote {out}; try: mlx-sleep chat --model {model} --adapter-path {out}")
 
 
-def _check_hybrid(model: str, config: dict, before, rank: int, fold: str) -> None:
+def _check_hybrid(model: str, config: dict, new, rank: int, fold: str) -> None:
     """UserError for what a model with fast weights of its own cannot be given."""
     if config.get("sleep_layers"):
         raise UserError(
             f"{model} has sleep layers already; train an adapter for the model that they were put "
             "into"
         )
-    if before is not None:
-        raise UserError(f"{model} has fast weights already and gets no new layers; omit --before")
+    if new is not None:
+        raise UserError(
+            f"{model} has fast weights already and gets no new layers; omit --before, --heads and "
+            "--head-dim"
+        )
     if rank < 1:
         raise UserError(f"{model} has fast weights already: --lora-rank must be at least 1")
     if fold != "all":
