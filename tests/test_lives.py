@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -333,6 +335,25 @@ def test_workers_make_the_same_batches_in_order(tmp_path):
     assert len(alone) == len(several) == 5
     for a, b in zip(alone, several, strict=True):
         assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_model_whose_chats_are_not_in_chatml(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    file = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(file))
+    with pytest.raises(UserError, match=r"no token <\|im_start\|>.*mlx-sleep retrofit"):
+        Source(str(file), "train").lives()
+
+
+def test_a_worker_goes_on_after_ctrl_c(tmp_path):
+    """Ctrl-C at a terminal reaches it too; a worker that died would never give its batch."""
+    source = Source(str(tokenizer_file(tmp_path)), "train", chat=CHAT)
+    level = Level(windows=2, window_tokens=128)
+    made = stream(source, [(range(i, i + 1), level) for i in range(4)], 1)
+    next(made)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(made)) == 3
 
 
 def test_value_marks_with_offsets_of_a_tokenizer(tmp_path):

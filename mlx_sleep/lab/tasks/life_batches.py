@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,14 @@ class Source:
     def lives(self) -> Lives:
         from tokenizers import Tokenizer
 
-        encode = fast(Tokenizer.from_file(str(Path(self.tokenizer))))
+        tokenizer = Tokenizer.from_file(str(Path(self.tokenizer)))
+        for mark in ("<|im_start|>", "<|im_end|>"):
+            if tokenizer.token_to_id(mark) is None:
+                raise UserError(
+                    f"{self.tokenizer} has no token {mark}, and chats are written in ChatML here; "
+                    "train the model with mlx-sleep retrofit"
+                )
+        encode = fast(tokenizer)
         encoder = LifeEncoder(encode, Template.chatml(encode, pad=self.pad))
         return Lives(encoder, self.split, self.seed, self.chat, values=self.values)
 
@@ -104,6 +112,7 @@ _lives: Lives | None = None
 
 def _start(source: Source) -> None:
     global _lives
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
     _lives = source.lives()
 
