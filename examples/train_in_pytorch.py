@@ -21,8 +21,10 @@ A retrofit trains sleep layers in a model that stays frozen, so that it remember
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -129,9 +131,41 @@ def toy(options):
     save(model, options.out, tokens)
 
 
+def check(options):
+    """UserError for a number that is none of its option."""
+    least = {"tokens": 1, "batch": 1, "workers": 0, "heads": 1, "head_dim": 1, "passes": 1}
+    for name, low in {**least, "lora_rank": 0, "seed": 0}.items():
+        x = getattr(options, name)
+        if x is not None and x < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {x}")
+    for name in ("hours", "muon_lr", "adamw_lr", "read_eps"):
+        x = getattr(options, name)
+        if x is not None and not 0 < x < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {x}")
+    if not math.isfinite(options.gain):
+        raise UserError(f"--gain must be a number, not {options.gain}")
+    if not 0 <= options.two_hop <= 1:
+        raise UserError(f"--two-hop must be from 0 to 1, not {options.two_hop}")
+    shares = options.shares
+    if len(shares) > len(SHARES) or not min(shares) >= 0 or not 0 < sum(shares) < math.inf:
+        raise UserError(f"--shares takes up to {len(SHARES)} numbers >= 0, and not only zeros")
+
+
+def digest_of(folder):
+    """That of the base's weights, without which no other folder of the same model takes the
+    adapter; "" where there is no MLX to read them as `mlx-sleep` does."""
+    if not find_spec("mlx"):
+        return ""
+    from mlx_sleep.convert.opening import open_model
+
+    return open_model(folder).digest()
+
+
 def retrofit(options):
+    check(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = BaseConfig.from_folder(options.model)
+    base = replace(base, weights=digest_of(options.model))
     started, weights = None, None
     if options.start:
         started, weights, _ = read_adapter(options.start)
@@ -150,8 +184,6 @@ def retrofit(options):
         loop_range=options.loop_range and tuple(options.loop_range),
     )
     shares = [*options.shares, *[0.0] * (len(SHARES) - len(options.shares))]
-    if len(shares) > len(SHARES) or not sum(shares) > 0:
-        raise UserError(f"--shares takes up to {len(SHARES)} numbers, and not only zeros")
     torch.manual_seed(options.seed)
     model = Retrofit(
         base,

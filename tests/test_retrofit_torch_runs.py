@@ -16,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sleep.convert.opening import open_model
+from mlx_sleep.models.load import load_model
 from mlx_sleep.training.schedule import Budget, stage_at, trapezoid
 from mlx_sleep.utils.errors import UserError
 
@@ -279,6 +281,8 @@ def test_the_example_trains_a_retrofit(tmp_path):
     adapter, state, config = read_adapter(tmp_path / "run")
     assert adapter.before == (1,) and config["trained"]["tokens"] >= 3000
     assert {"values", "refusals", "zeroed"} <= config["trained"]["figures"].keys()
+    assert config["base"]["weights"] == open_model(model).digest()
+    load_model(open_model(model), adapter_path=tmp_path / "run")  # its own base takes it
     again = go()
     assert again.returncode == 1 and again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
@@ -303,6 +307,33 @@ def example(monkeypatch, capfd):
 
     monkeypatch.syspath_prepend(ROOT / "examples")
     return run
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--hours 0", "--hours nan", "--batch 0", "--workers -1", "--muon-lr nan", "--two-hop 2"],
+)
+def test_numbers_that_the_example_refuses(option, monkeypatch):
+    script = runpy.run_path(str(ROOT / "examples" / "train_in_pytorch.py"))
+    budget = [] if "--hours" in option else ["--tokens", "9"]
+    arguments = ["x", "retrofit", "nowhere", "--out", "out", *budget, *option.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(UserError, match=f"{option.split()[0]} must be"):
+        script["main"]()
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    def twice(jobs):
+        for i, arrays in enumerate(task(jobs)):
+            for _ in range(2 if i == 2 else 0):
+                signal.raise_signal(signal.SIGINT)
+            yield arrays
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, batches=twice).run()
+    assert not (tmp_path / "adapters.safetensors").exists()
+    trainer(tmp_path).run(resume=True)
+    assert losses(tmp_path)
 
 
 def test_ablations_train_what_is_missing(tmp_path, example):

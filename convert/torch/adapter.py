@@ -5,7 +5,7 @@ adapter_config.json: {"format": "mlx-sleep-adapter",
                     "conv_size": 4, "norm_eps": 1e-5}, ...],
   "sleep": {"passes": 1, "window": 512, "eviction": "hard"},
   "generation": {"do_sample": false}, "lora_rank": 0,
-  "base": {"fingerprint": ..., "name": ...}, "trained": {...}}
+  "base": {"weights": ..., "name": ...}, "trained": {...}}
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ...utils.errors import UserError
 from ...utils.files import read_json
-from .base import dense
+from .base import BaseConfig, dense
 from .retrofit import AdapterConfig, Retrofit
 
 FORMAT = "mlx-sleep-adapter"
@@ -50,7 +50,7 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
         },
         "generation": {"do_sample": False},
         "lora_rank": a.lora_rank,
-        "base": {"fingerprint": base.fingerprint, "name": base.name},
+        "base": {**_mark(base), "name": base.name},
         "trained": trained,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,11 @@ def save_adapter(folder: Path, model: Retrofit, trained: dict, dtype=torch.float
     new = folder / "adapter_config.json.new"
     new.write_text(json.dumps(config, indent=2))
     os.replace(new, folder / "adapter_config.json")
+
+
+def _mark(base: BaseConfig) -> dict[str, str]:
+    """By what the base is known again."""
+    return {"weights": base.weights} if base.weights else {"fingerprint": base.fingerprint}
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor], dict]:

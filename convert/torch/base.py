@@ -24,7 +24,9 @@ from ...utils.schema import Count, CountOrZero, Layers, Positive, Vocabulary
 class BaseConfig:
     """A Llama-like model: the fields of config.json that its computation needs.
 
-    fingerprint: of the folder, "" when nobody computed one. name: of the folder.
+    weights: the digest of the folder's weights by which an adapter knows its base (`weights_digest`
+    in mlx_sleep/models/weights.py). fingerprint: of the folder, for adapters without. Both are ""
+    when nobody computed one. name: of the folder.
     """
 
     vocab_size: int
@@ -38,6 +40,7 @@ class BaseConfig:
     rms_norm_eps: float
     fingerprint: str = ""
     name: str = ""
+    weights: str = ""
 
     @classmethod
     def from_folder(cls, folder: Path) -> BaseConfig:

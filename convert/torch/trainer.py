@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from ...training.run_folder import Metrics
+from ...training.run_folder import Metrics, check_run
 from ...training.schedule import Budget, stage_at, trapezoid
 from ...utils import schema
 from ...utils.atomic import fsync_path, replace_file
@@ -116,8 +116,9 @@ class Trainer:
     def run(self, resume: bool = False) -> dict:
         """Trains until the budget is spent, or SIGINT or SIGTERM comes: the last figures.
 
-        Either way a checkpoint and the adapter are written. UserError where the folder holds
-        another run, and at a loss or gradient that isn't finite; the checkpoint before it stays.
+        Either way a checkpoint and the adapter are written; a second signal is a KeyboardInterrupt,
+        after which the last checkpoint stands. UserError where the folder holds another run, and at
+        a loss or gradient that isn't finite; the checkpoint before it stays.
         """
         self._open(resume)
         before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -133,6 +134,8 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _interrupted(self, *_) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
         self.stop = True
 
     def _train(self) -> dict:
@@ -229,9 +232,8 @@ class Trainer:
 
     def _open(self, resume: bool) -> None:
         recipe = self.folder / "recipe.json"
+        check_run(self.folder, resume)
         if resume:
-            if not recipe.exists():
-                raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
             if read_json(recipe) != self.recipe:
                 raise UserError(
                     f"{self.folder} holds a run with other settings; give the same ones, or "
@@ -239,11 +241,6 @@ class Trainer:
                 )
             self._load()
         else:
-            if recipe.exists():
-                raise UserError(
-                    f"{self.folder} holds a run already; add --resume to go on with it, or choose "
-                    "another --out"
-                )
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(recipe, json.dumps(self.recipe, indent=2).encode())
         Metrics(self.folder).keep_until(self.step)

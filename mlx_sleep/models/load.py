@@ -208,6 +208,11 @@ def _adapter_of(opened: Checkpoint, adapter_path: str | Path) -> adapters.Adapte
         same = adapter.base["weights"] == opened.digest()
     else:  # as PyTorch's trainer writes it
         same = adapter.base.get("fingerprint") == fingerprint(opened)
+    if not any(adapter.base.get(mark) for mark in ("weights", "fingerprint")):
+        raise UserError(
+            f"{adapter.path / adapters.CONFIG} doesn't say which model the adapter was trained in; "
+            "train it where MLX is installed, which reads the model's weights"
+        )
     if not same:
         name = adapter.base.get("name", "another model")
         raise UserError(

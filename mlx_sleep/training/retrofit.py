@@ -43,7 +43,7 @@ from ..utils.schema import Range
 from . import checkpoints
 from .checkpoints import naming_damage, read_progress, write_progress
 from .lives import LifeBatch, base_hidden, life_batch, life_loss, predictions
-from .run_folder import Metrics
+from .run_folder import Metrics, check_run
 from .schedule import Budget, stage_at, trapezoid
 
 BITS = 8  # of an adapter's matrices
@@ -158,6 +158,7 @@ class Retrofit:
         self.figures: dict[str, float] = {}
         self.asked: deque[int] = deque()  # stages of the batches that are under way
         self.told_to_stop = self.stopped = False
+        self._on_stop: Callable[[], None] = lambda: None
 
     @property
     def leads(self) -> bool:
@@ -169,14 +170,21 @@ class Retrofit:
         """The share of the budget that is spent, in [0, 1]."""
         return self.budget.progress(self.tokens, self.seconds)
 
-    def run(self, resume: bool = False, on_row: Callable[[dict], None] = lambda row: None) -> None:
+    def run(
+        self,
+        resume: bool = False,
+        on_row: Callable[[dict], None] = lambda row: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
         """Trains until the budget is spent, or SIGINT or SIGTERM comes; `stopped` tells.
 
-        on_row is given every row of metrics.jsonl. Either way a checkpoint and the adapter are
-        written. UserError where the folder holds another run, and at a loss or a gradient that
-        isn't finite: the checkpoint before it stays.
+        on_row is given every row of metrics.jsonl; on_stop is called by the signal, within its
+        handler. Either way a checkpoint and the adapter are written; a second signal is a
+        KeyboardInterrupt, after which the last checkpoint stands. UserError where the folder holds
+        another run, and at a loss or a gradient that isn't finite: the checkpoint before it stays.
         """
         self._open(resume)
+        self._on_stop = on_stop
         self._agree_on_start()
         before = {s: signal.signal(s, self._interrupted) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -186,7 +194,10 @@ class Retrofit:
                 signal.signal(number, handler)
 
     def _interrupted(self, *_) -> None:
+        if self.told_to_stop:
+            raise KeyboardInterrupt
         self.told_to_stop = True
+        self._on_stop()
 
     def _stops(self) -> bool:
         if self.group.size() == 1:  # several agree on it in `_agree`
@@ -240,8 +251,8 @@ class Retrofit:
         for what, x in (("loss", loss), ("gradient", norm)):
             if not math.isfinite(x.item()):
                 raise UserError(
-                    f"the {what} is not finite at step {self.step + 1}; lower the learning rates "
-                    "and start again with another --out (the checkpoint before it is kept)"
+                    f"the {what} is not finite at step {self.step + 1}; start again with another "
+                    "--out and a larger --batch (the checkpoint before it is kept)"
                 )
         self.optimizer.update(self.model, grads)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
@@ -311,13 +322,7 @@ class Retrofit:
             if resume:
                 self._load()
             return
-        if resume and not recipe.exists():
-            raise UserError(f"{self.folder} holds no run; leave out --resume to start one")
-        if not resume and recipe.exists():
-            raise UserError(
-                f"{self.folder} holds a run already; add --resume to go on with it, or choose "
-                "another --out"
-            )
+        check_run(self.folder, resume)
         if resume:
             if read_json(recipe) != self.recipe:
                 raise UserError(

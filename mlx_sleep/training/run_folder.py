@@ -35,6 +35,22 @@ def open_run(folder: Path, settings: dict, *, write: bool = True) -> None:
             fsync_path(folder)
 
 
+def check_run(folder: Path, resume: bool) -> None:
+    """UserError where a folder can't take a run of a retrofit: it holds one that isn't to be
+    resumed, none that is, or what a run would write over."""
+    if resume:
+        if not (folder / "recipe.json").exists():
+            raise UserError(f"{folder} holds no run; leave out --resume to start one")
+        return
+    if (folder / "recipe.json").exists():
+        raise UserError(
+            f"{folder} holds a run already; add --resume to go on with it, or choose another --out"
+        )
+    for name, what in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds {what}; choose another --out")
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, up to the first that is none: one was cut short by a power
     failure. Empty where there is no file."""

@@ -34,6 +34,8 @@ def errors_in_one_line() -> None:
     def show(kind, error, traceback):
         if isinstance(error, (UserError, OSError)):
             print(f"error: {message_of(error)}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print("error: aborted", file=sys.stderr)
         else:  # a bug
             sys.__excepthook__(kind, error, traceback)
 
