@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..utils import limits
 from ..utils.errors import UserError
 
 
@@ -22,6 +23,7 @@ def heads_of(
     if given and not (heads and head_dim) and width % given:
         kind = f"{heads} heads" if heads else f"heads of {head_dim}"
         raise UserError(f"{width} channels can't be {kind}; give a divisor of {width}")
+    limits.check("the number of a layer's channels", (heads or 1) * (head_dim or 1), limits.WIDTH)
     heads, head_dim = (
         heads or (width // head_dim if head_dim else host[0]),
         head_dim or (width // heads if heads else host[1]),

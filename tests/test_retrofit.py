@@ -222,6 +222,34 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoint" / "progress.json").read_text() == first
 
 
+def test_a_second_signal_stops_at_once(tmp_path):
+    """The first one is told; the checkpoint before them goes on."""
+    trainer, said = trainer_of(tmp_path / "run", 4000), []
+    trainer.every = 0.0  # a checkpoint after each step
+
+    def twice(row):
+        if row["step"] == 2 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(on_row=twice, on_stop=lambda: said.append(trainer.step))
+    assert said == [2] and not (tmp_path / "run" / "adapters.safetensors").exists()
+    again = trainer_of(tmp_path / "run", 4000)
+    again.run(resume=True, on_row=lambda row: again._interrupted())
+    assert again.step == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("config.json", "a model"), ("adapter_config.json", "an adapter")]
+)
+def test_nothing_is_written_over(tmp_path, name, what):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"holds {what}; choose another --out"):
+        trainer_of(tmp_path, 4000).run()
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_its_adapter_loads(tmp_path):
     base = base_folder(tmp_path / "base", 0)
     host, _ = load_model(base)
@@ -297,6 +325,7 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
         options += ["--passes", 2, "--loop-range", "1,3", "--heads", 2]
     done = invoke(*options, "--tokens", 1000)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert "of 2 ordinary chats came to an end" in done.output
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 1 and {"recall", "zeroed"} <= rows[-1].keys()
     with Session.open(model, adapter=out, max_tokens=4) as session:
@@ -324,13 +353,15 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
         (["--tokens", 9, "--heads", 2, "--head-dim", 8], "--init random"),
         (["--tokens", 9, "--loop-range", "2,3"], "LO at most 1"),
         (["--tokens", 9, "--fold", "some"], "fold must be"),
-        (["--tokens", 9, "--resume", "--ordinary", 0], "holds no run"),
+        (["--tokens", 9, "--lora-rank", 65], "at most 64"),
+        (["--tokens", 9, "--heads", 2**30, "--head-dim", 1, "--init", "random"], "channels"),
+        (["--tokens", 9, "--resume"], "holds no run"),
     ],
 )
 def test_wrong_options(tmp_path, shared_model, arguments, message):
     result = invoke(shared_model, "--out", tmp_path / "out", "--before", "1", *arguments)
     assert isinstance(result.exception, UserError) and message in str(result.exception)
-    assert not (tmp_path / "out" / "recipe.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ..utils.errors import UserError
+from ..utils.files import os_errors_as_user_errors
 from .model_names import choose
 from .options import LocalFilesOnly, Numbers, Revision, numbers
 from .output import StatusLine, line, note, progress_bar
@@ -90,7 +93,9 @@ def retrofit(
         int, typer.Option(min=0, help="Ordinary chats to sample from the model and hold it to.")
     ] = 200,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the lives and of the start.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the lives and of the start.")
+    ] = 0,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
 ):
@@ -124,8 +129,10 @@ def retrofit(
     from ..models.load import load
     from ..training.refusals import REFUSAL, mark_refusals
     from ..training.retrofit import Retrofit, prepare, prepare_hybrid
+    from ..training.run_folder import check_run
     from ..training.schedule import Budget
 
+    check_run(out, resume)
     places = None if before is None else list(before)
     with StatusLine() as status:
         status.show(f"loading {model} ...")
@@ -160,6 +167,7 @@ def retrofit(
         if looped:
             sleep["loop_range"] = looped
         host.sleep = SleepConfig(**{"loop_range": (first, host.num_layers), **sleep})
+    _check_rank(host, rank)
     pad = config.get("pad_token_id") or 0
     group = mx.distributed.init()
     chat = _ordinary(host, tokenizer, out / "chat.jsonl", ordinary, seed, group)
@@ -193,10 +201,10 @@ def retrofit(
         },
         shares=SHARES,
         unseen=marked(held_out(valid, batch)),
-        settings={"batch": batch, "seed": seed, "init": init},
+        settings={"batch": batch, "seed": seed, "init": init, "ordinary": ordinary},
     )
     with _progress(run) as on_row:
-        run.run(resume, on_row)
+        run.run(resume, on_row, _say_that_it_stops)
     if not run.leads:
         return
     _draw(out)
@@ -224,6 +232,15 @@ def _check_hybrid(model: str, config: dict, new, rank: int, fold: str) -> None:
         raise UserError(f"{model} folds in all that was said; omit --fold")
 
 
+def _check_rank(model: SleepModel, rank: int) -> None:
+    """UserError for a rank that is none of a low-rank change."""
+    import mlx.core as mx
+
+    width = model.embed(mx.zeros((1, 1), mx.int32)).shape[-1]
+    if rank > width:
+        raise UserError(f"--lora-rank must be at most {width}, the model's width, not {rank}")
+
+
 def _check_loop(loop_range, places: list[int], blocks: int) -> list[int] | None:
     """The range as a list. UserError where it leaves out a new layer, or is none."""
     if loop_range is None:
@@ -246,19 +263,32 @@ def _ordinary(model, tokenizer, file: Path, count: int, seed: int, group) -> CHA
 
     from ..lab.tasks.life_batches import read_chat
     from ..training.ordinary import sample_chat
+    from ..utils.atomic import replace_file
 
     tokenizer.parts  # noqa: B018 - a template that can't be used shows before the wait
     if count and not file.exists() and group.rank() == 0:
+        # Tried first: the sampling takes minutes.
+        with os_errors_as_user_errors(f"cannot write to {file.parent}", "choose another --out"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=file.parent).close()
         with progress_bar("sampling ordinary chat", total=count, unit="chats") as update:
             pairs = sample_chat(model, tokenizer, count, seed, on_done=update)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if len(pairs) < count:
+            note(
+                f"only {len(pairs)} of {count} ordinary chats came to an end: "
+                + ("the model is held to these" if pairs else "nothing holds the model to its base")
+            )
         lines = [json.dumps({"user": user, "assistant": reply}) + "\n" for user, reply in pairs]
-        new = file.with_suffix(".new")
-        new.write_text("".join(lines), encoding="utf-8")
-        new.replace(file)
+        with os_errors_as_user_errors(f"cannot write {file}", "choose another --out"):
+            replace_file(file, "".join(lines).encode())
     if group.size() > 1:
         mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
     return read_chat(file) if count else []
+
+
+def _say_that_it_stops() -> None:
+    """In a signal handler, where a print may meet a print."""
+    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
 @contextlib.contextmanager
