@@ -69,7 +69,7 @@ def settings() -> dict[str, dict[str, bool]]:
     return {
         "README.md": {
             "SmolLM2-135M (93 MB)": "93 MB" in DOWNLOADS["smollm2"].about,
-            "Six sleep layers (11 MB)": round(adapter / 1e6) == 11,
+            "Six sleep layers (11 MB; target 12)": round(adapter / 1e6) == 11,
             "waits are cut to a second": '"idle_time_limit": 1.0,' in cast,
             "left alone for ten seconds": IDLE == 10,
         },
