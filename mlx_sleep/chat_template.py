@@ -162,8 +162,13 @@ class ChatTokenizer:
 
     @property
     def parts(self) -> Parts:
-        """The template's ids. UserError where it has no turns alike from the second one on, or a
-        text's ids depend on what stands around it."""
+        """The template's ids. UserError where there is none, where it has no turns alike from the
+        second one on, or a text's ids depend on what stands around it."""
+        if self._template is None:
+            raise UserError(
+                "the model has no chat template; take one that was tuned for chat, or put its "
+                "chat_template.jinja into the model's folder"
+            )
         first, before, between, _ = self._ids
         for text in (TEXTS[0], "(3 words, 眠り)"):
             middle = self.encode_text(text) + between

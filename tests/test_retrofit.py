@@ -373,7 +373,7 @@ def test_models_that_cannot_be_trained(tmp_path, shared_model):
     """No template, no model: one line."""
     bare = chat_folder(tmp_path / "bare", "llama", template=None)
     for folder, message in (
-        (bare, "template"),
+        (bare, "has no chat template; take one"),
         (tmp_path / "x", "no model"),
     ):
         result = invoke(folder, "--out", tmp_path / "out", "--tokens", 9, "--layers", 1)
