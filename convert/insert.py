@@ -119,6 +119,8 @@ def plan_for(
         if not 1 <= count <= blocks:
             raise UserError(f"between 1 and {blocks} sleep layers can be inserted, not {count}")
         before = [(2 * j + 1) * blocks // (2 * count) for j in range(count)]
+    if twice := sorted(at for at in set(before) if before.count(at) > 1):
+        raise UserError(f"one sleep layer goes before block {twice[0]}; give each block once")
     value = min(128, hidden_size)
     sizes: dict = {
         "num_heads": hidden_size // value,

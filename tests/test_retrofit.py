@@ -348,6 +348,7 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
         (["--hours", 1, "--tokens", 9], "--hours or --tokens"),
         (["--hours", 0], "--hours must be above 0"),
         (["--tokens", 9, "--before", "9"], "before block 0 to 3"),
+        (["--tokens", 9, "--before", "1,1"], "one sleep layer goes before block 1"),
         (["--tokens", 9, "--init", "warm"], "host or random"),
         (["--tokens", 9, "--heads", 3], "give a divisor of 64"),
         (["--tokens", 9, "--heads", 2, "--head-dim", 8], "--init random"),
