@@ -357,6 +357,7 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
         (["--tokens", 9, "--lora-rank", 65], "at most 64"),
         (["--tokens", 9, "--heads", 2**30, "--head-dim", 1, "--init", "random"], "channels"),
         (["--tokens", 9, "--resume"], "holds no run"),
+        (["--tokens", 9, "--out", ""], "--out is empty"),
     ],
 )
 def test_wrong_options(tmp_path, shared_model, arguments, message):

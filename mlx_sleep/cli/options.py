@@ -45,6 +45,18 @@ def numbers(
     return parse
 
 
+def folder_for(option: str) -> Callable[[str | Path], Path]:
+    """A parser of a path for typer. Its UserError, for an empty one, names the option: a Path of ""
+    is the current folder."""
+
+    def parse(value: str | Path) -> Path:
+        if not str(value).strip():
+            raise UserError(f"{option} is empty; give the path of a folder")
+        return Path(value)
+
+    return parse
+
+
 def names(text: str | None) -> list[str] | None:
     """ "a,b" as a list; None for an option that was not given."""
     return text.split(",") if text else None

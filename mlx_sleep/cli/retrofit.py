@@ -16,7 +16,7 @@ import typer
 from ..utils.errors import UserError
 from ..utils.files import os_errors_as_user_errors
 from .model_names import choose
-from .options import LocalFilesOnly, Numbers, Revision, numbers
+from .options import LocalFilesOnly, Numbers, Revision, folder_for, numbers
 from .output import StatusLine, line, note, progress_bar
 
 if TYPE_CHECKING:  # it imports MLX
@@ -33,7 +33,14 @@ def retrofit(
             "Gemma."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder of the run, which becomes the adapter.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=folder_for("--out"),
+            metavar="<path>",
+            help="The folder of the run, which becomes the adapter.",
+        ),
+    ],
     hours: Annotated[float | None, typer.Option(help="Hours of training.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of training, in place of hours.")
