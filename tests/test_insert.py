@@ -189,7 +189,13 @@ def test_plan():
         assert layer["num_heads"] * layer["head_dim"] * layer["expand_v"] <= width
         assert SleepLayer(width, layer).mixer.o_proj.weight.shape[0] == width
     assert [x["before"] for x in plan_for(64, 3, before=[3, 0])] == [0, 3]
-    for wrong in ({"count": 0}, {"count": 4}, {"before": [4]}, {"before": [1, 1]}, {"kind": "mamba2"}):
+    for wrong in (
+        {"count": 0},
+        {"count": 4},
+        {"before": [4]},
+        {"before": [1, 1]},
+        {"kind": "mamba2"},
+    ):
         with pytest.raises(UserError):
             plan_for(64, 3, **wrong)
 
