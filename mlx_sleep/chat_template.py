@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mlx_lm import tokenizer_utils
 from transformers.utils import logging
 
-from .template_parts import TEXTS, Apply, Template, switch, system_opening, take_apart
+from .template_parts import TEXTS, Apply, Template, has_switch, switch, system_opening, take_apart
 from .templates import bounded
 from .thoughts import Marks, Thinking, ThoughtReader
 from .tokenizer_config import TOKENIZERS, check_files, why
@@ -42,9 +42,17 @@ class ChatTokenizer:
 
     thinking  "on" or "off" by the template's own switch, or "auto", as the template has it.
               UserError where it has no switch
+    trained   what it was when the model was trained to sleep, where the template has a switch.
+              "auto" means it; and "off" has the mark that there is no thought in the past too, as
+              the training had
     """
 
-    def __init__(self, tokenizer: tokenizer_utils.TokenizerWrapper, thinking: Thinking = "auto"):
+    def __init__(
+        self,
+        tokenizer: tokenizer_utils.TokenizerWrapper,
+        thinking: Thinking = "auto",
+        trained: Thinking = "auto",
+    ):
         self._given, self.thinking = tokenizer, thinking
         self._tokenizer = tokenizer = bounded(tokenizer)
         # Added tokens count; a gap among the ids would too. (mlx-lm before 0.32 has no len().)
@@ -54,7 +62,10 @@ class ChatTokenizer:
             raise UserError("this kind of tokenizer is not supported; it needs a tokenizer.json")
         self._tokens = Tokens(backend)
         self._marks = _marks_of(tokenizer, backend)
-        self._apply = apply = Apply(tokenizer, switch(tokenizer, thinking, self._marks is not None))
+        self.trained = trained if trained == "auto" or has_switch(tokenizer) else "auto"
+        meant = self.trained if thinking == "auto" else thinking
+        self._keeps_marks = meant == self.trained == "off"
+        self._apply = apply = Apply(tokenizer, switch(tokenizer, meant, self._marks is not None))
         self._template = take_apart(apply, self._tokens)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         bos = tokenizer.encode("")[:1]
@@ -63,6 +74,7 @@ class ChatTokenizer:
         self.stop_ids: frozenset[int] = frozenset(tokenizer.eos_token_ids)
         self._ids = Parts([], [], [], eos)
         self._before_reply: list[int] = []
+        self._mark: list[int] = []  # that there is no thought, where the past has it
         if (chat := self._template) is None:
             return
         ids = self._tokens.ids
@@ -73,8 +85,9 @@ class ChatTokenizer:
         )
         # What a reply stands after, in the past too.
         self._before_reply, past = self._ids.between, ids(chat.past, "text")
-        if self._drops_thoughts and self._before_reply[: len(past)] == past:
+        if self._past_differs and self._before_reply[: len(past)] == past:
             self._before_reply = past
+            self._mark = self._ids.between[len(past) :] if self._keeps_marks else []
         if self.turn(TEXTS[0], first=True) != apply(TEXTS[:1]):
             raise UserError("this model's tokenizer does not encode a chat piece by piece")
 
@@ -85,7 +98,12 @@ class ChatTokenizer:
 
     def with_thinking(self, thinking: Thinking) -> ChatTokenizer:
         """The same, with another `thinking`."""
-        return ChatTokenizer(self._given, thinking)
+        return ChatTokenizer(self._given, thinking, self.trained)
+
+    def to_train_with(self) -> ChatTokenizer:
+        """The same for the training of sleep: thinking is off, where the template has a switch.
+        `trained` says what it is, and is to be kept with the model."""
+        return ChatTokenizer(self._given, trained="off")
 
     def __len__(self) -> int:
         return self._size
@@ -133,7 +151,7 @@ class ChatTokenizer:
         """`turn` as the template has it once the reply is in the past: without a thought that the
         prompt opens, or the mark that there is none; up to the reply's text."""
         chat = self._template
-        if chat is None or not self._drops_thoughts:
+        if chat is None or self._keeps_marks or not self._past_differs:
             return self.turn(text, first, system)
         if first:
             return self._tokens.ids(joined(self._first(chat, system), [text], chat.past))
@@ -141,7 +159,7 @@ class ChatTokenizer:
         return self._tokens.ids(pieces, after="text")[len(self.end_ids) :]
 
     @property
-    def _drops_thoughts(self) -> bool:
+    def _past_differs(self) -> bool:
         """Whether the past says something else of thoughts than a prompt does."""
         if (chat := self._template) is None or self._marks is None:
             return False
@@ -185,7 +203,8 @@ class ChatTokenizer:
         template nothing is a reply.
         """
         first, start, _, _ = self._ids
-        prompt = self._before_reply
+        prompt, mark = self._before_reply, self._mark
+        whole = prompt + mark
         said, talks = [], bool(prompt)
         for i in range(len(ids)):
             if not i and first and ids[: len(first)] == first:
@@ -197,6 +216,8 @@ class ChatTokenizer:
                 talks = False
             elif not talks and prompt and ids[i + 1 - len(prompt) : i + 1] == prompt:
                 talks = True
+            if mark and ids[i + 1 - len(whole) : i + 1] == whole:
+                said[-len(mark) :] = [False] * len(mark)
         return said
 
     @property
@@ -214,6 +235,7 @@ def load(
     eos_token_ids: Iterable[int] | None = None,
     *,
     thinking: Thinking = "auto",
+    trained: Thinking = "auto",
 ) -> ChatTokenizer:
     """The tokenizer in a model folder. UserError when there is none or it cannot be read.
 
@@ -229,7 +251,7 @@ def load(
         # Neither run nor asked about: without the word, transformers asks on standard input.
         trust = {"trust_remote_code": False}
         loaded = tokenizer_utils.load(Path(path), trust, eos_token_ids=ids)
-        return ChatTokenizer(loaded, thinking)
+        return ChatTokenizer(loaded, thinking, trained)
     except UserError:
         raise
     except BaseException as error:  # the tokenizers library raises plain Exceptions, or panics

@@ -17,6 +17,8 @@ from .utils.errors import UserError
 # What templates call their switch (Qwen, GLM, SmolLM3; Granite, DeepSeek; Command A). Seed's has
 # thinking_budget.
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
+_ON: dict[str, Any] = dict.fromkeys(_SWITCHES, True)
+_OFF: dict[str, Any] = {**dict.fromkeys(_SWITCHES, False), "thinking_budget": 0}
 
 # Stand-ins for the texts of a conversation; no template contains or alters such words.
 TEXTS = ("USERxTEXTx1", "REPLYxTEXTx1", "USERxTEXTx2", "REPLYxTEXTx2", "USERxTEXTx3")
@@ -68,19 +70,24 @@ class Apply:
         )
 
 
+def has_switch(tokenizer: TokenizerWrapper) -> bool:
+    """Whether the template turns thinking on and off."""
+    if not tokenizer.has_chat_template:
+        return False
+    texts = [Apply(tokenizer, each)(TEXTS[:1], tokenize=False) for each in (_ON, _OFF)]
+    return texts[0] != texts[1]
+
+
 def switch(tokenizer: TokenizerWrapper, thinking: Thinking, thinks: bool) -> dict[str, Any]:
     """The template's arguments for `thinking`. Templates differ in what they call it."""
     if thinking == "auto" or not tokenizer.has_chat_template:
         return {}
-    on: dict[str, Any] = dict.fromkeys(_SWITCHES, True)
-    off: dict[str, Any] = {**dict.fromkeys(_SWITCHES, False), "thinking_budget": 0}
-    texts = [Apply(tokenizer, each)(TEXTS[:1], tokenize=False) for each in (on, off)]
-    if texts[0] == texts[1] and (thinks or thinking == "on"):
+    if (thinks or thinking == "on") and not has_switch(tokenizer):
         raise UserError(
             f"this model's chat template has no switch to turn thinking {thinking}; "
             "leave it at auto"
         )
-    return on if thinking == "on" else off
+    return _ON if thinking == "on" else _OFF
 
 
 def take_apart(apply: Apply, tokens: Tokens) -> Template | None:

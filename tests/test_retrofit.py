@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mlx_sleep.cli import app
 from mlx_sleep.convert.insert import new_layers, plan
-from mlx_sleep.models.load import build, fingerprint, load_model, save
+from mlx_sleep.models.load import build, fingerprint, fuse, load, load_model, save
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import consolidate
 from mlx_sleep.training.lives import LifeBatch, base_hidden, life_batch, life_hidden, life_loss
@@ -27,6 +27,7 @@ from mlx_sleep.training.retrofit import Retrofit, prepare
 from mlx_sleep.training.schedule import Budget
 from mlx_sleep.utils.errors import UserError
 from tests.test_adapter import CONFIG, base_folder
+from tests.test_thoughts import NONE, TEMPLATES
 
 B, W, T = 2, 3, 16
 SLEEP = {"passes": 1, "window": 64, "eviction": "hard"}
@@ -284,7 +285,7 @@ CHATML = (
 
 @cache
 def chatml_tokenizer() -> Tokenizer:
-    """One that knows the words of lives, and the two marks of ChatML."""
+    """One that knows the words of lives, the two marks of ChatML and those of a thought."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -292,7 +293,7 @@ def chatml_tokenizer() -> Tokenizer:
     texts = [file.read_text()[:20_000] for file in folder.iterdir() if file.name.endswith(".txt")]
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
-        special_tokens=["<|im_end|>", "<|im_start|>"],
+        special_tokens=["<|im_end|>", "<|im_start|>", "<think>", "</think>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -318,8 +319,10 @@ def invoke(*arguments):
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_from_a_model_to_a_chat(tmp_path, model_type):
-    """Three steps, an adapter that loads and remembers, and a run that goes on."""
-    model, out = chat_folder(tmp_path / "model", model_type), tmp_path / "adapter"
+    """Three steps, an adapter that loads and remembers, and a run that goes on. One template
+    thinks, unless it is told not to."""
+    template = CHATML if model_type == "llama" else TEMPLATES["opens"]
+    model, out = chat_folder(tmp_path / "model", model_type, template), tmp_path / "adapter"
     options = [model, "--out", out, "--before", "1,2", "--batch", 512, "--ordinary", 2]
     if model_type == "qwen3":
         options += ["--passes", 2, "--loop-range", "1,3", "--heads", 2]
@@ -332,8 +335,14 @@ def test_from_a_model_to_a_chat(tmp_path, model_type):
         assert (session.model.sleep.passes == 2) == (model_type == "qwen3")
         heads = {layer.mixer.H for layer in session.model.sleep_layers}
         assert heads == ({2} if model_type == "qwen3" else {4})
+        thinks_off = session.tokenizer.with_thinking("auto").trained == "off"
+        assert thinks_off == (model_type == "qwen3")
+        asked = session.tokenizer.turn("What is my dog called?", first=True)
+        assert session.tokenizer.decode(asked).endswith(NONE) == thinks_off
         session.tell("My dog is called Rex.")
         assert session.sleep().tokens > 0
+    fuse(model, out, tmp_path / "fused")
+    assert load(tmp_path / "fused")[1].trained == ("off" if model_type == "qwen3" else "auto")
     again = invoke(*options, "--tokens", 1000)
     assert isinstance(again.exception, UserError) and "--resume" in str(again.exception)
     more = invoke(*options, "--tokens", 2000, "--resume")

@@ -12,6 +12,8 @@ from mlx_sleep.chat_template import ChatTokenizer
 from mlx_sleep.cli import output, settings
 from mlx_sleep.cli.chat import _print_reply
 from mlx_sleep.cli.sleeping import Interrupts
+from mlx_sleep.lab.tasks.chat_source import ChatSource
+from mlx_sleep.lab.tasks.world import Turn
 from mlx_sleep.models.sleep_hybrid import Model, ModelArgs
 from mlx_sleep.session import Session
 from mlx_sleep.sleep import passes_over
@@ -235,6 +237,45 @@ def test_a_template_without_a_switch():
     assert ChatTokenizer(wrapped, "off").turn("hi", True) == plain.turn("hi", True)
     with pytest.raises(UserError, match="no switch"):
         ChatTokenizer(wrapped, "on")
+
+
+# --- as it was in training ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_reads_what_the_training_read(name):
+    """A life's tokens are those of a session, and so is what counts as a reply."""
+    plain, theirs = chat_tokenizer(name)
+    tokenizer = plain.to_train_with()
+    assert (tokenizer.thinking, tokenizer.trained) == ("auto", "off")
+    session = Session(model(), tokenizer, max_tokens=20)
+    encoder = ChatSource(tokenizer, "train").lives().encoder
+    life = encoder.opening()
+    for text, reply in (("Hello there", "Fine, thanks."), ("and you?", "I see.")):
+        assert said(session, theirs, text, reply) == ("", reply) and same_state(session)
+        life.add(encoder.turn(Turn(text, reply, "chat", 1.0)))
+    assert list(session.pending) == life.ids
+    assert tokenizer.in_replies(life.ids) == life.reply
+    assert tokenizer.decode(life.ids).count(NONE) == 2
+    assert tokenizer.with_thinking("off").turn("ok?", True) == tokenizer.turn("ok?", True)
+    on = tokenizer.with_thinking("on")
+    assert on.turn("ok?", True) == whole(theirs, ["ok?"], "on")
+    assert on.past_turn("ok?", True) == plain.with_thinking("on").past_turn("ok?", True)
+
+
+def test_replies_in_a_window_of_which_a_part_was_thought_over():
+    plain, _ = chat_tokenizer("opens")
+    tokenizer = plain.to_train_with()
+    thought_over, reply = plain.past_turn("hi", True), [*plain.encode_text("Yes"), plain.end_ids[0]]
+    asked = [*plain.end_ids[1:], *tokenizer.turn("and?", False)]
+    expected = [False] * len(thought_over) + [True] * len(reply) + [False] * len(asked)
+    assert tokenizer.in_replies([*thought_over, *reply, *asked]) == expected
+
+
+def test_a_template_without_a_switch_is_trained_with_as_it_is():
+    plain, _ = chat_tokenizer(CHATML)
+    tokenizer = plain.to_train_with()
+    assert tokenizer.trained == "auto" and tokenizer.turn("hi", True) == plain.turn("hi", True)
 
 
 # --- on the screen -------------------------------------------------------------------------------

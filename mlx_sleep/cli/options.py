@@ -159,7 +159,9 @@ class SessionOptions:
     ] = None
     thinking: Annotated[
         str,
-        typer.Option(help="on, off, or auto: as the model's template has it, if it can think."),
+        typer.Option(
+            help="on, off, or auto: as in its training to sleep, else as its template has it."
+        ),
     ] = "auto"
     keep_thoughts: Annotated[
         bool,

@@ -145,7 +145,7 @@ def retrofit(
         status.show(f"loading {model} ...")
         opened = choose(model, None, revision, local_files_only).open()
         loaded, tokenizer, config = load(opened)
-    host = cast("SleepModel", loaded)
+    host, tokenizer = cast("SleepModel", loaded), tokenizer.to_train_with()
     sleep: dict[str, Any] = {
         "passes": passes,
         "window": window,
@@ -205,6 +205,7 @@ def retrofit(
             "generation": {"do_sample": False},
             "lora_rank": rank,
             "base": {"weights": opened.digest(), "name": Path(opened.name).name},
+            **({} if tokenizer.trained == "auto" else {"trained": {"thinking": "off"}}),
         },
         shares=SHARES,
         unseen=marked(held_out(valid, batch)),

@@ -10,7 +10,8 @@ A folder of adapters.safetensors and adapter_config.json:
     quantization  of its matrices, by MLX: {"group_size": 64, "bits": 8}; absent when not quantized
     generation    fields of a generation_config.json: {"do_sample": false} for a model that recalls
     lora_rank     of low-rank changes of the base's attention and mixers; 0 is none
-    trained       what the trainer says about the run; tokens, at least
+    trained       what the trainer says about the run; tokens, at least, and thinking: "off" where
+                  the chat template's switch was off
 
 Tensors are named as in a model with these layers: sleep_layers.0.norm.weight, ..., and
 layers.0.self_attn.q_proj.lora_a for low-rank changes.

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..thoughts import Thinking
 from ..utils.safetensors import array_bytes
 from .weights import digest_of, load_arrays, weights_digest
 
 TRAINING = "sleep_training"
-"""The field of config.json that says that a model was trained to sleep: {"tokens": ..., ...}. Who
-trains writes it; convert, fuse and export keep it."""
+"""The field of config.json that says that a model was trained to sleep: {"tokens": ..., ...}, and
+"thinking": "off" where the chat template's switch was off. Who trains writes it; convert, fuse and
+export keep it."""
 
 Tensors = dict[str, tuple[str, list[int]]]
 """Name -> (dtype's name, shape)."""
@@ -66,6 +68,13 @@ def is_trained(config: dict) -> bool:
     found = config.get(TRAINING)
     tokens = found.get("tokens") if isinstance(found, dict) else None
     return type(tokens) is int and tokens > 0
+
+
+def thinking_in_training(config: dict) -> Thinking:
+    """Whether a config says that its model was trained to sleep with thinking turned off; else
+    "auto"."""
+    found = config.get(TRAINING)
+    return "off" if isinstance(found, dict) and found.get("thinking") == "off" else "auto"
 
 
 def _head(x: mx.array) -> bytes:

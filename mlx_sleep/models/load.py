@@ -22,7 +22,7 @@ from . import adapter as adapters
 from . import layers, lora
 from .base import SleepModel
 from .build import build
-from .checkpoint import Checkpoint, is_trained
+from .checkpoint import Checkpoint, is_trained, thinking_in_training
 from .config import Generation, read_generation_config
 from .folder import copy_tokenizer, new_folder, write_json
 from .source import Source, as_checkpoint, fingerprint
@@ -47,7 +47,8 @@ def load(
 ) -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, config) from a model folder, ready to run; see `load_model`.
 
-    thinking is that of `ChatTokenizer`.
+    thinking is that of `ChatTokenizer`; "auto" is as the model was trained to sleep, where its
+    config says so.
 
     On the CPU quantized layers become dense (`dequantize`). UserError, too, for a tokenizer that
     can't be used or has ids for which the embedding has no rows.
@@ -62,7 +63,8 @@ def load(
     eos = read_generation_config(path).eos_token_ids
     if eos is None:
         eos = Generation(eos_token_id=config.get("eos_token_id")).eos_token_ids
-    tokenizer = chat_template.load(path, eos, thinking=thinking)
+    trained = thinking_in_training(config)
+    tokenizer = chat_template.load(path, eos, thinking=thinking, trained=trained)
     _check_ids(path, tokenizer, model.vocab_rows)
     return model, tokenizer, config
 

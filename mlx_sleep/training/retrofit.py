@@ -392,7 +392,8 @@ class Retrofit:
     def _write_adapter(self) -> None:
         parameters = dict(tree_flatten(self.model.trainable_parameters()))
         weights = {stored: parameters[n] for stored, n in names_in_model(parameters).items()}
-        trained = {"tokens": self.tokens, "steps": self.step, "figures": self.figures}
+        trained = {**self.config.get("trained", {}), "tokens": self.tokens, "steps": self.step}
+        trained["figures"] = self.figures
         write_adapter(self.folder, weights, {**self.config, "trained": trained}, bits=BITS)
 
 
