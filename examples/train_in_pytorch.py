@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -198,6 +199,9 @@ def retrofit(options):
     )
     if started and weights is not None:
         carry_over(model, started, weights)
+    else:
+        begun = "as the attention at their places" if copy else "from random numbers"
+        print(f"sleep layers before blocks {[*adapter.before]} start {begun}", flush=True)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     chat = read_chat(options.chat) if options.chat else ()
@@ -222,6 +226,7 @@ def retrofit(options):
         "gain": options.gain,
         "init": options.init,
         "start": options.start and str(options.start),
+        **({"chat": sha256(options.chat.read_bytes()).hexdigest()} if options.chat else {}),
         "adapter": asdict(adapter),
         **({"two_hop": options.two_hop} if options.two_hop else {}),
     }

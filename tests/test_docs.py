@@ -164,6 +164,18 @@ def test_a_stale_figure_is_found(tmp_path, monkeypatch):
     assert tables.missing() == ["README.md: no such 3 words"]
 
 
+def test_a_row_from_another_table(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import tables
+
+    (tmp_path / "a.json").write_text('{"rows": [{"id": "x", "n": 3, "what": "theirs"}]}')
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = [{"from": "a/x", "what": "ours", "show": {"n": "{n:.1f}"}}, {"what": "own", "n": 4}]
+    of = {"columns": [["what", "{what}", "left"], ["n", "{n}", "right"]], "rows": rows}
+    page = tables.table({**of, "command": "c", "measured": "m"})
+    assert "| ours | 3.0 |\n| own | 4 |" in page
+
+
 def test_the_command_line_reference_is_the_commands():
     page = (ROOT / "docs" / "cli.md").read_text()
     if f"typer {typer.__version__};" not in page:

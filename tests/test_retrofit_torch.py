@@ -22,7 +22,20 @@ from mlx_sleep.convert.torch.loss import (  # noqa: E402
 )
 from mlx_sleep.convert.torch.retrofit import Retrofit, mixer_output  # noqa: E402
 from mlx_sleep.convert.torch.soften import soften  # noqa: E402
-from tests.retrofits import ADAPTER, BASE, B, T, W, lives, tensors, tiny, tiny_weights  # noqa: E402
+from tests.retrofits import (  # noqa: E402
+    ADAPTER,
+    BASE,
+    B,
+    T,
+    W,
+    lives,
+    seeded,
+    tensors,
+    tiny,
+    tiny_weights,
+)
+
+assert seeded  # a fixture of every test here
 
 # --- the delta rule --------------------------------------------------------------------------
 

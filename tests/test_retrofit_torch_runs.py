@@ -40,7 +40,9 @@ from mlx_sleep.convert.torch.retrofit import AdapterConfig, Retrofit  # noqa: E4
 from mlx_sleep.convert.torch.trainer import Settings, Trainer  # noqa: E402
 from mlx_sleep.lab.tasks.life_batches import Source  # noqa: E402
 from mlx_sleep.lab.tasks.life_examples import examples  # noqa: E402
-from tests.retrofits import ADAPTER, BASE, ROOT, lives, tiny, tiny_weights  # noqa: E402
+from tests.retrofits import ADAPTER, BASE, ROOT, lives, seeded, tiny, tiny_weights  # noqa: E402
+
+assert seeded  # a fixture of every test here
 
 # --- the schedule and the optimizer ----------------------------------------------------------
 

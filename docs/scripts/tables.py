@@ -9,7 +9,8 @@ A file of docs/results/ is what a command printed, and how it is shown:
     measured   when, and on what
     note       more to say beside the command; may be absent
     columns    [[heading, format, "left" or "right"], ...], a format of Python over a row's fields
-    rows       objects; `id` names one for `said`
+    rows       objects; `id` names one for `said`. `from`: "FILE/ID" of a row in another file, whose
+               fields it has too. `show`: {heading: format} where its own differ from the columns'
     study      instead of rows: what `mlx-sleep study --json` prints, of which `means` makes them
     said       {page: [sentence, ...]}: formats over the rows by id, which the page must contain;
                a page may have the sentence in several lines
@@ -59,7 +60,15 @@ def means(study: dict) -> list[dict]:
 
 
 def rows(of: dict) -> list[dict]:
-    return means(of["study"]) if "study" in of else of["rows"]
+    return means(of["study"]) if "study" in of else [{**row_of(r), **r} for r in of["rows"]]
+
+
+def row_of(row: dict) -> dict:
+    """The row of another file that this one is from, if it is from one."""
+    if "from" not in row:
+        return {}
+    name, _, wanted = row["from"].partition("/")
+    return next(r for r in rows(results(name)) if r.get("id") == wanted)
 
 
 def table(of: dict) -> str:
@@ -67,7 +76,11 @@ def table(of: dict) -> str:
     headings, formats, sides = zip(*of["columns"], strict=True)
     rules = ["---:" if side == "right" else "---" for side in sides]
     lines = [headings, rules]
-    lines += [[f.format(**row) for f in formats] for row in rows(of)]
+    for row in rows(of):
+        shown = row.get("show", {})
+        lines.append(
+            [shown.get(h, f).format(**row) for h, f in zip(headings, formats, strict=True)]
+        )
     source = f"`{of['command']}`; {of['measured']}."
     if of.get("note"):
         source += f" {of['note']}"

@@ -191,6 +191,9 @@ def retrofit(
 
     if configs:
         modules = new_layers(host, configs, seed, init == "host")
+        begun = "as the attention at their places" if init == "host" else "from random numbers"
+        if group.rank() == 0:
+            note(f"sleep layers before blocks {[c['before'] for c in configs]} start {begun}")
         trained = prepare(host, configs, modules, lora_rank=rank)
     else:
         trained = prepare_hybrid(host, lora_rank=rank)
