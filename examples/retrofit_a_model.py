@@ -30,6 +30,7 @@ parser.add_argument("--batch", type=int, default=4096, help="tokens a step")
 options = parser.parse_args()
 
 host, tokenizer, config = load(options.model)
+tokenizer = tokenizer.to_train_with()  # thinking is off, where its template can turn it off
 layers = plan(host, kind="delta_attention", count=options.layers)
 sleep = {"passes": 1, "window": 512, "eviction": "hard"}
 host.sleep = SleepConfig(**sleep, loop_range=(layers[0]["before"], host.num_layers))
@@ -45,6 +46,7 @@ run = Retrofit(
         "sleep_layers": layers,
         "sleep": sleep,
         "base": {"weights": weights_digest(options.model), "name": "mine"},
+        "trained": {"thinking": tokenizer.trained},
     },
     shares=SHARES,
     unseen=held_out(unseen, options.batch),
