@@ -12,38 +12,28 @@ linear in S, so that what is left of a window is what the next ones make of it w
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from ablations import load, measure, table
-from two_hops import asked
+from two_hops import batches
 
 from mlx_sleep.convert.torch.loss import LifeBatch
 from mlx_sleep.convert.torch.retrofit import Retrofit
-from mlx_sleep.lab.tasks.life_batches import Source, arrays
-from mlx_sleep.lab.tasks.life_examples import Example, examples
+from mlx_sleep.lab.tasks.life_batches import Source
+from mlx_sleep.lab.tasks.life_examples import examples
 from mlx_sleep.utils.errors import errors_in_one_line
 
-CASE, ROWS = "after_5_sleeps", 10
+CASE = "after_5_sleeps"
 HISTORIES: dict[str, Callable[[list, int], list]] = {
     "its own window": lambda windows, age: windows[-age:][:1],
     "the windows before it too": lambda windows, age: windows[: len(windows) - age + 1],
     "the windows after it too": lambda windows, age: windows[-age:],
     "all": lambda windows, age: windows,
 }
-
-
-def batches(lives, found: Iterable[Example]) -> list[dict[str, np.ndarray]]:
-    """The examples with their true answers; those of a batch have as many windows."""
-    usable = [life for example in found if (life := asked(lives, example))]
-    usable.sort(key=lambda life: len(life.windows))
-    alike = [list(group) for _, group in groupby(usable, lambda life: len(life.windows))]
-    made = [arrays(group[i : i + ROWS]) for group in alike for i in range(0, len(group), ROWS)]
-    return [{**batch, "refusal": np.zeros_like(batch["value"])} for batch in made]
 
 
 @torch.no_grad()

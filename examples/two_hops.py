@@ -11,7 +11,9 @@ split `test`. It ends with a table, and with two_hops.json beside the runs.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from mlx_sleep.lab.tasks.life_examples import Example, examples
 from mlx_sleep.lab.tasks.life_tokens import Pieces
 from mlx_sleep.lab.tasks.world import Turn
 from mlx_sleep.utils.errors import errors_in_one_line
+
+ROWS = 10  # of a batch to measure on
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,19 @@ def asked(lives, example: Example) -> Life | None:
     return Life(0, [Window(pieces=window) for window in (*told, question)])
 
 
-def unseen(
-    model: Path, count: int, window_tokens: int, rows: int = 10
-) -> list[dict[str, np.ndarray]]:
+def batches(lives, found: Iterable[Example]) -> list[dict[str, np.ndarray]]:
+    """The examples with their true answers; those of a batch have as many windows."""
+    usable = [life for example in found if (life := asked(lives, example))]
+    usable.sort(key=lambda life: len(life.windows))
+    alike = [list(group) for _, group in groupby(usable, lambda life: len(life.windows))]
+    made = [arrays(group[i : i + ROWS]) for group in alike for i in range(0, len(group), ROWS)]
+    return [{**batch, "refusal": np.zeros_like(batch["value"])} for batch in made]
+
+
+def unseen(model: Path, count: int, window_tokens: int) -> list[dict[str, np.ndarray]]:
     """Batches of questions of two hops in wordings, names and values of the split `test`."""
     lives = Source(str(model / "tokenizer.json"), "test").lives()
-    found = [asked(lives, example) for example in examples(lives, "two_hop", count, window_tokens)]
-    usable = [life for life in found if life]
-    batches = [arrays(usable[i : i + rows]) for i in range(0, len(usable), rows)]
-    return [{**batch, "refusal": np.zeros_like(batch["value"])} for batch in batches]
+    return batches(lives, examples(lives, "two_hop", count, window_tokens))
 
 
 def main():
@@ -81,7 +89,7 @@ def main():
     blocks = BaseConfig.from_folder(options.model).num_hidden_layers
     same = [*shared(options), "--start", options.start, "--two-hop", 1, "--shares", 1]
     same += ["--loop-range", *options.loop_range, *FURTHER[1]]
-    batches = unseen(options.model, options.questions, options.window_tokens)
+    questions = unseen(options.model, options.questions, options.window_tokens)
     rows = []
     for name in options.only or RUNS:
         run = RUNS[name]
@@ -90,7 +98,7 @@ def main():
         given = ["--passes", run.passes, "--tokens", tokens]
         trained = train(out, options.model, [*same, *given])
         spent = trained["tokens"] * cost(run.passes, blocks, options.loop_range)
-        figures = measure(load(out, options.model), batches)
+        figures = measure(load(out, options.model), questions)
         rows.append({"what": name, "passes": run.passes, "cost": spent, **trained, **figures})
     table(rows, options.out / "two_hops.json")
 
